@@ -24,7 +24,7 @@ WAN_NEGATIVE_PROMPT = (
 class _FromJson:
     @classmethod
     def from_json(cls, values: Mapping[str, Any]) -> Self:
-        """Build from a diffusers ``config.json``; lists become tuples, fields of the file's own (``_class_name``) are left."""
+        """Build from a diffusers ``config.json``; lists become tuples, other fields are left."""
         known = {f.name for f in fields(cls)}  # type: ignore[arg-type]
         frozen = {k: tuple(v) if isinstance(v, list) else v for k, v in values.items() if k in known}
         return cls(**frozen)

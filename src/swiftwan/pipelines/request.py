@@ -98,7 +98,9 @@ class Request:
         """Raise RequestError for the first value of this completed request that the model cannot take."""
         if not self.prompt.strip():
             raise RequestError("prompt is empty; say what to show, for example 'a red circle moves left'.")
-        assert self.width and self.height is not None and self.num_frames is not None
+        assert self.width is not None
+        assert self.height is not None
+        assert self.num_frames is not None
         grid.check_size("width", self.width)
         grid.check_size("height", self.height)
         grid.check_frames(self.num_frames)
@@ -205,7 +207,7 @@ class Result:
     versions: dict[str, str]
 
     def record(self) -> dict[str, Any]:
-        """What travels inside the file: everything that decides its pixels, nothing that changes by the run."""
+        """What travels inside the file: all that decides its pixels, nothing that changes from run to run."""
         return {
             "model": self.model,
             "request": self.request.to_json(),

@@ -1,0 +1,331 @@
+"""The Wan diffusion transformer, for every published Wan, with diffusers' parameter names.
+
+The maths is that of github.com/Wan-Video/Wan2.1 (wan/modules/model.py); the names are those of diffusers'
+``WanTransformer3DModel``, so that its checkpoints, LoRA files and peft fit. What stays the same over all
+denoising steps is computed once, in :meth:`WanTransformer.condition`.
+
+Shapes: B batch, C latent channels, f h w latent frames, height, width; L video tokens, S text tokens,
+D width of a token, H heads, E width of a head, K timesteps in a clip (1, or 2 with a clean first frame).
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from swiftwan.models.config import TransformerConfig
+from swiftwan.ops.attention import Attend, sdpa
+from swiftwan.ops.modulate import gated_add, norm_modulate
+from swiftwan.ops.rope import Rope, apply_rope, rope_tables
+
+TEXT_LENGTH = 512
+"""Text tokens that Wan attends to, padding included."""
+
+KEEP_FP32 = ("*time_embedder*", "*scale_shift_table", "*.norm1.*", "*.norm2.*", "*.norm3.*")
+"""Parameters that stay in float32 whatever the dtype, as in diffusers (``_keep_in_fp32_modules``)."""
+
+
+# Conditions
+
+
+@dataclass(frozen=True)
+class Memory:
+    """Keys and values of one block's cross-attention, (B, S, H, E); the image's where a model has CLIP."""
+
+    key: Tensor
+    value: Tensor
+    image_key: Tensor | None = None
+    image_value: Tensor | None = None
+
+
+@dataclass(frozen=True)
+class Condition:
+    """All that a forward needs besides latents and timestep: made once a prompt and shape."""
+
+    memories: tuple[Memory, ...]
+    text_bias: Tensor | None
+    rope: Rope
+
+
+# Layers
+
+
+class Projection(nn.Module):
+    """Two linear layers with an activation between, under diffusers' names."""
+
+    def __init__(self, in_dim: int, out_dim: int, activation: nn.Module) -> None:
+        super().__init__()
+        self.linear_1 = nn.Linear(in_dim, out_dim)
+        self.activation = activation
+        self.linear_2 = nn.Linear(out_dim, out_dim)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.linear_2(self.activation(self.linear_1(x)))
+
+
+class GELU(nn.Module):
+    """A linear layer and its activation, named ``proj`` as diffusers has it."""
+
+    def __init__(self, in_dim: int, out_dim: int, approximate: str) -> None:
+        super().__init__()
+        self.proj = nn.Linear(in_dim, out_dim)
+        self.approximate = approximate
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.gelu(self.proj(x), approximate=self.approximate)
+
+
+class FeedForward(nn.Module):
+    def __init__(self, in_dim: int, hidden_dim: int, out_dim: int, approximate: str) -> None:
+        super().__init__()
+        # net.1 is diffusers' dropout; the names net.0 and net.2 depend on it.
+        self.net = nn.ModuleList(
+            [GELU(in_dim, hidden_dim, approximate), nn.Identity(), nn.Linear(hidden_dim, out_dim)]
+        )
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.net[2](self.net[0](x))
+
+
+class LayerNorm32(nn.LayerNorm):
+    """Layer norm in float32, returned in the input's dtype."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        weight, bias = self.weight.float(), self.bias.float()
+        return F.layer_norm(x.float(), self.normalized_shape, weight, bias, self.eps).type_as(x)
+
+
+class Attention(nn.Module):
+    """What self- and cross-attention share: projections, and RMS norm over the whole width of q and k."""
+
+    def __init__(self, config: TransformerConfig, attend: Attend) -> None:
+        super().__init__()
+        dim = config.dim
+        self.num_heads = config.num_attention_heads
+        self.attend = attend
+        self.to_q = nn.Linear(dim, dim)
+        self.to_k = nn.Linear(dim, dim)
+        self.to_v = nn.Linear(dim, dim)
+        self.to_out = nn.ModuleList([nn.Linear(dim, dim), nn.Identity()])
+        self.norm_q = nn.RMSNorm(dim, eps=config.eps)
+        self.norm_k = nn.RMSNorm(dim, eps=config.eps)
+
+    def heads(self, x: Tensor) -> Tensor:
+        return x.unflatten(-1, (self.num_heads, -1))
+
+
+class SelfAttention(Attention):
+    def forward(self, x: Tensor, rope: Rope) -> Tensor:
+        q = apply_rope(self.heads(self.norm_q(self.to_q(x))), rope)
+        k = apply_rope(self.heads(self.norm_k(self.to_k(x))), rope)
+        v = self.heads(self.to_v(x))
+        return self.to_out[0](self.attend(q, k, v).flatten(2))
+
+
+class CrossAttention(Attention):
+    """Attention to the text and, where ``added_kv_proj_dim`` is set, to the CLIP tokens of an image."""
+
+    def __init__(self, config: TransformerConfig) -> None:
+        super().__init__(config, sdpa)
+        self.sees_image = config.added_kv_proj_dim is not None
+        if config.added_kv_proj_dim is not None:
+            self.add_k_proj = nn.Linear(config.added_kv_proj_dim, config.dim)
+            self.add_v_proj = nn.Linear(config.added_kv_proj_dim, config.dim)
+            self.norm_added_k = nn.RMSNorm(config.dim, eps=config.eps)
+
+    def remember(self, text: Tensor, image: Tensor | None) -> Memory:
+        """Keys and values of text (B, S, D) and image tokens (B, 257 or 514, D): once a prompt."""
+        key, value = self.heads(self.norm_k(self.to_k(text))), self.heads(self.to_v(text))
+        if image is None:
+            return Memory(key, value)
+        image_key = self.heads(self.norm_added_k(self.add_k_proj(image)))
+        return Memory(key, value, image_key, self.heads(self.add_v_proj(image)))
+
+    def forward(self, x: Tensor, memory: Memory, text_bias: Tensor | None) -> Tensor:
+        q = self.heads(self.norm_q(self.to_q(x)))
+        out = sdpa(q, memory.key, memory.value, text_bias)
+        if memory.image_key is not None and memory.image_value is not None:
+            out = out + sdpa(q, memory.image_key, memory.image_value)
+        return self.to_out[0](out.flatten(2))
+
+
+class Block(nn.Module):
+    """Self-attention, cross-attention, feed-forward; the first and last modulated by the timestep."""
+
+    def __init__(self, config: TransformerConfig, attend: Attend) -> None:
+        super().__init__()
+        dim = config.dim
+        self.eps = config.eps
+        self.attn1 = SelfAttention(config, attend)
+        self.attn2 = CrossAttention(config)
+        self.norm2 = LayerNorm32(dim, config.eps) if config.cross_attn_norm else nn.Identity()
+        self.ffn = FeedForward(dim, config.ffn_dim, dim, approximate="tanh")
+        self.scale_shift_table = nn.Parameter(torch.randn(1, 6, dim) / dim**0.5)
+
+    def forward(
+        self,
+        x: Tensor,
+        time: Tensor,
+        spans: Sequence[int],
+        memory: Memory,
+        text_bias: Tensor | None,
+        rope: Rope,
+    ) -> Tensor:
+        """x (B, L, D) and time (B, K, 6, D) to x."""
+        shift, scale, gate, ffn_shift, ffn_scale, ffn_gate = (self.scale_shift_table + time).unbind(2)
+        x = gated_add(x, self.attn1(norm_modulate(x, shift, scale, spans, self.eps), rope), gate, spans)
+        x = x + self.attn2(self.norm2(x), memory, text_bias)
+        return gated_add(
+            x, self.ffn(norm_modulate(x, ffn_shift, ffn_scale, spans, self.eps)), ffn_gate, spans
+        )
+
+
+class ImageEmbedder(nn.Module):
+    """CLIP tokens to the width of the model; FLF2V adds a position to the tokens of its two images."""
+
+    def __init__(self, in_dim: int, out_dim: int, positions: int | None) -> None:
+        super().__init__()
+        self.norm1 = LayerNorm32(in_dim)
+        self.ff = FeedForward(in_dim, in_dim, out_dim, approximate="none")
+        self.norm2 = LayerNorm32(out_dim)
+        self.pos_embed = None if positions is None else nn.Parameter(torch.zeros(1, positions, in_dim))
+
+    def forward(self, image: Tensor) -> Tensor:
+        if self.pos_embed is not None:
+            image = image.reshape(-1, 2 * image.shape[1], image.shape[2]) + self.pos_embed
+        return self.norm2(self.ff(self.norm1(image)))
+
+
+class ConditionEmbedder(nn.Module):
+    """Embeds timestep, text and image tokens."""
+
+    def __init__(self, config: TransformerConfig) -> None:
+        super().__init__()
+        self.freq_dim = config.freq_dim
+        self.time_embedder = Projection(config.freq_dim, config.dim, nn.SiLU())
+        self.time_proj = nn.Linear(config.dim, 6 * config.dim)
+        self.text_embedder = Projection(config.text_dim, config.dim, nn.GELU(approximate="tanh"))
+        self.image_embedder = (
+            None
+            if config.image_dim is None
+            else ImageEmbedder(config.image_dim, config.dim, config.pos_embed_seq_len)
+        )
+
+    def time(self, timestep: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+        """Timestep (B, K) in [0, 1000] to the final layer's vector (B, K, D) and the blocks' (B, K, 6, D)."""
+        wave = sinusoid(timestep, self.freq_dim).to(self.time_embedder.linear_1.weight.dtype)
+        vector = self.time_embedder(wave).to(dtype)
+        return vector, self.time_proj(F.silu(vector)).unflatten(-1, (6, -1))
+
+
+def sinusoid(timestep: Tensor, dim: int) -> Tensor:
+    """Cosines, then sines, of a timestep at dim / 2 geometrically spaced frequencies; float32 (..., dim)."""
+    half = dim // 2
+    exponent = torch.arange(half, dtype=torch.float32, device=timestep.device) / -half
+    angle = timestep.float()[..., None] * torch.exp(math.log(10_000) * exponent)
+    return torch.cat((angle.cos(), angle.sin()), dim=-1)
+
+
+# The model
+
+
+class WanTransformer(nn.Module):
+    """Predicts the flow (noise minus data) of a noisy latent video.
+
+    Args:
+        config: sizes.
+        attend: the kernel of self-attention.
+    """
+
+    def __init__(self, config: TransformerConfig, attend: Attend = sdpa) -> None:
+        super().__init__()
+        self.config = config
+        self.patch_embedding = nn.Conv3d(
+            config.in_channels, config.dim, kernel_size=config.patch_size, stride=config.patch_size
+        )
+        self.condition_embedder = ConditionEmbedder(config)
+        self.blocks = nn.ModuleList([Block(config, attend) for _ in range(config.num_layers)])
+        self.proj_out = nn.Linear(config.dim, config.out_channels * math.prod(config.patch_size))
+        self.scale_shift_table = nn.Parameter(torch.randn(1, 2, config.dim) / config.dim**0.5)
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return self.patch_embedding.weight.dtype
+
+    def condition(
+        self,
+        text: Tensor,
+        latent_shape: Sequence[int],
+        image: Tensor | None = None,
+        text_length: int = TEXT_LENGTH,
+    ) -> Condition:
+        """Compute what all steps share.
+
+        Wan pads text with zeros to 512 tokens and attends to the padding. Behind the text embedding all
+        padding is one and the same vector, so it is kept once, and the log of its count is added to its
+        score: the same softmax (exact), with a few dozen keys instead of 512.
+
+        Args:
+            text: (B, S, text_dim) embeddings, zero where a prompt of the batch is shorter; S at most 512.
+            latent_shape: (..., f, h, w) of the latents to come.
+            image: (B, 257, image_dim) CLIP tokens for models that see them; (2 B, 257, image_dim) for FLF2V.
+            text_length: tokens that the model was trained to attend to, padding included.
+        """
+        padding = text_length - text.shape[1]
+        text_bias = None
+        if padding > 0:
+            text = F.pad(text, (0, 0, 0, 1))
+            text_bias = torch.zeros(text.shape[1], dtype=self.dtype, device=text.device)
+            text_bias[-1] = math.log(padding)
+            text_bias = text_bias.view(1, 1, 1, -1)
+        embedder = self.condition_embedder
+        text = embedder.text_embedder(text.to(self.dtype))
+        if image is not None and embedder.image_embedder is not None:
+            image = embedder.image_embedder(image.to(self.dtype))
+        frames, height, width = self.patch_grid(latent_shape)
+        rope = rope_tables(self.config.attention_head_dim, frames, height, width, device=text.device)
+        return Condition(tuple(block.attn2.remember(text, image) for block in self.blocks), text_bias, rope)
+
+    def patch_grid(self, latent_shape: Sequence[int]) -> tuple[int, int, int]:
+        """How many patches a latent video (..., f, h, w) has along time, height and width."""
+        frames, height, width = (
+            size // patch for size, patch in zip(latent_shape[-3:], self.config.patch_size, strict=True)
+        )
+        return frames, height, width
+
+    def forward(self, latents: Tensor, timestep: Tensor, condition: Condition) -> Tensor:
+        """Predict the flow.
+
+        Args:
+            latents: (B, C, f, h, w); image-to-video models take the noise, mask and image channels joined.
+            timestep: (B,) in [0, 1000], or (B, 2): that of the first latent frame, and that of the others.
+            condition: from :meth:`condition`, for this prompt and shape.
+
+        Returns:
+            (B, out_channels, f, h, w) in the latents' dtype.
+        """
+        grid = self.patch_grid(latents.shape)
+        tokens = math.prod(grid)
+        if timestep.ndim == 1:
+            timestep, spans = timestep[:, None], [tokens]
+        else:
+            spans = [tokens // grid[0], tokens - tokens // grid[0]]
+        vector, time = self.condition_embedder.time(timestep, self.dtype)
+        time = time.float()
+        x = self.patch_embedding(latents.to(self.dtype)).flatten(2).transpose(1, 2).contiguous()
+        for block, memory in zip(self.blocks, condition.memories, strict=True):
+            x = block(x, time, spans, memory, condition.text_bias, condition.rope)
+        shift, scale = (self.scale_shift_table + vector[:, :, None]).unbind(2)
+        x = self.proj_out(norm_modulate(x, shift, scale, spans, self.config.eps))
+        return self.unpatchify(x, grid).to(latents.dtype)
+
+    def unpatchify(self, x: Tensor, grid: tuple[int, int, int]) -> Tensor:
+        """(B, L, patch volume * C) to (B, C, f, h, w)."""
+        p, q, r = self.config.patch_size
+        x = x.view(x.shape[0], *grid, p, q, r, -1).permute(0, 7, 1, 4, 2, 5, 3, 6)
+        return x.flatten(6, 7).flatten(4, 5).flatten(2, 3)
