@@ -1,0 +1,210 @@
+"""Train the pocket model's transformer and text encoder together, on latents made once.
+
+    swiftwan train pocket-dit --vae runs/vae --out runs/dit --steps 24000
+
+Flow matching (arXiv 2210.02747) with the noise level drawn logit-normally (arXiv 2403.03206) and shifted as in
+sampling. Prompts are dropped one time in ten, for guidance. Some steps train single frames (text to image),
+shorter clips, and clips whose first latent frame is given (image to video, as TI2V-5B does it).
+"""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from swiftwan.models.config import TransformerConfig
+from swiftwan.models.dit import WanTransformer
+from swiftwan.models.vae import WanVAE
+from swiftwan.pocket.world import Scene, draw, sample_scenes
+from swiftwan.train.loop import Run, Schedule, seed_of
+from swiftwan.train.pocket_tokenizer import build
+
+POCKET_DIT = TransformerConfig(
+    num_attention_heads=4, attention_head_dim=64, text_dim=192, ffn_dim=768, num_layers=8, freq_dim=256
+)
+POCKET_TEXT = {
+    "d_model": 192,
+    "d_kv": 32,
+    "num_heads": 6,
+    "d_ff": 384,
+    "num_layers": 3,
+    "dropout_rate": 0.0,
+    "feed_forward_proj": "gated-gelu",
+    "relative_attention_num_buckets": 32,
+    "pad_token_id": 0,
+    "eos_token_id": 1,
+}
+TEXT_TOKENS = 32
+"""Longest prompt of the world, with room; the rest of the 512 is padding, kept once (see WanTransformer.condition)."""
+DROP_PROMPT = 0.1
+LOG_EVERY = 100
+SAVE_EVERY = 2000
+LEVELS = (0.1, 0.3, 0.5, 0.7, 0.9)
+"""Noise levels of the validation loss; its clips and noise are the same at every check."""
+
+
+@dataclass(frozen=True)
+class Kind:
+    """One way to use a clip in a step: how many of its latent frames, and whether the first is given."""
+
+    latent_frames: int
+    first_given: bool
+    share: float
+
+
+KINDS = (Kind(9, False, 0.72), Kind(9, True, 0.15), Kind(1, False, 0.08), Kind(5, False, 0.05))
+
+
+@dataclass(frozen=True)
+class Latents:
+    """A training set on the device: latents (N, z, 9, 16, 16) in float16, token ids (N, TEXT_TOKENS)."""
+
+    values: Tensor
+    tokens: Tensor
+
+
+class Pocket(nn.Module):
+    """Text encoder and transformer as one module, so that one optimizer trains both."""
+
+    def __init__(self, vocabulary: int) -> None:
+        super().__init__()
+        from transformers import UMT5Config, UMT5EncoderModel
+
+        self.text = UMT5EncoderModel(UMT5Config(vocab_size=vocabulary, **POCKET_TEXT))
+        self.transformer = WanTransformer(POCKET_DIT)
+
+    def embed(self, tokens: Tensor) -> Tensor:
+        """Token ids (B, S) to embeddings (B, S, 192), zero behind each prompt's end, as Wan pads them."""
+        mask = tokens.ne(0)
+        return self.text(tokens, mask).last_hidden_state * mask[..., None]
+
+    def forward(self, latents: Tensor, timestep: Tensor, tokens: Tensor) -> Tensor:
+        condition = self.transformer.condition(self.embed(tokens), latents.shape)
+        return self.transformer(latents, timestep, condition)
+
+
+def caption(scene: Scene, rng: random.Random) -> str:
+    """The scene's prompt; now and then only its beginning, so that short prompts work too."""
+    prompt = scene.prompt
+    chance = rng.random()
+    if chance < 0.08:
+        return prompt.split(" over a ")[0]
+    if chance < 0.10 and len(scene.things) == 1:
+        return f"{'an' if scene.things[0].colour == 'orange' else 'a'} {scene.things[0].colour} {scene.things[0].shape}"
+    return prompt
+
+
+def tokenize(prompts: Sequence[str], tokenizer) -> Tensor:  # type: ignore[no-untyped-def]
+    """Token ids (N, TEXT_TOKENS), 0 behind the end."""
+    batch = tokenizer(list(prompts), padding="max_length", max_length=TEXT_TOKENS, truncation=True)
+    return torch.tensor(batch.input_ids)
+
+
+@torch.no_grad()
+def make_latents(
+    vae: WanVAE, count: int, *, seed: int, split: str, device: torch.device, batch: int = 64
+) -> Latents:
+    """Draw, caption and encode clips of the world."""
+    tokenizer = build()
+    scenes = sample_scenes(count, seed, split)
+    rng = random.Random(seed)
+    tokens = tokenize([caption(scene, rng) for scene in scenes], tokenizer).to(device)
+    values = torch.empty(count, vae.config.z_dim, 9, 16, 16, dtype=torch.float16, device=device)
+    for start in range(0, count, batch):
+        video = draw(scenes[start : start + batch], seed_of(seed, start), device=device)
+        with torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda"):
+            mean, _ = vae.moments(video)
+        values[start : start + batch] = vae.normalize(mean).half()
+    return Latents(values, tokens)
+
+
+def flow_loss(
+    model: nn.Module, latents: Tensor, tokens: Tensor, level: Tensor, noise: Tensor, *, first_given: bool
+) -> Tensor:
+    """Mean squared error of the predicted flow at noise levels (B,) in [0, 1]; a given first frame does not count."""
+    amount = level.view(-1, 1, 1, 1, 1)
+    noisy = torch.lerp(latents, noise, amount)
+    timestep = level * 1000
+    if first_given:
+        noisy = torch.cat((latents[:, :, :1], noisy[:, :, 1:]), dim=2)
+        timestep = torch.stack((torch.zeros_like(timestep), timestep), dim=1)
+    error = model(noisy, timestep, tokens).float() - (noise - latents)
+    return error[:, :, 1:].square().mean() if first_given else error.square().mean()
+
+
+def train(
+    folder: Path,
+    data: Latents,
+    held_out: Latents,
+    *,
+    steps: int,
+    batch: int,
+    device: torch.device,
+    seed: int,
+    learning_rate: float,
+    shift: float = 2.0,
+    stop_at: int | None = None,
+) -> Pocket:
+    """Train, or go on training, until ``stop_at`` or the end; returns the model with averaged weights."""
+    torch.manual_seed(seed)
+    model = Pocket(len(build())).to(device)
+    model.text.tie_weights()
+    run = Run(folder, model, Schedule(steps, learning_rate), ema_decay=0.9995)
+    # Autocast would leave the residual stream in bf16 behind the first layer; small steps drown there.
+    model.transformer.patch_embedding.register_forward_hook(lambda module, args, out: out.float())
+    if device.type == "cuda":
+        for block in model.transformer.blocks:
+            block.compile(dynamic=False)
+    first_step = run.step
+    while run.step < min(steps, stop_at or steps):
+        choice = random.Random(seed_of(seed, run.step))
+        kind = choice.choices(KINDS, [kind.share for kind in KINDS])[0]
+        generator = torch.Generator(device).manual_seed(seed_of(seed, run.step))
+        index = torch.randint(len(data.values), (batch,), generator=generator, device=device)
+        latents = data.values[index, :, : kind.latent_frames].float()
+        dropped = torch.rand(batch, 1, generator=generator, device=device) < DROP_PROMPT
+        tokens = torch.where(dropped, _empty_prompt(device), data.tokens[index])
+        u = torch.sigmoid(torch.randn(batch, generator=generator, device=device))
+        level = shift * u / (1 + (shift - 1) * u)
+        noise = torch.randn(latents.shape, generator=generator, device=device)
+        with torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda"):
+            loss = flow_loss(model, latents, tokens, level, noise, first_given=kind.first_given)
+        norm = run.update(loss)
+        if run.step % LOG_EVERY == 0:
+            run.log(loss=loss.item(), latent_frames=kind.latent_frames, gradient_norm=norm.item())
+        if run.step % SAVE_EVERY == 0 or run.step == first_step + 500:
+            run.log(**validate(model, held_out, device=device))
+            run.save()
+    run.save()
+    model.load_state_dict({**model.state_dict(), **run.average})
+    return model.eval()
+
+
+def _empty_prompt(device: torch.device) -> Tensor:
+    """What the tokenizer makes of "": its end token alone."""
+    return (
+        F.one_hot(torch.zeros(1, dtype=torch.long, device=device), TEXT_TOKENS) * POCKET_TEXT["eos_token_id"]
+    )
+
+
+@torch.no_grad()
+def validate(
+    model: nn.Module, held_out: Latents, *, device: torch.device, batch: int = 128
+) -> dict[str, float]:
+    """Flow loss of never-trained combinations at fixed noise levels, with fixed noise."""
+    latents, tokens = held_out.values[:batch].float(), held_out.tokens[:batch]
+    noise = torch.randn(latents.shape, generator=torch.Generator(device).manual_seed(1), device=device)
+    losses = {}
+    for value in LEVELS:
+        level = torch.full((len(latents),), value, device=device)
+        with torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda"):
+            losses[f"held_out_{value}"] = flow_loss(
+                model, latents, tokens, level, noise, first_given=False
+            ).item()
+    return losses
