@@ -402,7 +402,7 @@ def _plan_tracks(scenes: list[Scene], chance: Tensor, num_frames: int, span: Ten
 def _place(boxes: Tensor, chance: Tensor, pair: Tensor, span: Tensor) -> Tensor:
     """Middles of the boxes, (B, K, xy): anywhere in the picture, two side by side or one above the other.
 
-    ``boxes`` (B, K, xy) are half widths and heights, ``chance`` (B, K, xy) is random, ``span`` is the picture's.
+    ``boxes`` (B, K, xy) are half widths and heights, ``chance`` (B, K, xy) is random, ``span`` its size.
     """
     low, high = boxes + _MARGIN, span - _MARGIN - boxes
     alone = torch.lerp(low, torch.maximum(low, high), chance)
