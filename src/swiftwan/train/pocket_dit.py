@@ -26,7 +26,7 @@ from swiftwan.train.loop import Run, Schedule, seed_of
 from swiftwan.train.pocket_tokenizer import build
 
 POCKET_DIT = TransformerConfig(
-    num_attention_heads=4, attention_head_dim=64, text_dim=192, ffn_dim=768, num_layers=8, freq_dim=256
+    num_attention_heads=4, attention_head_dim=64, text_dim=192, ffn_dim=768, num_layers=7, freq_dim=256
 )
 POCKET_TEXT = {
     "d_model": 192,

@@ -43,7 +43,7 @@ def train(
 ) -> WanVAE:
     """Train, or go on training, and return the VAE with averaged weights and measured latent statistics."""
     torch.manual_seed(seed)
-    vae = WanVAE(POCKET_VAE).to(device).to(memory_format=torch.channels_last_3d)
+    vae = channels_last(WanVAE(POCKET_VAE).to(device))
     run = Run(folder, vae, Schedule(steps, learning_rate), ema_decay=0.999)
     while run.step < steps:
         step_seed = seed_of(seed, run.step)
@@ -64,6 +64,14 @@ def train(
             run.save()
     vae.load_state_dict(run.average)
     return measured(vae.eval(), seed=seed, device=device)
+
+
+def channels_last(vae: WanVAE) -> WanVAE:
+    """Lay convolution weights out channels-last: up to 1.3x on the 3x3x3 convolutions (DESIGN.md's ceilings)."""
+    for parameter in vae.parameters():
+        if parameter.ndim == 5:
+            parameter.data = parameter.data.contiguous(memory_format=torch.channels_last_3d)
+    return vae
 
 
 def psnr(mse: Tensor) -> float:

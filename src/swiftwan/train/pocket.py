@@ -1,0 +1,97 @@
+"""The commands that make the pocket model: ``swiftwan train pocket-vae``, then ``pocket-dit``.
+
+Each can be killed and started again with the same words; it goes on where it was.
+"""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+app = typer.Typer(add_completion=False, no_args_is_help=True)
+OutOption = Annotated[Path, typer.Option(help="The run's folder; a run in it is continued.")]
+
+
+@app.command("pocket-vae")
+def pocket_vae(
+    out: OutOption,
+    steps: int = 9000,
+    batch: int = 32,
+    num_frames: int = 17,
+    seed: int = 1,
+    learning_rate: float = 1.5e-3,
+    device: str = "cuda",
+) -> None:
+    """Train the pocket VAE; writes OUT/vae in diffusers' layout."""
+    import torch
+
+    from swiftwan.train import pocket_vae as recipe
+    from swiftwan.weights.load import save_weights
+
+    where = torch.device(device)
+    vae = recipe.train(
+        out,
+        steps=steps,
+        batch=batch,
+        num_frames=num_frames,
+        device=where,
+        seed=seed,
+        learning_rate=learning_rate,
+    )
+    save_weights(vae.state_dict(), out / "vae", recipe.as_config_json(vae.config))
+    report = {"psnr_held_out": recipe.evaluate(vae.float(), clip_count=64, device=where)}
+    (out / "report.json").write_text(json.dumps(report))
+    typer.echo(json.dumps(report))
+
+
+@app.command("pocket-dit")
+def pocket_dit(
+    vae: Annotated[Path, typer.Option(help="The folder that pocket-vae wrote, or a model's vae folder.")],
+    out: OutOption,
+    steps: int = 24000,
+    batch: int = 256,
+    clips: int = 160_000,
+    stop_at: Annotated[int | None, typer.Option(help="Pause after this step.")] = None,
+    seed: int = 2,
+    learning_rate: float = 1e-3,
+    device: str = "cuda",
+) -> None:
+    """Train the pocket transformer and text encoder; writes OUT/transformer, OUT/text_encoder, OUT/tokenizer."""
+    import torch
+
+    from swiftwan.models.config import VAEConfig
+    from swiftwan.models.vae import WanVAE
+    from swiftwan.train import pocket_dit as recipe
+    from swiftwan.train.pocket_tokenizer import build
+    from swiftwan.train.pocket_vae import channels_last
+    from swiftwan.weights.load import load_weights, save_weights
+
+    where = torch.device(device)
+    folder = vae / "vae" if (vae / "vae").is_dir() else vae
+    with torch.device("meta"):
+        coder = WanVAE(VAEConfig.from_json(json.loads((folder / "config.json").read_text())))
+    load_weights(
+        coder, sorted(folder.glob("*.safetensors")), device=where, dtype=torch.float32, component="vae"
+    )
+    channels_last(coder)
+    data = recipe.make_latents(coder, clips, seed=seed, split="train", device=where)
+    held_out = recipe.make_latents(coder, 256, seed=seed + 1, split="held-out", device=where)
+    model = recipe.train(
+        out,
+        data,
+        held_out,
+        steps=steps,
+        batch=batch,
+        device=where,
+        seed=seed,
+        learning_rate=learning_rate,
+        stop_at=stop_at,
+    )
+    transformer_json = {"_class_name": "WanTransformer3DModel"} | model.transformer.config.to_json()
+    save_weights(model.transformer.state_dict(), out / "transformer", transformer_json)
+    model.text.save_pretrained(out / "text_encoder")
+    build().save_pretrained(out / "tokenizer")
