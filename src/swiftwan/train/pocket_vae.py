@@ -8,6 +8,7 @@ the transformer has to learn (arXiv 2112.10752).
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import asdict, replace
 from pathlib import Path
 
@@ -40,23 +41,39 @@ def train(
     device: torch.device,
     seed: int,
     learning_rate: float,
+    start: Mapping[str, Tensor] | None = None,
 ) -> WanVAE:
-    """Train, or go on training, and return the VAE with averaged weights and measured latent statistics."""
+    """Train, or go on training, and return the VAE with averaged weights and measured latent statistics.
+
+    Train on the length that will be decoded: after 17 frames only, frames 1 to 21 came back at 35 dB and
+    those after it at 15, since a causal layer had never seen a past so long (LOG.md, 2026-11-21).
+    """
     torch.manual_seed(seed)
-    vae = channels_last(WanVAE(POCKET_VAE).to(device))
+    vae = WanVAE(POCKET_VAE)
+    if start is not None:
+        vae.load_state_dict(start)
+    vae = channels_last(vae.to(device))
     run = Run(folder, vae, Schedule(steps, learning_rate), ema_decay=0.999)
+    latent_shape = (batch, POCKET_VAE.z_dim, (num_frames - 1) // 4 + 1, 16, 16)
+
+    def rebuild(video: Tensor, noise: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        mean, logvar = vae.moments(video)
+        logvar = logvar.float().clamp(-20, 10)
+        return vae.decode_raw(mean + (0.5 * logvar).exp() * noise), mean.float(), logvar
+
+    on_gpu = device.type == "cuda"
+    if on_gpu:  # 228 -> 111 ms a step of 32 clips of 17 frames on an H200 (torch 2.11)
+        rebuild = torch.compile(rebuild, dynamic=False)
     while run.step < steps:
         step_seed = seed_of(seed, run.step)
         video = clips(batch, seed=step_seed, num_frames=num_frames, device=device)
         generator = torch.Generator(device).manual_seed(step_seed)
-        with torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda"):
-            mean, logvar = vae.moments(video)
-            logvar = logvar.float().clamp(-20, 10)
-            noise = torch.randn(mean.shape, generator=generator, device=device)
-            rebuilt = vae.decode_raw(mean + (0.5 * logvar).exp() * noise)
+        noise = torch.randn(latent_shape, generator=generator, device=device)
+        with torch.autocast(device.type, torch.bfloat16, enabled=on_gpu):
+            rebuilt, mean, logvar = rebuild(video, noise)
         error = rebuilt.float() - video
         mse = error.square().mean()
-        kl = 0.5 * (mean.float().square() + logvar.exp() - 1 - logvar).mean()
+        kl = 0.5 * (mean.square() + logvar.exp() - 1 - logvar).mean()
         norm = run.update(error.abs().mean() + 4 * mse + KL_WEIGHT * kl)
         if run.step % LOG_EVERY == 0:
             run.log(psnr=psnr(mse), kl=kl.item(), gradient_norm=norm.item())
