@@ -95,6 +95,12 @@ class Run:
         with (self.folder / "log.jsonl").open("a") as log:
             log.write(json.dumps(row) + "\n")
 
+    @torch.no_grad()
+    def deliver(self) -> None:
+        """Put the averaged weights into the model; the run itself goes on from the saved state only."""
+        for name, parameter in self.parameters.items():
+            parameter.copy_(self.average[name])
+
     def save(self) -> None:
         """Write the state whole or not at all."""
         tensors: dict[str, Tensor] = {}

@@ -186,7 +186,7 @@ def train(
             run.log(**validate(model, held_out, device=device))
             run.save()
     run.save()
-    model.load_state_dict({**model.state_dict(), **run.average})
+    run.deliver()
     return model.eval()
 
 

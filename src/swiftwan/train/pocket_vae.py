@@ -79,7 +79,7 @@ def train(
             run.log(psnr=psnr(mse), kl=kl.item(), gradient_norm=norm.item())
         if run.step % SAVE_EVERY == 0 or run.step == steps:
             run.save()
-    vae.load_state_dict(run.average)
+    run.deliver()
     return measured(vae.eval(), seed=seed, device=device)
 
 
