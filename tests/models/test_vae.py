@@ -24,7 +24,7 @@ def relative_error(ours: Tensor, theirs: Tensor) -> float:
 
 
 def diffusers_vae(config: VAEConfig) -> AutoencoderKLWan:
-    fields = asdict(config).items()
+    values = asdict(config).items()
     return AutoencoderKLWan(
         **{key: list(value) if isinstance(value, tuple) else value for key, value in fields}
     )
