@@ -24,10 +24,8 @@ def relative_error(ours: Tensor, theirs: Tensor) -> float:
 
 
 def diffusers_vae(config: VAEConfig) -> AutoencoderKLWan:
-    values = asdict(config).items()
-    return AutoencoderKLWan(
-        **{key: list(value) if isinstance(value, tuple) else value for key, value in fields}
-    )
+    values = {key: list(v) if isinstance(v, tuple) else v for key, v in asdict(config).items()}
+    return AutoencoderKLWan(**values)
 
 
 def same_weights(config: VAEConfig, seed: int = 0) -> tuple[WanVAE, AutoencoderKLWan]:
