@@ -7,6 +7,7 @@ github.com/Wan-Video/Wan2.1 (wan/modules/vae.py) and Wan2.2 (wan/modules/vae2_2.
 from __future__ import annotations
 
 from collections.abc import Iterator
+from typing import Self
 
 import torch
 import torch.nn.functional as F
@@ -16,6 +17,7 @@ from swiftwan.errors import RequestError, WeightsError
 from swiftwan.models.config import VAEConfig
 from swiftwan.models.vae_blocks import (
     CausalConv3d,
+    Conv3d,
     Downsample,
     MidBlock,
     ResidualBlock,
@@ -24,6 +26,8 @@ from swiftwan.models.vae_blocks import (
     RMSNorm,
     Stream,
     UpBlock,
+    conv_stacked,
+    conv_volume,
 )
 from swiftwan.models.vae_tiles import Tiles, Tiling
 
@@ -115,9 +119,23 @@ class WanVAE(nn.Module):
         self.config = config
         self.patch = config.patch_size or 1
         self.encoder = Encoder(config)
-        self.quant_conv = nn.Conv3d(2 * config.z_dim, 2 * config.z_dim, 1)
-        self.post_quant_conv = nn.Conv3d(config.z_dim, config.z_dim, 1)
+        self.quant_conv = Conv3d(2 * config.z_dim, 2 * config.z_dim, 1)
+        self.post_quant_conv = Conv3d(config.z_dim, config.z_dim, 1)
         self.decoder = Decoder(config)
+
+    def prepare(self, device: torch.device | str) -> Self:
+        """Move to ``device``, and choose how convolutions run there. Call once, when the weights are loaded.
+
+        The results are equal but for rounding, and both ways are differentiable; a model that was never
+        prepared runs plain ``conv3d``.
+        """
+        convolve = conv_stacked if torch.device(device).type == "cpu" else conv_volume
+        for layer in self.modules():
+            if isinstance(layer, Conv3d):
+                layer.convolve = convolve
+            elif isinstance(layer, nn.Conv2d):
+                layer.weight.data = layer.weight.data.to(memory_format=torch.channels_last)
+        return self.to(device)
 
     @property
     def latents_mean(self) -> Tensor:

@@ -77,7 +77,7 @@ class Tiles:
 
 
 def _blend(before: Tensor, tile: Tensor, overlap: int, dim: int) -> Tensor:
-    """Fade along ``dim`` from ``before`` to ``tile``, where the end of one lies over the start of the other."""
+    """Fade along ``dim`` from ``before`` to ``tile``, whose ends overlap."""
     overlap = min(before.shape[dim], tile.shape[dim], overlap)
     weight = torch.arange(overlap, device=tile.device, dtype=tile.dtype) / max(overlap, 1)
     weight = weight.view(-1, *[1] * (tile.ndim - 1 - dim))
