@@ -55,13 +55,13 @@ def wrong_share(clips, scenes):
 
 @pytest.mark.parametrize("split", ["train", "held-out"])
 def test_true_clips_are_right(split):
-    scenes = sample_scenes(64, 21, split)
+    scenes = sample_scenes(48, 21, split)
     wrong, seen = wrong_share(to_bytes(draw(scenes, 100)), scenes)
     assert max(wrong.values()) <= 0.01, seen
 
 
 def test_blurred_noisy_paled_clips_are_right():
-    scenes = sample_scenes(48, 22, "all")
+    scenes = sample_scenes(32, 22, "all")
     clips = blur(draw(scenes, 200), sigma=1.0) * 0.95 + 0.02
     noise = torch.randn(clips.shape, generator=torch.Generator().manual_seed(0))
     wrong, seen = wrong_share(to_bytes(clips + 0.04 * noise), scenes)
@@ -69,7 +69,7 @@ def test_blurred_noisy_paled_clips_are_right():
 
 
 def test_any_wrong_word_is_told():
-    scenes = sample_scenes(48, 23, "all")
+    scenes = sample_scenes(32, 23, "all")
     told, asked = Counter(), Counter()
     for number, (frames, scene) in enumerate(zip(to_bytes(draw(scenes, 300)), scenes, strict=True)):
         seen = read_clip(frames)
