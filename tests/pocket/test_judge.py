@@ -23,6 +23,15 @@ from swiftwan.pocket.world import (
 WORDS = {"colour": COLOURS, "shape": SHAPES, "motion": MOTIONS, "size": RADII}
 
 
+@pytest.fixture(autouse=True, scope="module")
+def one_thread():
+    """Many small operations: on two busy cores a second thread made this file six times slower."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
 def to_bytes(clips):
     return ((clips + 1) * 127.5).round().clamp(0, 255).byte().movedim(1, -1).contiguous()
 
