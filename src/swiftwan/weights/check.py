@@ -13,6 +13,7 @@ import json
 import logging
 import math
 import os
+import re
 import tempfile
 from collections.abc import Iterable, Mapping, Sequence
 from fnmatch import fnmatchcase
@@ -163,11 +164,13 @@ def sha256(path: Path) -> str:
     return digest
 
 
-def hub_sha256(path: Path) -> str | None:
-    """The published SHA-256 of a file in the hub's cache: large files lie there under it as their name."""
-    name = path.resolve().name
-    is_digest = len(name) == 64 and set(name) <= set("0123456789abcdef")
-    return name if is_digest and path.is_symlink() else None
+def hub_digests(folder: Path) -> dict[str, str]:
+    """Published SHA-256 of the large files of a snapshot in the hub's cache: each links to a blob of that name."""
+    digests = {}
+    for path in folder.rglob("*"):
+        if path.is_symlink() and re.fullmatch("[0-9a-f]{64}", path.resolve().name):
+            digests[path.relative_to(folder).as_posix()] = path.resolve().name
+    return digests
 
 
 def write_manifest(folder: Path) -> Path:
