@@ -165,7 +165,7 @@ def sha256(path: Path) -> str:
 
 
 def hub_digests(folder: Path) -> dict[str, str]:
-    """Published SHA-256 of the large files of a snapshot in the hub's cache: each links to a blob of that name."""
+    """Published SHA-256 of the large files of a hub snapshot, each a link to a blob of that name."""
     digests = {}
     for path in folder.rglob("*"):
         if path.is_symlink() and re.fullmatch("[0-9a-f]{64}", path.resolve().name):

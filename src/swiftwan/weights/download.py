@@ -95,7 +95,7 @@ def _left_by_another_tool(hub_id: str, revision: str | None) -> Path | None:
 
     try:
         folder = Path(
-            snapshot_download(hub_id, revision=revision, local_files_only=True, allow_patterns=WANTED)
+            snapshot_download(hub_id, revision=revision, local_files_only=True, allow_patterns=list(WANTED))
         )
     except LocalEntryNotFoundError:
         return None

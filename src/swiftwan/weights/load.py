@@ -227,7 +227,7 @@ def _refuse_if_too_large(folder: Path, need: int) -> None:
     have = shutil.disk_usage(folder.parent).free
     if need > have:
         raise OutputError(
-            f"{folder} needs {need / 1e9:.1f} GB, its disk has {have / 1e9:.1f} GB free; choose another folder"
+            f"{folder} needs {need / 1e9:.1f} GB, its disk has {have / 1e9:.1f} GB free; choose another"
         )
 
 
@@ -244,13 +244,19 @@ def _write_shards(folder: Path, tensors: Mapping[str, Tensor], max_shard_bytes: 
     if len(shards) == 1:
         files = [f"{_STEM}.safetensors"]
     for file, names in zip(files, shards, strict=True):
-        save_file({n: tensors[n].cpu().contiguous() for n in names}, folder / file, metadata={"format": "pt"})
+        save_file({n: _owned(tensors[n]) for n in names}, folder / file, metadata={"format": "pt"})
         _sync(folder / file)
     if len(shards) > 1:
         weight_map = {name: file for file, names in zip(files, shards, strict=True) for name in names}
         total = sum(t.nbytes for t in tensors.values())
         index = {"metadata": {"total_size": total}, "weight_map": weight_map}
         _write(folder / f"{_STEM}.safetensors.index.json", index)
+
+
+def _owned(tensor: Tensor) -> Tensor:
+    """On the CPU, contiguous, with a storage of its own: safetensors refuses slices of a shared one."""
+    tensor = tensor.cpu().contiguous()
+    return tensor if tensor.untyped_storage().nbytes() == tensor.nbytes else tensor.clone()
 
 
 def _write(path: Path, values: Mapping[str, Any]) -> None:
