@@ -1,6 +1,7 @@
 """Tiny Wan models, written by diffusers and transformers themselves."""
 
 import json
+import shutil
 from pathlib import Path
 
 import pytest
@@ -26,9 +27,8 @@ def own_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return tmp_path / "cache" / "swiftwan"
 
 
-@pytest.fixture
-def tiny(tmp_path: Path) -> Path:
-    """A T2V folder by ``WanPipeline.save_pretrained``, its transformer in several shards."""
+@pytest.fixture(scope="session")
+def tiny_template(tmp_path_factory: pytest.TempPathFactory) -> Path:
     torch.manual_seed(torch.seed() % 1000)
     pipeline = WanPipeline(
         tokenizer=None,
@@ -39,14 +39,20 @@ def tiny(tmp_path: Path) -> Path:
         ),
         transformer=WanTransformer3DModel(**TINY_DIT),
     )
-    folder = tmp_path / "tiny-wan"
-    pipeline.save_pretrained(folder, max_shard_size="30KB")
-    # A real tokenizer would need a vocabulary; these files are only looked for, not read.
+    folder = tmp_path_factory.mktemp("template") / "tiny-wan"
+    pipeline.save_pretrained(folder)
+    (folder / "transformer" / "diffusion_pytorch_model.safetensors").unlink()
+    pipeline.transformer.save_pretrained(folder / "transformer", max_shard_size="30KB")
+    # A real tokenizer would need a vocabulary; this file is only looked for, not read.
     (folder / "tokenizer").mkdir()
     (folder / "tokenizer" / "tokenizer.json").write_text("{}")
-    edit(folder / "model_index.json", tokenizer=["transformers", "T5TokenizerFast"])
+    index = json.loads((folder / "model_index.json").read_text())
+    index["tokenizer"] = ["transformers", "T5TokenizerFast"]
+    (folder / "model_index.json").write_text(json.dumps(index))
     return folder
 
 
-def edit(path: Path, **changes: object) -> None:
-    path.write_text(json.dumps(json.loads(path.read_text()) | changes))
+@pytest.fixture
+def tiny(tiny_template: Path, tmp_path: Path) -> Path:
+    """A T2V folder by ``WanPipeline.save_pretrained``, its transformer in several shards."""
+    return Path(shutil.copytree(tiny_template, tmp_path / "tiny-wan"))

@@ -57,13 +57,13 @@ def _download(hub_id: str, revision: str | None) -> Path:
 
     commit, files = _list_files(HfApi(library_name="swiftwan"), hub_id, revision)
     _refuse_if_too_large(hub_id, commit, files)
-    folder = _fetch(hub_id, commit, list(files))
+    folder = _fetch(hub_id, revision, list(files))
     digests = {name: file.lfs.sha256 for name, file in files.items() if file.lfs}
     if damaged := _damaged(folder, digests):
         for name in damaged:
             (folder / name).resolve().unlink()
             (folder / name).unlink(missing_ok=True)
-        _fetch(hub_id, commit, damaged)
+        _fetch(hub_id, revision, damaged)
         check.verify(folder, digests)
     record = {"folder": str(folder), "files": {name: digests.get(name) for name in files}}
     check.write_json(_record(hub_id, revision), record)
@@ -90,13 +90,10 @@ def _complete_here(hub_id: str, revision: str | None) -> Path | None:
 
 def _left_by_another_tool(hub_id: str, revision: str | None) -> Path | None:
     """A snapshot that ``hf download`` or diffusers left; ``read_layout`` says what it lacks, if anything."""
-    from huggingface_hub import snapshot_download
     from huggingface_hub.errors import LocalEntryNotFoundError
 
     try:
-        folder = Path(
-            snapshot_download(hub_id, revision=revision, local_files_only=True, allow_patterns=list(WANTED))
-        )
+        folder = _fetch(hub_id, revision, list(WANTED), local_files_only=True)
     except LocalEntryNotFoundError:
         return None
     check.verify(folder, check.hub_digests(folder))
@@ -147,10 +144,19 @@ def _refuse_if_too_large(hub_id: str, commit: str, files: Mapping[str, Any]) -> 
         )
 
 
-def _fetch(hub_id: str, commit: str, names: list[str]) -> Path:
+def _fetch(hub_id: str, revision: str | None, names: list[str], *, local_files_only: bool = False) -> Path:
+    # By revision, not by commit: so the cache learns the branch too, and diffusers finds the model offline.
     from huggingface_hub import snapshot_download
 
-    return Path(snapshot_download(hub_id, revision=commit, allow_patterns=names, library_name="swiftwan"))
+    folder = snapshot_download(
+        hub_id,
+        revision=revision,
+        allow_patterns=names,
+        ignore_patterns=list(UNWANTED),
+        local_files_only=local_files_only,
+        library_name="swiftwan",
+    )
+    return Path(folder)
 
 
 def _damaged(folder: Path, digests: Mapping[str, str]) -> list[str]:

@@ -11,7 +11,7 @@ import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 from swiftwan.errors import WeightsError, did_you_mean
 from swiftwan.models.config import KNOWN_MODELS, KnownModel, TransformerConfig, VAEConfig
@@ -101,7 +101,7 @@ def locate(model: str, *, revision: str | None = None) -> Source:
         return Folder(download(known.hub_id, revision), known.name)
     if _HUB_ID.fullmatch(model):
         return Folder(download(model, revision), model)
-    if path.exists() or path.suffix in (".safetensors", ".gguf", *_PICKLES):
+    if model and path.exists() or path.suffix in (".safetensors", ".gguf", *_PICKLES):
         raise WeightsError(_what_is_wrong_with(path))
     _known_or_raise(model)
     raise AssertionError(model)
@@ -299,14 +299,13 @@ def _shard_names(index: Path) -> list[str]:
     weight_map = _read_object(index).get("weight_map")
     if not isinstance(weight_map, dict) or not weight_map:
         raise WeightsError(f"{index} is damaged: it has no weight_map; download it again")
-    names = set(weight_map.values())
-    for name in names:
+    for name in weight_map.values():
         # An index may come from anyone: a shard is a plain file name beside it, nothing else.
         if not isinstance(name, str) or not re.fullmatch(r"[\w-][\w.-]*\.safetensors", name):
             raise WeightsError(
                 f"{index} names {name!r}; a shard must be a .safetensors file in the same folder"
             )
-    return sorted(cast("set[str]", names))
+    return sorted(set(weight_map.values()))
 
 
 def _no_weights(here: Path, component: str, wanted: str) -> str:

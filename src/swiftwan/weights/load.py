@@ -188,7 +188,8 @@ def _assign(module: nn.Module, names: Sequence[str], tensor: Tensor) -> None:
         if old is None:
             owner._buffers[leaf] = tensor
             continue
-        shared = shared or nn.Parameter(tensor, requires_grad=old.requires_grad)
+        if shared is None:
+            shared = nn.Parameter(tensor, requires_grad=old.requires_grad and tensor.is_floating_point())
         owner._parameters[leaf] = shared
 
 
