@@ -2,6 +2,8 @@ import dataclasses
 import json
 import os
 import shutil
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -128,6 +130,12 @@ def test_pocket(tiny: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     content[-1] ^= 4
     shard.write_bytes(content)
     assert f"1 damaged (SHA-256 differs) (vae/{shard.name})" in refused(locate, "pocket")
+
+
+def test_finding_loads_no_heavy_library() -> None:
+    script = "import sys, swiftwan.weights.find; print({'torch', 'huggingface_hub'} & set(sys.modules))"
+    run = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
+    assert run.stdout.strip() == "set()"
 
 
 # --- read_layout

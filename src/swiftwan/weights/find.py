@@ -186,7 +186,9 @@ def read_layout(source: Folder) -> Layout:
     if configs["transformer"].get("image_dim") and "image_encoder" not in classes:
         problems.append("its transformer reads CLIP features, but there is no image_encoder")
     if problems:
-        raise WeightsError(f"{folder}: {'; '.join(problems)}; download it again or {_WAY_OUT}")
+        raise WeightsError(
+            f"{folder}: {'; '.join(problems)}; complete the folder or download the model again"
+        )
     for file in (f for component in files.values() for f in component):
         check.check_file(file)
 
