@@ -20,6 +20,10 @@ WAN_NEGATIVE_PROMPT = (
 )
 """``sample_neg_prompt`` of github.com/Wan-Video/Wan2.1 and Wan2.2, wan/configs/shared_config.py."""
 
+# Wan2.1 alone names the camera's faults first: wan/configs/wan_i2v_14B.py and wan/configs/__init__.py there.
+_NEGATIVE_PROMPT_I2V = "镜头晃动，" + WAN_NEGATIVE_PROMPT
+_NEGATIVE_PROMPT_FLF2V = "镜头切换，" + _NEGATIVE_PROMPT_I2V
+
 
 class _FromJson:
     @classmethod
@@ -191,7 +195,7 @@ KNOWN_MODELS: dict[str, KnownModel] = {
             hub_id="Wan-AI/Wan2.1-I2V-14B-480P-Diffusers",
             transformer=_DIT_I2V_14B,
             vae=WAN21_VAE,
-            defaults=Defaults(40, 3.0, 5.0, 81, 16, 832, 480),
+            defaults=Defaults(40, 3.0, 5.0, 81, 16, 832, 480, negative_prompt=_NEGATIVE_PROMPT_I2V),
             sizes=_SIZE_480P,
         ),
         KnownModel(
@@ -199,7 +203,7 @@ KNOWN_MODELS: dict[str, KnownModel] = {
             hub_id="Wan-AI/Wan2.1-I2V-14B-720P-Diffusers",
             transformer=_DIT_I2V_14B,
             vae=WAN21_VAE,
-            defaults=Defaults(40, 5.0, 5.0, 81, 16, 1280, 720),
+            defaults=Defaults(40, 5.0, 5.0, 81, 16, 1280, 720, negative_prompt=_NEGATIVE_PROMPT_I2V),
             sizes=_SIZE_720P,
         ),
         KnownModel(
@@ -209,7 +213,7 @@ KNOWN_MODELS: dict[str, KnownModel] = {
                 in_channels=36, image_dim=1280, added_kv_proj_dim=5120, pos_embed_seq_len=514
             ),
             vae=WAN21_VAE,
-            defaults=Defaults(50, 16.0, 5.0, 81, 16, 1280, 720),
+            defaults=Defaults(50, 16.0, 5.0, 81, 16, 1280, 720, negative_prompt=_NEGATIVE_PROMPT_FLF2V),
             sizes=_SIZE_720P,
         ),
         KnownModel(

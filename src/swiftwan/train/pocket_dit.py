@@ -16,6 +16,7 @@ from pathlib import Path
 
 import torch
 import torch.nn.functional as F
+from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from swiftwan.models.config import TransformerConfig
@@ -154,11 +155,16 @@ def train(
     learning_rate: float,
     shift: float = 2.0,
     stop_at: int | None = None,
+    start: Path | None = None,
 ) -> Pocket:
     """Train, or go on training, until ``stop_at`` or the end; returns the model with averaged weights."""
     torch.manual_seed(seed)
     model = Pocket(len(build())).to(device)
-    model.text.tie_weights()
+    if start is not None:
+        model.transformer.load_state_dict(load_file(start / "transformer.safetensors"))
+        model.text.load_state_dict(
+            load_file(start / "text.safetensors"), strict=False
+        )  # its embedding is tied
     run = Run(folder, model, Schedule(steps, learning_rate), ema_decay=0.9995)
     # Autocast would leave the residual stream in bf16 behind the first layer; small steps drown there.
     model.transformer.patch_embedding.register_forward_hook(lambda module, args, out: out.float())

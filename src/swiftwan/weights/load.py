@@ -1,0 +1,284 @@
+"""Tensors from files to a device, one at a time, and back.
+
+A module is built on the meta device, so it costs nothing, and each tensor goes from the file straight to
+where it will stay: host memory holds one tensor beside the pages of the file being read. Only names that
+the module itself has are ever assigned; a file cannot name an attribute.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import shutil
+import time
+import uuid
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from fnmatch import fnmatchcase
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import safe_open
+from safetensors.torch import save_file
+from torch import Tensor, nn
+
+from swiftwan.errors import OutputError, WeightsError
+from swiftwan.weights import check
+
+_STEM = "diffusion_pytorch_model"
+
+
+@dataclass(frozen=True)
+class LoadReport:
+    """What was loaded: ``bytes`` on the device, after conversion."""
+
+    component: str
+    tensors: int
+    bytes: int
+    seconds: float
+
+
+def load_weights(
+    module: nn.Module,
+    files: Sequence[Path],
+    *,
+    device: torch.device | str,
+    dtype: torch.dtype,
+    component: str,
+    keep_fp32: Sequence[str] = (),
+    ignore: Sequence[str] = (),
+) -> LoadReport:
+    """Fill a module built on meta from safetensors shards.
+
+    Floating-point tensors become ``dtype``, those whose name matches a glob of ``keep_fp32`` float32;
+    integers stay as they are. Names and shapes must agree exactly, except for names in the files that match
+    a glob of ``ignore``. Tied parameters need to be in the files once. Afterwards ``module.reset_buffers``
+    is called if there is such a method, for buffers that are computed rather than stored.
+
+    Raises WeightsError for damaged files and for anything missing, unexpected or of another shape.
+    """
+    started = time.perf_counter()
+    device = torch.device(device)
+    shapes, homes = _read_headers(files)
+    slots = _slots(module)
+    sources = {slot: next((n for n in names if n in homes), names[0]) for slot, names in slots.items()}
+    twins = {name for names in slots.values() for name in names}
+    expected = {source: tuple(slot.shape) for slot, source in sources.items()}
+    check.compare(
+        expected,
+        {n: s for n, s in shapes.items() if n in expected or n not in twins},
+        component,
+        ignore=ignore,
+    )
+    total = 0
+    for file in files:
+        # Opened on the CPU: the pages are read as the copy needs them, and leave with the file.
+        with safe_open(file, framework="pt", device="cpu") as shard:
+            for slot, source in sources.items():
+                if homes[source] == file:
+                    tensor = _convert(shard.get_tensor(source), device, _dtype_of(source, dtype, keep_fp32))
+                    _assign(module, slots[slot], tensor)
+                    total += tensor.nbytes
+    _finish(module, device)
+    return LoadReport(component, len(sources), total, time.perf_counter() - started)
+
+
+def randomize(
+    module: nn.Module,
+    *,
+    device: torch.device | str,
+    dtype: torch.dtype,
+    keep_fp32: Sequence[str] = (),
+    seed: int = 0,
+) -> None:
+    """Fill a module built on meta with random weights made on the device, tensor by tensor.
+
+    Norm weights are 1 and biases 0; the rest is normal with a standard deviation of 1/sqrt(fan-in), so
+    activations keep their size. The same seed gives the same weights on the same kind of device.
+    """
+    device = torch.device(device)
+    generator = torch.Generator(device).manual_seed(seed)
+    for slot, names in _slots(module).items():
+        name = names[0]
+        wanted = _dtype_of(name, dtype, keep_fp32) if slot.is_floating_point() else slot.dtype
+        tensor = torch.zeros(slot.shape, dtype=wanted, device=device)
+        owner, _, leaf = name.rpartition(".")
+        if "norm" in type(module.get_submodule(owner)).__name__.lower() and leaf in ("weight", "gamma"):
+            tensor.fill_(1)
+        elif isinstance(slot, nn.Parameter) and leaf != "bias" and slot.is_floating_point():
+            # Linear and Conv weights are (out, in, ...); lone tables (scale_shift_table) are (1, n, dim).
+            fan_in = math.prod(slot.shape[1:]) if leaf == "weight" else slot.shape[-1]
+            tensor.normal_(0, max(fan_in, 1) ** -0.5, generator=generator)
+        _assign(module, names, tensor)
+    _finish(module, device)
+
+
+def save_weights(
+    weights: nn.Module | Mapping[str, Tensor],
+    folder: Path,
+    component_config: Mapping[str, Any],
+    *,
+    max_shard_bytes: int = 5_000_000_000,
+) -> None:
+    """Write a component as diffusers does: ``config.json`` and ``diffusion_pytorch_model*.safetensors``.
+
+    ``folder`` appears whole or not at all: everything is written beside it, synced, and renamed. An earlier
+    version of the component there is replaced; a folder holding anything else is refused.
+
+    Raises OutputError: foreign files in ``folder``, not enough space, no permission.
+    """
+    tensors = _unique(weights.state_dict() if isinstance(weights, nn.Module) else weights)
+    temporary = folder.with_name(f".{folder.name}.{uuid.uuid4().hex[:8]}.tmp")
+    _refuse_foreign_files(folder)
+    try:
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        _refuse_if_too_large(folder, sum(t.nbytes for t in tensors.values()))
+        temporary.mkdir()
+        _write(temporary / "config.json", dict(component_config))
+        _write_shards(temporary, tensors, max_shard_bytes)
+        _replace_folder(temporary, folder)
+    except OSError as error:
+        raise OutputError(f"cannot write {folder}: {error.strerror}; choose another folder") from None
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+
+
+def _read_headers(files: Sequence[Path]) -> tuple[dict[str, check.Shape], dict[str, Path]]:
+    """Of all shards together: name -> shape, and name -> file."""
+    shapes: dict[str, check.Shape] = {}
+    homes: dict[str, Path] = {}
+    for file in files:
+        for name, shape in check.check_file(file).items():
+            if name in homes:
+                raise WeightsError(f"{name!r} is in both {homes[name]} and {file}; one of them is stale")
+            shapes[name], homes[name] = shape, file
+    return shapes, homes
+
+
+def _slots(module: nn.Module) -> dict[Tensor, list[str]]:
+    """Each stored tensor with its names: more than one where parameters are tied."""
+    slots: dict[Tensor, list[str]] = {}
+    for name, tensor in module.state_dict(keep_vars=True).items():
+        slots.setdefault(tensor, []).append(name)
+    return slots
+
+
+def _dtype_of(name: str, dtype: torch.dtype, keep_fp32: Iterable[str]) -> torch.dtype:
+    return torch.float32 if any(fnmatchcase(name, glob) for glob in keep_fp32) else dtype
+
+
+def _convert(tensor: Tensor, device: torch.device, dtype: torch.dtype) -> Tensor:
+    """On the device first, in the file's dtype: a bfloat16 file crosses the bus as bfloat16."""
+    on_device = tensor.to(device)
+    if tensor.is_floating_point():
+        on_device = on_device.to(dtype)
+    # On the CPU nothing may have been copied yet, and a view would keep the whole file mapped.
+    return on_device.clone() if on_device.data_ptr() == tensor.data_ptr() else on_device
+
+
+def _assign(module: nn.Module, names: Sequence[str], tensor: Tensor) -> None:
+    """Put one tensor at all its names; ``names`` come from the module, never from a file."""
+    shared: nn.Parameter | None = None
+    for name in names:
+        owner_path, _, leaf = name.rpartition(".")
+        owner = module.get_submodule(owner_path)
+        old = owner._parameters.get(leaf)
+        if old is None:
+            owner._buffers[leaf] = tensor
+            continue
+        if shared is None:
+            shared = nn.Parameter(tensor, requires_grad=old.requires_grad and tensor.is_floating_point())
+        owner._parameters[leaf] = shared
+
+
+def _finish(module: nn.Module, device: torch.device) -> None:
+    if reset_buffers := getattr(module, "reset_buffers", None):
+        reset_buffers(device)
+    left = [n for n, t in (*module.named_parameters(), *module.named_buffers()) if t.is_meta]
+    assert not left, f"still on meta: {', '.join(left)}; {type(module).__name__} needs reset_buffers(device)"
+    module.to(device)
+
+
+def _unique(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Tied tensors once, under their first name."""
+    seen: set[tuple[Any, ...]] = set()
+    unique = {}
+    for name, tensor in tensors.items():
+        key = (tensor.data_ptr(), tensor.shape, tensor.stride(), tensor.dtype, tensor.device)
+        if not tensor.numel() or key not in seen:
+            unique[name] = tensor.detach()
+        seen.add(key)
+    return unique
+
+
+def _refuse_foreign_files(folder: Path) -> None:
+    if not folder.exists():
+        return
+    if not folder.is_dir():
+        raise OutputError(f"{folder} is a file; give the name of a folder")
+    ours = ("config.json", f"{_STEM}*.safetensors", f"{_STEM}.safetensors.index.json", check.MANIFEST)
+    foreign = [p.name for p in folder.iterdir() if not any(fnmatchcase(p.name, glob) for glob in ours)]
+    if foreign:
+        raise OutputError(f"{folder} holds {foreign[0]!r}, which would be lost; give a new or empty folder")
+
+
+def _refuse_if_too_large(folder: Path, need: int) -> None:
+    have = shutil.disk_usage(folder.parent).free
+    if need > have:
+        raise OutputError(
+            f"{folder} needs {need / 1e9:.1f} GB, its disk has {have / 1e9:.1f} GB free; choose another"
+        )
+
+
+def _write_shards(folder: Path, tensors: Mapping[str, Tensor], max_shard_bytes: int) -> None:
+    shards: list[list[str]] = [[]]
+    size = 0
+    for name, tensor in tensors.items():
+        if shards[-1] and size + tensor.nbytes > max_shard_bytes:
+            shards.append([])
+            size = 0
+        shards[-1].append(name)
+        size += tensor.nbytes
+    files = [f"{_STEM}-{i:05d}-of-{len(shards):05d}.safetensors" for i in range(1, len(shards) + 1)]
+    if len(shards) == 1:
+        files = [f"{_STEM}.safetensors"]
+    for file, names in zip(files, shards, strict=True):
+        save_file({n: _owned(tensors[n]) for n in names}, folder / file, metadata={"format": "pt"})
+        _sync(folder / file)
+    if len(shards) > 1:
+        weight_map = {name: file for file, names in zip(files, shards, strict=True) for name in names}
+        total = sum(t.nbytes for t in tensors.values())
+        index = {"metadata": {"total_size": total}, "weight_map": weight_map}
+        _write(folder / f"{_STEM}.safetensors.index.json", index)
+
+
+def _owned(tensor: Tensor) -> Tensor:
+    """On the CPU, contiguous, with a storage of its own: safetensors refuses slices of a shared one."""
+    tensor = tensor.cpu().contiguous()
+    return tensor if tensor.untyped_storage().nbytes() == tensor.nbytes else tensor.clone()
+
+
+def _write(path: Path, values: Mapping[str, Any]) -> None:
+    path.write_text(json.dumps(values, indent=2, sort_keys=True) + "\n", encoding="utf-8")
+    _sync(path)
+
+
+def _sync(path: Path) -> None:
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+def _replace_folder(new: Path, folder: Path) -> None:
+    """Rename ``new`` to ``folder``; for an instant between two renames neither name exists, never a half."""
+    _sync(new)
+    old = new.with_suffix(".old")
+    if folder.exists():
+        folder.rename(old)
+    new.rename(folder)
+    _sync(folder.parent)
+    shutil.rmtree(old, ignore_errors=True)
