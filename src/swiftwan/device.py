@@ -128,7 +128,7 @@ def versions(device: Device | None = None) -> dict[str, str]:
 
     Read from the installed packages' metadata: nothing heavy is imported for it.
     """
-    found = {"swiftwan": _version("swiftwan"), "python": platform.python_version()}
+    found = {"swiftwan": _version("swiftwan", otherwise="source tree"), "python": platform.python_version()}
     found |= {name: _version(name) for name in ("torch", "diffusers", "transformers")}
     if device is not None and device.capability is not None:
         import torch
@@ -256,8 +256,8 @@ def _cpu_name() -> str:
     return named[1] if named else platform.machine()
 
 
-def _version(package: str) -> str:
+def _version(package: str, otherwise: str = "not installed") -> str:
     try:
         return metadata.version(package)
     except metadata.PackageNotFoundError:
-        return "not installed"
+        return otherwise

@@ -284,10 +284,10 @@ def _refuse(path: Path, error: OSError | ValueError) -> NoReturn:
     match getattr(error, "errno", None):
         case errno.ENOSPC | errno.EDQUOT:
             what = f"the disk of '{path.parent}' is full; free some room or write elsewhere"
-        case errno.EACCES | errno.EPERM | errno.EROFS:
-            what = f"the folder '{path.parent}' is not writable; choose another or change its permissions"
-        case errno.ENOENT | errno.ENOTDIR:
+        case errno.ENOENT | errno.ENOTDIR if not path.parent.is_dir():
             what = f"the folder '{path.parent}' does not exist; create it or choose another"
+        case errno.EACCES | errno.EPERM | errno.EROFS | errno.ENOENT:
+            what = f"the folder '{path.parent}' is not writable; choose another or change its permissions"
         case errno.ENAMETOOLONG:
             what = f"'{path.name[:40]}...' is too long a name for this disk; choose a shorter one"
         case _:
