@@ -1,7 +1,9 @@
 """The command line: exit codes, one line an error, clean standard output, and nothing left by Ctrl-C."""
 
+import contextlib
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -142,11 +144,11 @@ def shell(tmp_path: Path) -> Any:
     here.mkdir()
     source = Path(swiftwan.cli.__file__).parents[2]
 
-    def start(*arguments: str, **environment: str) -> subprocess.Popen[str]:
+    def start(*arguments: str, stderr: int = subprocess.PIPE, **environment: str) -> subprocess.Popen[str]:
         return subprocess.Popen(
             [sys.executable, "-m", "swiftwan", *arguments],
             stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE,
+            stderr=stderr,
             text=True,
             cwd=here,
             env=os.environ | {"PYTHONPATH": f"{plug_in}:{source}"} | environment,
@@ -478,6 +480,28 @@ def test_a_second_ctrl_c_does_not_wait(shell: Any) -> None:
             assert process.stdout.readline() == "ready\n"
             process.send_signal(signal.SIGINT)
         assert process.wait(timeout=10) == 130
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="needs a pseudo-terminal")
+def test_on_a_terminal_a_line_a_phase_remains(shell: Any) -> None:
+    import pty
+
+    ours, theirs = pty.openpty()
+    process = shell.start(
+        "generate", "x", *SMALL, "--out", "x.mp4", stderr=theirs, TERM="xterm", COLUMNS="80"
+    )
+    os.close(theirs)
+    seen = b""
+    with contextlib.suppress(OSError):  # EIO: the other end is closed
+        while chunk := os.read(ours, 2**16):
+            seen += chunk
+    os.close(ours)
+    assert process.communicate(timeout=30)[0] == "x.mp4\n"
+    assert process.returncode == 0
+    text = re.sub(r"\x1b\[[0-9;?]*[a-zA-Z]", "", seen.decode())
+    for phase in ("load", "text", "denoise", "decode", "save"):
+        assert re.search(rf"[✓*] {phase} +\d", text), text
+    assert re.search(r"4/4 +\d+ ms/step", text)
 
 
 def test_an_interrupt_that_was_swallowed_stops_the_next_step() -> None:

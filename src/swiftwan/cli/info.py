@@ -24,7 +24,7 @@ def info(
         if isinstance(value, dict):
             rows |= {f"{name}.{inner}": told for inner, told in value.items()}
         else:
-            rows[name] = " ".join(value) if isinstance(value, list) else value
+            rows[name] = (" ".join(value) or "none") if isinstance(value, list) else value
     width = max(map(len, rows))
     for name, told in rows.items():
         typer.echo(f"{name:<{width}}  {told}")

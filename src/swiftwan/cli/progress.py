@@ -18,7 +18,7 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, SpinnerColumn, Task, TextColumn
 from rich.text import Text
 
-from swiftwan.errors import Cancelled
+from swiftwan.errors import Cancelled, SwiftwanError
 
 if TYPE_CHECKING:
     from swiftwan.pipelines.request import StepEvent
@@ -121,6 +121,10 @@ class LiveDisplay(Display):
         told = f"[bold]{_seconds(seconds)}[/]" + (f"  [dim]{self.told()}[/]" if self.steps > 1 else "")
         self._progress.update(self._task, completed=1, total=1, told=told)
 
+    def drop(self) -> None:
+        """Take away the line of a phase that will not end; the error's line says more."""
+        self._progress.update(self._task, visible=False)
+
 
 class _BarWhileRunning(BarColumn):
     def render(self, task: Task) -> Any:
@@ -138,11 +142,16 @@ def shown(*, plain: bool) -> Iterator[Display]:
     columns = (
         SpinnerColumn(finished_text=f"[green]{done}[/]"),
         TextColumn("{task.description:<8}"),
-        _BarWhileRunning(bar_width=28),
         TextColumn("{task.fields[told]}"),
+        _BarWhileRunning(bar_width=28),
     )
     with Progress(*columns, console=console) as progress:
-        yield LiveDisplay(progress)
+        display = LiveDisplay(progress)
+        try:
+            yield display
+        except SwiftwanError:
+            display.drop()
+            raise
 
 
 @contextmanager
