@@ -1,0 +1,7 @@
+"""``python -m swiftwan`` is the command line."""
+
+import sys
+
+from swiftwan.cli import main
+
+sys.exit(main())
