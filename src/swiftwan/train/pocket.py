@@ -6,7 +6,6 @@ Each can be killed and started again with the same words; it goes on where it wa
 from __future__ import annotations
 
 import json
-from dataclasses import replace
 from pathlib import Path
 from typing import Annotated
 

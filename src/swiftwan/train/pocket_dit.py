@@ -19,16 +19,13 @@ import torch.nn.functional as F
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from swiftwan.models.config import TransformerConfig
+from swiftwan.models.config import POCKET
 from swiftwan.models.dit import WanTransformer
 from swiftwan.models.vae import WanVAE
 from swiftwan.pocket.world import Scene, draw, sample_scenes
 from swiftwan.train.loop import Run, Schedule, seed_of
 from swiftwan.train.pocket_tokenizer import build
 
-POCKET_DIT = TransformerConfig(
-    num_attention_heads=4, attention_head_dim=64, text_dim=192, ffn_dim=768, num_layers=7, freq_dim=256
-)
 POCKET_TEXT = {
     "d_model": 192,
     "d_kv": 32,
@@ -78,7 +75,7 @@ class Pocket(nn.Module):
         from transformers import UMT5Config, UMT5EncoderModel
 
         self.text = UMT5EncoderModel(UMT5Config(vocab_size=vocabulary, **POCKET_TEXT))
-        self.transformer = WanTransformer(POCKET_DIT)
+        self.transformer = WanTransformer(POCKET.transformer)
 
     def embed(self, tokens: Tensor) -> Tensor:
         """Token ids (B, S) to embeddings (B, S, 192), zero behind each prompt's end, as Wan pads them."""

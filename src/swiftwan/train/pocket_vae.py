@@ -15,12 +15,11 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from swiftwan.models.config import VAEConfig
+from swiftwan.models.config import POCKET, VAEConfig
 from swiftwan.models.vae import WanVAE
 from swiftwan.pocket.world import draw, sample_scenes
 from swiftwan.train.loop import Run, Schedule, seed_of
 
-POCKET_VAE = VAEConfig(base_dim=16, dim_mult=(1, 2, 3, 3), num_res_blocks=1)
 KL_WEIGHT = 1e-4
 LOG_EVERY = 50
 SAVE_EVERY = 1000
@@ -49,12 +48,12 @@ def train(
     those after it at 15, since a causal layer had never seen a past so long (LOG.md, 2026-11-21).
     """
     torch.manual_seed(seed)
-    vae = WanVAE(POCKET_VAE)
+    vae = WanVAE(POCKET.vae)
     if start is not None:
         vae.load_state_dict(start)
     vae = channels_last(vae.to(device))
     run = Run(folder, vae, Schedule(steps, learning_rate), ema_decay=0.999)
-    latent_shape = (batch, POCKET_VAE.z_dim, (num_frames - 1) // 4 + 1, 16, 16)
+    latent_shape = (batch, POCKET.vae.z_dim, (num_frames - 1) // 4 + 1, 16, 16)
 
     def rebuild(video: Tensor, noise: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         mean, logvar = vae.moments(video)
