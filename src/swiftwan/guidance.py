@@ -39,9 +39,7 @@ class Unguided:
 class SequentialGuidance:
     """Two passes, one after the other, as diffusers does it."""
 
-    def __init__(
-        self, transformer: WanTransformer, text: Embeddings, shape: tuple[int, ...], scale: float
-    ) -> None:
+    def __init__(self, transformer: WanTransformer, text: Embeddings, shape: tuple[int, ...], scale: float) -> None:
         assert text.negative is not None
         self.transformer, self.scale = transformer, scale
         self.condition = transformer.condition(text.prompt, shape)
@@ -56,9 +54,7 @@ class SequentialGuidance:
 class BatchedGuidance:
     """One pass over a batch of two: fewer launches, the same arithmetic."""
 
-    def __init__(
-        self, transformer: WanTransformer, text: Embeddings, shape: tuple[int, ...], scale: float
-    ) -> None:
+    def __init__(self, transformer: WanTransformer, text: Embeddings, shape: tuple[int, ...], scale: float) -> None:
         assert text.negative is not None
         self.transformer, self.scale = transformer, scale
         pair = torch.nn.utils.rnn.pad_sequence([text.prompt[0], text.negative[0]], batch_first=True)

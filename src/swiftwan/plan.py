@@ -61,11 +61,7 @@ def parse(spec: str) -> Technique:
 
 def write(technique: Technique) -> str:
     """The spec that :func:`parse` reads back."""
-    values = {
-        f.name: getattr(technique, f.name)
-        for f in fields(technique)
-        if getattr(technique, f.name) != f.default
-    }
+    values = {f.name: getattr(technique, f.name) for f in fields(technique) if getattr(technique, f.name) != f.default}
     value = values.pop("value", None)
     options = ",".join(f"{key}={item}" for key, item in values.items())
     return ":".join(part for part in (technique.name, value, options) if part)
@@ -180,9 +176,7 @@ def describe(model: str) -> Facts:
     assert isinstance(source, Folder)
     layout = read_layout(source)
     text_sizes = {k: v for k, v in layout.configs["text_encoder"].items() if k in UMT5_XXL}
-    family = identify(layout) or _family(
-        layout.boundary_ratio, layout.expand_timesteps, layout.transformer.in_channels
-    )
+    family = identify(layout) or _family(layout.boundary_ratio, layout.expand_timesteps, layout.transformer.in_channels)
     sized = KnownModel(
         name=source.name,
         hub_id="",
@@ -287,9 +281,7 @@ class Explanation:
         request, load, dtype = self.request, self.load, str(self.plan.settings.dtype).removeprefix("torch.")
         scale = f"{request.guidance_scale:g}"
         if request.guidance_scale_2 is not None:
-            scale += (
-                f" then {request.guidance_scale_2:g} below {self.facts.known.boundary_ratio:g} of the noise"
-            )
+            scale += f" then {request.guidance_scale_2:g} below {self.facts.known.boundary_ratio:g} of the noise"
         why = self.device.dtype_reason if self.plan.settings.dtype == self.device.dtype else "asked for"
         lines = [
             f"model      {self.facts.name}",

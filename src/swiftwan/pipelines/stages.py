@@ -28,9 +28,7 @@ def encode_text(text: TextEncoder, request: Request) -> Embeddings:
     Raises:
         RequestError: either is longer than Wan reads.
     """
-    guided = any(
-        scale is not None and scale > 1 for scale in (request.guidance_scale, request.guidance_scale_2)
-    )
+    guided = any(scale is not None and scale > 1 for scale in (request.guidance_scale, request.guidance_scale_2))
     negative = request.negative_prompt or ""
     text.check(request.prompt)
     text.check(negative)

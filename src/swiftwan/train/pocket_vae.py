@@ -106,23 +106,20 @@ def measured(vae: WanVAE, *, seed: int, device: torch.device, batch: int = 32) -
         flat = mean.double().transpose(0, 1).flatten(1)
         total, squares, count = total + flat.sum(1), squares + flat.square().sum(1), count + flat.shape[1]
     mean, std = total / count, (squares / count - (total / count).square()).sqrt()
-    rounded = {"latents_mean": mean, "latents_std": std}
-    vae.config = replace(
-        vae.config, **{k: tuple(round(x, 6) for x in v.tolist()) for k, v in rounded.items()}
-    )
+    vae.config = replace(vae.config, latents_mean=_rounded(mean), latents_std=_rounded(std))
     return vae
 
 
+def _rounded(values: Tensor) -> tuple[float, ...]:
+    return tuple(round(value, 6) for value in values.tolist())
+
+
 @torch.no_grad()
-def evaluate(
-    vae: WanVAE, *, clip_count: int, device: torch.device, seed: int = 77, split: str = "held-out"
-) -> float:
+def evaluate(vae: WanVAE, *, clip_count: int, device: torch.device, seed: int = 77, split: str = "held-out") -> float:
     """Mean PSNR in dB of unseen clips of 33 frames after the VAE and rounding to 8 bits."""
     values = []
     for index in range(0, clip_count, 16):
-        video = clips(
-            min(16, clip_count - index), seed=seed_of(seed, index), num_frames=33, device=device, split=split
-        )
+        video = clips(min(16, clip_count - index), seed=seed_of(seed, index), num_frames=33, device=device, split=split)
         for clip in video.split(1):
             frames = torch.cat(list(vae.stream_frames(vae.encode(clip))))
             rebuilt = frames.permute(3, 0, 1, 2).float() / 127.5 - 1

@@ -75,7 +75,7 @@ def _load(layout: Layout, device: torch.device, dtype: torch.dtype) -> Parts:
     return Parts(
         text=TextEncoder(_tokenizer(layout.folder / "tokenizer"), encoder),
         transformer=transformer("transformer", layout.transformer),
-        transformer_2=layout.transformer_2 and transformer("transformer_2", layout.transformer_2),
+        transformer_2=transformer("transformer_2", layout.transformer_2) if layout.transformer_2 else None,
         vae=vae.prepare(device),
         boundary_ratio=layout.boundary_ratio,
     )
