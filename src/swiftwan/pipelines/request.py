@@ -126,6 +126,18 @@ def _within(name: str, value: float | None, low: float, high: float) -> None:
         raise RequestError(f"{name} is {value}; allowed: {low} to {high}.")
 
 
+def _check_type(name: str, value: object) -> None:
+    """A file's values may be of any type; a bool counts as no number."""
+    wanted = _NUMBERS.get(name, (str,))
+    if isinstance(value, bool) or not isinstance(value, wanted):
+        raise RequestError(f"{name} is {value!r}; it must be {' or '.join(kind.__name__ for kind in wanted)}.")
+
+
+_NUMBERS: dict[str, tuple[type, ...]] = dict.fromkeys(
+    ("width", "height", "num_frames", "fps", "num_inference_steps", "seed"), (int,)
+) | dict.fromkeys(("guidance_scale", "guidance_scale_2", "flow_shift"), (int, float))
+
+
 @dataclass(frozen=True)
 class TextToVideo(Request):
     """A video from words."""
@@ -155,6 +167,7 @@ def request_from_json(values: Mapping[str, Any]) -> Request:
     for name in options:
         if name not in known:
             raise RequestError(f"{task.__name__} has no field '{name}'." + did_you_mean(name, known))
+        _check_type(name, options[name])
     return task(**options)
 
 

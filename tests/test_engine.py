@@ -1,0 +1,89 @@
+"""The engine on the embedded model: what a new user meets first."""
+
+import pytest
+import torch
+
+import swiftwan as sw
+from swiftwan.errors import MemoryLimitError, RequestError
+from swiftwan.pocket.judge import judge
+from swiftwan.pocket.world import parse_prompt
+
+PROMPT = "a red circle moves left over a blue background"
+
+
+@pytest.fixture(scope="module")
+def engine():
+    return sw.Engine.load("pocket", device="cpu")
+
+
+def test_the_embedded_model_shows_its_prompt(engine, tmp_path):
+    result = engine.run(sw.TextToVideo(PROMPT, seed=7))
+    verdict = judge(result.frames, parse_prompt(PROMPT))
+    assert verdict.background, verdict.seen
+    assert verdict.things[0].colour, verdict.seen
+    assert verdict.things[0].motion, verdict.seen
+    assert result.frames.shape == (33, 128, 128, 3)
+    assert result.latents.shape == (1, 16, 9, 16, 16)
+    assert set(result.seconds) == {"text", "denoise", "decode", "total"}
+    assert len(result.step_seconds) == 20
+    assert result.save(tmp_path / "out.mp4").stat().st_size > 2000
+
+
+def test_a_picture(engine, tmp_path):
+    result = engine.run(sw.TextToImage("a green star over a pink background", seed=1))
+    assert result.frames.shape == (1, 128, 128, 3)
+    assert result.save(tmp_path / "out.png").exists()
+
+
+def test_run_many_yields_in_order(engine):
+    requests = [sw.TextToVideo(PROMPT, seed=s, num_frames=5, num_inference_steps=2) for s in (1, 2)]
+    assert [result.request.seed for result in engine.run_many(requests)] == [1, 2]
+
+
+def test_a_long_prompt_says_what_would_be_cut(engine):
+    with pytest.raises(RequestError, match="It would be cut before: '.*word.*Shorten it"):
+        engine.run(sw.TextToVideo("word " * 600))
+
+
+def test_out_of_memory_says_what_would_fit(engine, monkeypatch):
+    def full(*args, **kwargs):
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    monkeypatch.setattr("swiftwan.pipelines.generate.denoise", full)
+    with pytest.raises(MemoryLimitError, match="29 frames should fit") as problem:
+        engine.run(sw.TextToVideo(PROMPT, seed=1))
+    assert "\n" not in str(problem.value)
+    assert problem.value.__cause__ is None
+    monkeypatch.undo()
+    assert engine.run(sw.TextToVideo(PROMPT, num_frames=5, num_inference_steps=1)).frames.shape[0] == 5
+
+
+def test_diffusers_runs_the_same_weights():
+    from importlib.resources import files
+
+    from diffusers import WanPipeline
+
+    peer = WanPipeline.from_pretrained(str(files("swiftwan.pocket") / "model"), torch_dtype=torch.float32)
+    peer.set_progress_bar_config(disable=True)
+    ours = sw.Engine.load("pocket", device="cpu", dtype="fp32").run(
+        sw.TextToVideo(PROMPT, seed=3, num_inference_steps=3, num_frames=9)
+    )
+    expected = peer(
+        PROMPT,
+        width=128,
+        height=128,
+        num_frames=9,
+        num_inference_steps=3,
+        guidance_scale=ours.request.guidance_scale,
+        generator=torch.Generator("cpu").manual_seed(3),
+        output_type="latent",
+    ).frames
+    assert ((ours.latents - expected).norm() / expected.norm()).item() < 1e-3
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+def test_the_gpu_shows_the_prompt_too():
+    result = sw.Engine.load("pocket").run(sw.TextToVideo(PROMPT, seed=7))
+    assert result.dtype == "bf16"
+    assert judge(result.frames, parse_prompt(PROMPT)).background

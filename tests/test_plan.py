@@ -1,0 +1,141 @@
+import pytest
+import torch
+
+import swiftwan as sw
+from swiftwan.device import pick_device
+from swiftwan.errors import PlanError, RequestError, UnavailableError, WeightsError
+from swiftwan.guidance import BatchedGuidance, SequentialGuidance
+from swiftwan.models.config import KNOWN_MODELS
+from swiftwan.models.dit import WanTransformer
+from swiftwan.plan import TECHNIQUES, estimate, make_plan, parse, write
+from swiftwan.weights.build import parameter_count
+
+CPU = pick_device("cpu")
+
+
+@pytest.mark.parametrize("spec", ["dtype:bf16", "batched-cfg", "vae:tiling", "vae:tiling:sample=128,stride=96", "tf32"])
+def test_a_spec_is_read_and_written_alike(spec):
+    assert write(parse(spec)) == spec
+
+
+def test_listing_order_does_not_matter():
+    specs = ["batched-cfg", "dtype:bf16", "vae:tiling"]
+    one, other = make_plan(specs, CPU), make_plan(specs[::-1], CPU)
+    assert one == other
+    assert one.specs == ("dtype:bf16", "vae:tiling", "batched-cfg")
+    assert one.guide is BatchedGuidance
+    assert one.settings.dtype is torch.bfloat16
+
+
+def test_an_empty_plan_is_the_plain_run():
+    plan = make_plan([], CPU)
+    assert plan.techniques == ()
+    assert plan.guide is SequentialGuidance
+
+
+@pytest.mark.parametrize(
+    ("specs", "words"),
+    [
+        (["batch-cfg"], "unknown technique 'batch-cfg'. Did you mean 'batched-cfg'"),
+        (["vae:tiling:smaple=3"], "has no option 'smaple'. Did you mean 'sample'"),
+        (["vae:tiling:sample=x"], "sample is 'x'; it must be int"),
+        (["vae:tiling:sample=64,stride=96"], "the stride must be 1 to sample"),
+        (["vae"], "needs a value"),
+        (["batched-cfg:3"], "takes no value '3'"),
+        (["dtype:int7"], "dtype is 'int7'"),
+        (["dtype:bf16", "dtype:fp16"], "both decide weights of"),
+        (["tf32"], "cannot run on"),
+        ("fastest", "unknown plan 'fastest'"),
+    ],
+    ids=str,
+)
+def test_bad_plans_say_what_and_how(specs, words):
+    with pytest.raises(PlanError, match=words.replace("(", r"\(")):
+        make_plan(specs, CPU)
+
+
+def test_all_problems_are_told_at_once():
+    with pytest.raises(PlanError) as problem:
+        make_plan(["nonsense", "tf32", "batched-cfg", "batched-cfg"], CPU)
+    message = str(problem.value)
+    assert "nonsense" in message
+    assert "tf32" in message
+    assert "both decide guidance" in message
+    assert "\n" not in message
+
+
+@pytest.mark.parametrize("name", TECHNIQUES)
+def test_each_technique_states_kind_and_reason(name):
+    kind = TECHNIQUES[name]
+    assert kind.kind in ("exact", "near", "approximate", "retrained")
+    assert kind.reason
+    assert kind.__doc__
+
+
+def test_work_of_known_models_matches_the_published_counts():
+    # inference.md 5.1 and 5.4: parameters, and TFLOP a forward at the official size (cross-attention's
+    # keys and values, which we compute once a prompt, are 0.2 % of theirs).
+    for name, parameters, tflop in (("wan2.1-t2v-1.3b", 1.419e9, 283.0), ("wan2.2-ti2v-5b", 5.0e9, 516.9)):
+        explanation = sw.explain(f"random:{name}", sw.TextToVideo("a cat"), plan=[], device="cpu")
+        assert parameter_count(KNOWN_MODELS[name].transformer) == pytest.approx(parameters, rel=2e-3)
+        assert explanation.load.tflop_per_forward == pytest.approx(tflop, rel=1e-2)
+
+
+def test_pocket_is_described_as_it_is_shipped():
+    explanation = sw.explain("pocket", sw.TextToVideo("a red circle"), plan=[], device="cpu", dtype="fp32")
+    engine = sw.Engine.load("pocket", device="cpu", dtype="fp32")
+    modules = (engine.parts.transformer, engine.parts.vae, engine.parts.text.encoder)
+    loaded = sum(parameter.nbytes for module in modules for parameter in module.parameters())
+    assert explanation.load.weight_bytes == loaded
+
+
+def test_explain_needs_no_weights(monkeypatch):
+    def refuse(*args, **kwargs):
+        raise AssertionError("explain loaded weights")
+
+    monkeypatch.setattr("swiftwan.weights.load.load_weights", refuse)
+    lines = sw.explain("wan2.2-t2v-a14b", sw.TextToVideo("a cat"), device="cpu").lines()
+    assert any("guidance 4 then 3" in line for line in lines)
+    assert any("80 forwards of 75600 tokens" in line for line in lines)
+
+
+@pytest.mark.parametrize(
+    ("model", "request_", "kind", "words"),
+    [
+        ("pockit", {}, WeightsError, "Did you mean 'pocket'"),
+        ("/no/such/folder", {}, WeightsError, "/no/such/folder"),
+        ("random:wan3", {}, WeightsError, "wan2"),
+        ("pocket", {"scheduler": "unicp"}, RequestError, "Did you mean 'unipc'"),
+        ("pocket", {"scheduler": "ddim"}, RequestError, "cannot run Wan: the model predicts flow"),
+        ("pocket", {"scheduler": "LMSDiscreteScheduler"}, RequestError, "extrapolates noise"),
+        ("pocket", {"scheduler": "euler_ancestral"}, RequestError, "variance-exploding"),
+        ("pocket", {"num_frames": 32}, RequestError, "29 or 33"),
+        ("wan2.2-i2v-a14b", {}, UnavailableError, "from an image"),
+    ],
+    ids=str,
+)
+def test_what_cannot_run_is_told_before_loading(model, request_, kind, words):
+    with pytest.raises(kind, match=words):
+        sw.explain(model, sw.TextToVideo("a cat", **request_), device="cpu")
+
+
+def test_cuda_without_cuda():
+    if torch.cuda.is_available():
+        pytest.skip("this machine has CUDA")
+    with pytest.raises(UnavailableError, match="cuda"):
+        sw.explain("pocket", sw.TextToVideo("a cat"), device="cuda")
+
+
+def test_two_experts_count_twice():
+    request = sw.TextToVideo("a cat")
+    one = sw.explain("random:wan2.1-t2v-14b", request, device="cpu")
+    two = sw.explain("random:wan2.2-t2v-a14b", request, device="cpu")
+    expert = parameter_count(one.facts.known.transformer) * 4
+    assert two.load.weight_bytes - one.load.weight_bytes == expert
+    assert estimate(two.request, two.facts, torch.bfloat16).weight_bytes * 2 == two.load.weight_bytes
+
+
+def test_the_transformer_is_counted_exactly():
+    config = KNOWN_MODELS["wan2.1-t2v-1.3b"].transformer
+    with torch.device("meta"):
+        assert parameter_count(config) == sum(p.numel() for p in WanTransformer(config).parameters())
