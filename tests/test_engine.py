@@ -63,7 +63,7 @@ def test_diffusers_runs_the_same_weights():
 
     from diffusers import WanPipeline
 
-    peer = WanPipeline.from_pretrained(str(files("swiftwan.pocket") / "model"), torch_dtype=torch.float32)
+    peer = WanPipeline.from_pretrained(str(files("swiftwan.pocket") / "model"), dtype=torch.float32)
     peer.set_progress_bar_config(disable=True)
     ours = sw.Engine.load("pocket", device="cpu", dtype="fp32").run(
         sw.TextToVideo(PROMPT, seed=3, num_inference_steps=3, num_frames=9)

@@ -169,7 +169,7 @@ def describe(model: str) -> Facts:
         WeightsError: there is no such model.
     """
     if model == POCKET.name:
-        return Facts(model, POCKET, text_parameters=1_193_856)
+        return Facts(model, POCKET, text_parameters=1_181_184)
     if known := known_model(model):
         return Facts(model, known, text_parameter_count(UMT5_XXL))
     source = locate(model)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from typing import Any
 
 import torch
@@ -25,7 +26,7 @@ def check_scheduler(name: str) -> None:
     """Raise RequestError for a scheduler that is unknown, or that cannot follow a flow prediction."""
     if name in SCHEDULERS:
         return
-    plain = name.lower().replace("_", "-").removesuffix("scheduler").removesuffix("-discrete")
+    plain = re.sub(r"[_\s]", "-", name.lower()).removesuffix("scheduler").removesuffix("discrete").strip("-")
     if plain in REFUSED:
         raise RequestError(
             f"scheduler '{name}' cannot run Wan: the model predicts flow (noise minus data), and {REFUSED[plain]}. "
