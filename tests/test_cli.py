@@ -160,9 +160,7 @@ def shell(tmp_path: Path) -> Any:
 # generate
 
 
-def test_generate_writes_a_video_and_names_it(
-    fake: types.SimpleNamespace, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_generate_writes_a_video_and_names_it(fake: types.SimpleNamespace, capsys: pytest.CaptureFixture[str]) -> None:
     code, out, err = call(capsys, "generate", PROMPT, *SMALL, "--seed", "7")
     assert code == 0
     assert out == "a-red-circle-moves-left-over-a-blue.mp4\n"
@@ -178,12 +176,8 @@ def test_generate_writes_a_video_and_names_it(
     assert call(capsys, "generate", PROMPT, *SMALL)[1] == "a-red-circle-moves-left-over-a-blue-2.mp4\n"
 
 
-def test_every_option_reaches_the_engine(
-    fake: types.SimpleNamespace, capsys: pytest.CaptureFixture[str]
-) -> None:
-    options = (
-        "--width 64 --height 48 --frames 9 --fps 24 --steps 3 --guidance 2.5 --guidance-2 1.5 --shift 4 "
-    )
+def test_every_option_reaches_the_engine(fake: types.SimpleNamespace, capsys: pytest.CaptureFixture[str]) -> None:
+    options = "--width 64 --height 48 --frames 9 --fps 24 --steps 3 --guidance 2.5 --guidance-2 1.5 --shift 4 "
     options += "--seed 3 --scheduler euler --negative blurry --device cpu --dtype fp32 --model pocket "
     options += "--with quantize:fp8 --with sparse-attention:keep=0.25,block=64 --out x.mp4"
     code, _, err = call(capsys, "generate", "a star", *options.split())
@@ -234,9 +228,7 @@ def test_json_is_one_object_on_a_clean_stdout(shell: Any) -> None:
 
 
 @pytest.mark.parametrize("name", ["first.mp4", "first.png"])
-def test_like_repeats_a_file(
-    fake: types.SimpleNamespace, capsys: pytest.CaptureFixture[str], name: str
-) -> None:
+def test_like_repeats_a_file(fake: types.SimpleNamespace, capsys: pytest.CaptureFixture[str], name: str) -> None:
     size = SMALL if name.endswith("mp4") else ("--width", "32", "--height", "32")
     given = (
         *size,
@@ -259,9 +251,7 @@ def test_like_repeats_a_file(
     assert Path(again).read_bytes() == Path(name).read_bytes()
 
 
-def test_given_values_override_the_file(
-    fake: types.SimpleNamespace, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_given_values_override_the_file(fake: types.SimpleNamespace, capsys: pytest.CaptureFixture[str]) -> None:
     call(capsys, "generate", PROMPT, *SMALL, "--seed", "5", "--with", "step-cache", "--out", "first.mp4")
     code, out, err = call(
         capsys, "generate", "a blue star", "--like", "first.mp4", "--seed", "6", "--plan", "none", "--json"
@@ -368,8 +358,7 @@ def test_our_own_mistake_is_one_line(
     code, out, err = call(capsys, "generate", "x")
     assert (code, out) == (1, "")
     assert err.splitlines()[-1] == (
-        "error: unexpected TypeError: two lines; please report; "
-        "run again with SWIFTWAN_TRACEBACK=1 for the traceback"
+        "error: unexpected TypeError: two lines; please report; run again with SWIFTWAN_TRACEBACK=1 for the traceback"
     )
     assert "Traceback" not in err
     monkeypatch.setenv("SWIFTWAN_TRACEBACK", "1")
@@ -487,9 +476,7 @@ def test_on_a_terminal_a_line_a_phase_remains(shell: Any) -> None:
     import pty
 
     ours, theirs = pty.openpty()
-    process = shell.start(
-        "generate", "x", *SMALL, "--out", "x.mp4", stderr=theirs, TERM="xterm", COLUMNS="80"
-    )
+    process = shell.start("generate", "x", *SMALL, "--out", "x.mp4", stderr=theirs, TERM="xterm", COLUMNS="80")
     os.close(theirs)
     seen = b""
     with contextlib.suppress(OSError):  # EIO: the other end is closed
@@ -517,9 +504,7 @@ def test_an_interrupt_that_was_swallowed_stops_the_next_step() -> None:
 # The other verbs
 
 
-def test_explain_loads_and_writes_nothing(
-    fake: types.SimpleNamespace, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_explain_loads_and_writes_nothing(fake: types.SimpleNamespace, capsys: pytest.CaptureFixture[str]) -> None:
     code, out, _ = call(capsys, "explain", "a star", "--with", "compile", "--out", "x.png")
     assert (code, out) == (0, "pocket runs TextToImage\nplan: ['compile']\n")
     code, out, _ = call(capsys, "explain", "a star", "--json")
@@ -597,9 +582,7 @@ def test_doctor_says_whether_generate_can_run(
     assert call(capsys, "doctor")[0] == code
 
 
-def test_doctor_survives_what_is_broken(
-    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_doctor_survives_what_is_broken(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     def broken() -> str:
         raise OSError("libcuda.so.1: cannot open\nshared object file")
 

@@ -172,9 +172,7 @@ def test_peak_bytes_grow_with_use() -> None:
 def test_import_probes_nothing() -> None:
     program = "import sys, swiftwan.device as d; d.versions(); d.host_memory(); print('torch' in sys.modules)"
     env = os.environ | {"PYTHONPATH": str(Path(device.__file__).parents[1])}
-    done = subprocess.run(
-        [sys.executable, "-c", program], capture_output=True, text=True, env=env, check=True
-    )
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, env=env, check=True)
     assert done.stdout == "False\n"
 
 

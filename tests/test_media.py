@@ -255,9 +255,7 @@ def test_a_full_disk(tmp_path: Path) -> None:
     )
     if "unshare" in done.stderr or "mount:" in done.stderr:
         pytest.skip(f"cannot mount here: {done.stderr.strip()}")
-    assert done.stdout == f"the disk of '{tmp_path}' is full; free some room or write elsewhere. []\n", (
-        done.stderr
-    )
+    assert done.stdout == f"the disk of '{tmp_path}' is full; free some room or write elsewhere. []\n", done.stderr
 
 
 @pytest.mark.skipif(not Path("/proc/self").exists(), reason="needs /proc, where root may not write either")

@@ -88,8 +88,7 @@ def cuda_problem() -> str | None:
 
     if torch.version.cuda is None and torch.version.hip is None:
         return (
-            f"this torch ({torch.__version__}) was built without CUDA: "
-            "install a CUDA build (pytorch.org/get-started)"
+            f"this torch ({torch.__version__}) was built without CUDA: install a CUDA build (pytorch.org/get-started)"
         )
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # torch warns here about what we are about to say as an error

@@ -102,9 +102,7 @@ def test_half_precision_stays_near_float32(dtype, worst):
 def test_lora_by_peft_finds_the_modules():
     peft = pytest.importorskip("peft")
     ours, _ = pair()
-    config = peft.LoraConfig(
-        r=2, target_modules=["to_q", "to_k", "to_v", "to_out.0", "ffn.net.0.proj", "ffn.net.2"]
-    )
+    config = peft.LoraConfig(r=2, target_modules=["to_q", "to_k", "to_v", "to_out.0", "ffn.net.0.proj", "ffn.net.2"])
     wrapped = peft.get_peft_model(ours, config)
     adapted = [name for name, _ in wrapped.named_parameters() if "lora_A" in name]
     assert len(adapted) == 3 * (4 + 4 + 2)

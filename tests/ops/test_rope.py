@@ -9,9 +9,7 @@ def rotated_by_complex_numbers(x, frames, height, width):
     head_dim = x.shape[-1]
     side = 2 * (head_dim // 6)
     turn = []
-    for position in torch.cartesian_prod(
-        torch.arange(frames), torch.arange(height), torch.arange(width)
-    ).double():
+    for position in torch.cartesian_prod(torch.arange(frames), torch.arange(height), torch.arange(width)).double():
         angles = [
             p * 10_000.0 ** -(torch.arange(0, dim, 2, dtype=torch.float64) / dim)
             for p, dim in zip(position, (head_dim - 2 * side, side, side), strict=True)

@@ -113,9 +113,7 @@ def test_other_sizes_and_lengths(num_frames, height, width):
 
 
 def test_nothing_of_the_world_is_seen_as_nothing():
-    noise = torch.randint(
-        0, 256, (5, 128, 128, 3), dtype=torch.uint8, generator=torch.Generator().manual_seed(1)
-    )
+    noise = torch.randint(0, 256, (5, 128, 128, 3), dtype=torch.uint8, generator=torch.Generator().manual_seed(1))
     seen = read_clip(noise)
     assert str(seen) == "nothing over no known background"
     verdict = compare(seen, sample_scenes(1, 0)[0])

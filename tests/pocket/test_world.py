@@ -128,9 +128,7 @@ def test_a_clip_depends_only_on_its_scene_and_seed():
     for i in (0, 4, 8):
         alone = draw([scenes[i]], 40 + i, num_frames=5, height=64, width=64)[0]
         torch.testing.assert_close(alone, clips[i], rtol=0, atol=1e-5)
-    assert (draw(scenes, 41, num_frames=5, height=64, width=64) - clips).abs().amax(
-        dim=(1, 2, 3, 4)
-    ).min() > 0.1
+    assert (draw(scenes, 41, num_frames=5, height=64, width=64) - clips).abs().amax(dim=(1, 2, 3, 4)).min() > 0.1
 
 
 def test_other_sizes_and_lengths():

@@ -34,9 +34,7 @@ def tiny_template(tmp_path_factory: pytest.TempPathFactory) -> Path:
         tokenizer=None,
         text_encoder=UMT5EncoderModel(UMT5Config(**TINY_TEXT)),
         vae=AutoencoderKLWan(**TINY_VAE),
-        scheduler=UniPCMultistepScheduler(
-            flow_shift=3.0, use_flow_sigmas=True, prediction_type="flow_prediction"
-        ),
+        scheduler=UniPCMultistepScheduler(flow_shift=3.0, use_flow_sigmas=True, prediction_type="flow_prediction"),
         transformer=WanTransformer3DModel(**TINY_DIT),
     )
     folder = tmp_path_factory.mktemp("template") / "tiny-wan"

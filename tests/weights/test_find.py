@@ -241,9 +241,7 @@ def test_links_within_the_hub_cache(tiny: Path, tmp_path: Path) -> None:
     assert len(layout.files["transformer"]) > 1
     blob = layout.files["vae"][0].resolve()
     blob.write_bytes(blob.read_bytes()[:-1] + b"!")
-    assert "1 damaged (SHA-256 differs) (vae/diffusion_pytorch_model.safetensors)" in refused(
-        locate, str(snapshot)
-    )
+    assert "1 damaged (SHA-256 differs) (vae/diffusion_pytorch_model.safetensors)" in refused(locate, str(snapshot))
 
 
 @pytest.mark.parametrize(

@@ -70,9 +70,7 @@ def test_round_trip(saved: tuple[Net, list[Path]]) -> None:
 def test_dtypes(saved: tuple[Net, list[Path]]) -> None:
     net, files = saved
     copy = on_meta()
-    load_weights(
-        copy, files, device="cpu", dtype=torch.bfloat16, keep_fp32=("norm.*", "scale_shift*"), component="n"
-    )
+    load_weights(copy, files, device="cpu", dtype=torch.bfloat16, keep_fp32=("norm.*", "scale_shift*"), component="n")
     assert {n for n, t in copy.state_dict().items() if t.dtype == torch.float32} == {
         "norm.weight",
         "norm.bias",
@@ -121,9 +119,7 @@ def test_names_in_a_file_are_never_attributes(tmp_path: Path) -> None:
 
 def test_one_name_in_two_shards(saved: tuple[Net, list[Path]], tmp_path: Path) -> None:
     save_file({"linear.weight": torch.zeros(4, 6)}, tmp_path / "again.safetensors")
-    text = refused(
-        lambda: load_weights(on_meta(), [*saved[1], tmp_path / "again.safetensors"], component="n", **CPU)
-    )
+    text = refused(lambda: load_weights(on_meta(), [*saved[1], tmp_path / "again.safetensors"], component="n", **CPU))
     assert "one of them is stale" in text
 
 
@@ -210,9 +206,7 @@ def test_saving_again_replaces_all(tmp_path: Path) -> None:
 
 def test_foreign_files_are_safe(tmp_path: Path) -> None:
     (tmp_path / "holiday.mp4").touch()
-    assert "'holiday.mp4', which would be lost" in refused(
-        lambda: save_weights(Net(), tmp_path, {}), OutputError
-    )
+    assert "'holiday.mp4', which would be lost" in refused(lambda: save_weights(Net(), tmp_path, {}), OutputError)
     assert "is a file" in refused(lambda: save_weights(Net(), tmp_path / "holiday.mp4", {}), OutputError)
 
 
@@ -223,9 +217,7 @@ def test_failed_save_leaves_the_old(tmp_path: Path, monkeypatch: pytest.MonkeyPa
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr("swiftwan.weights.load.save_file", full)
-    assert "No space left on device" in refused(
-        lambda: save_weights(Net(), tmp_path / "n", {"v": 2}), OutputError
-    )
+    assert "No space left on device" in refused(lambda: save_weights(Net(), tmp_path / "n", {"v": 2}), OutputError)
     assert [p.name for p in tmp_path.iterdir()] == ["n"]
     assert json.loads((tmp_path / "n" / "config.json").read_text()) == {"v": 1}
 
@@ -327,6 +319,4 @@ def test_host_memory_is_the_model_and_one_shard(tmp_path: Path) -> None:
     )
     grown, model = map(int, run.stdout.split())
     assert model == 128 * 2**20
-    assert (
-        grown < model + shard + 16 * 2**20
-    )  # measured: the model, one shard and 3 MiB, for shards of 8 to 256 MiB
+    assert grown < model + shard + 16 * 2**20  # measured: the model, one shard and 3 MiB, for shards of 8 to 256 MiB

@@ -27,9 +27,7 @@ _FILE = "File"
 class Asked:
     """The arguments of ``generate`` and ``explain``; None where nothing was said."""
 
-    prompt: Annotated[
-        str | None, Argument(help="What to show. Optional with --like.", show_default=False)
-    ] = None
+    prompt: Annotated[str | None, Argument(help="What to show. Optional with --like.", show_default=False)] = None
     model: Annotated[
         str | None,
         Option(help="Name, hub id, folder or random:NAME. Unset: pocket.", rich_help_panel=_RUN, metavar="M"),
@@ -62,12 +60,8 @@ class Asked:
     width: Annotated[int | None, Option(help="Pixels.", rich_help_panel=_REQUEST, metavar="N")] = None
     height: Annotated[int | None, Option(help="Pixels.", rich_help_panel=_REQUEST, metavar="N")] = None
     frames: Annotated[int | None, Option(help="4k + 1.", rich_help_panel=_REQUEST, metavar="N")] = None
-    fps: Annotated[int | None, Option(help="Frames per second.", rich_help_panel=_REQUEST, metavar="N")] = (
-        None
-    )
-    steps: Annotated[int | None, Option(help="Denoising steps.", rich_help_panel=_REQUEST, metavar="N")] = (
-        None
-    )
+    fps: Annotated[int | None, Option(help="Frames per second.", rich_help_panel=_REQUEST, metavar="N")] = None
+    steps: Annotated[int | None, Option(help="Denoising steps.", rich_help_panel=_REQUEST, metavar="N")] = None
     guidance: Annotated[
         float | None, Option(help="Guidance scale; 1 turns it off.", rich_help_panel=_REQUEST, metavar="X")
     ] = None
@@ -76,9 +70,9 @@ class Asked:
         Option("--guidance-2", help="Of the low-noise expert.", rich_help_panel=_REQUEST, metavar="X"),
     ] = None
     shift: Annotated[float | None, Option(help="Flow shift.", rich_help_panel=_REQUEST, metavar="X")] = None
-    seed: Annotated[
-        int | None, Option(help="Unset: drawn, and recorded.", rich_help_panel=_REQUEST, metavar="N")
-    ] = None
+    seed: Annotated[int | None, Option(help="Unset: drawn, and recorded.", rich_help_panel=_REQUEST, metavar="N")] = (
+        None
+    )
     scheduler: Annotated[
         str | None, Option(help="unipc, euler, heun, dpm++ or lcm.", rich_help_panel=_REQUEST, metavar="S")
     ] = None
@@ -103,9 +97,7 @@ class Asked:
     ] = None
     quality: Annotated[
         int,
-        Option(
-            help="1 (small) to 10 (visually lossless).", min=1, max=10, rich_help_panel=_FILE, metavar="N"
-        ),
+        Option(help="1 (small) to 10 (visually lossless).", min=1, max=10, rich_help_panel=_FILE, metavar="N"),
     ] = 8
     as_json: Annotated[
         bool,
@@ -185,9 +177,7 @@ def understand(asked: Asked) -> Run:
     if task != record.get("request", {}).get("task") and asked.frames is None:
         fields.pop("num_frames", None)  # a picture's one frame says nothing about a video, nor the other way
     if task == "TextToImage" and fields.pop("num_frames", 1) != 1:
-        raise RequestError(
-            f"--frames is {asked.frames}, and '{asked.out}' is a picture; name it .mp4 for a video."
-        )
+        raise RequestError(f"--frames is {asked.frames}, and '{asked.out}' is a picture; name it .mp4 for a video.")
     ending = ".png" if task == "TextToImage" else ".mp4"
     return Run(
         request=request_from_json(fields | {"task": task}),

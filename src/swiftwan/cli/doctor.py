@@ -91,14 +91,8 @@ def _torch() -> Iterator[Finding]:
     right = bool((ones @ ones == 16).all())
     build = f"CUDA {torch.version.cuda}" if torch.version.cuda else "CPU only"
     dtype = str(device.dtype).removeprefix("torch.")
-    told = (
-        f"{torch.__version__} ({build}) computes on {device.torch_device} in {dtype}: {device.dtype_reason}"
-    )
-    yield (
-        Finding("torch", "ok", told)
-        if right
-        else Finding("torch", "fail", f"a product of ones is wrong; {told}")
-    )
+    told = f"{torch.__version__} ({build}) computes on {device.torch_device} in {dtype}: {device.dtype_reason}"
+    yield (Finding("torch", "ok", told) if right else Finding("torch", "fail", f"a product of ones is wrong; {told}"))
 
 
 def _cpu() -> Iterator[Finding]:
@@ -108,11 +102,7 @@ def _cpu() -> Iterator[Finding]:
     total, free = host_memory()
     yield Finding("cpu", "ok", f"{cpu.name}, {cpu.cores} threads, {platform.system()} {platform.machine()}")
     told = f"{free / GIB:.1f} of {total / GIB:.1f} GiB free"
-    yield (
-        Finding("memory", "ok", told)
-        if free > 2 * GIB
-        else Finding("memory", "warn", f"{told}; 2 are advised")
-    )
+    yield (Finding("memory", "ok", told) if free > 2 * GIB else Finding("memory", "warn", f"{told}; 2 are advised"))
 
 
 def _disk() -> Iterator[Finding]:
@@ -136,11 +126,7 @@ def _video() -> Iterator[Finding]:
     from swiftwan.media import h264_problem
 
     problem = h264_problem()
-    yield (
-        Finding("video", "fail", problem)
-        if problem
-        else Finding("video", "ok", f"H.264 by PyAV {av.__version__}")
-    )
+    yield (Finding("video", "fail", problem) if problem else Finding("video", "ok", f"H.264 by PyAV {av.__version__}"))
 
 
 def _models() -> Iterator[Finding]:
@@ -149,9 +135,7 @@ def _models() -> Iterator[Finding]:
     pocket, *others = model_states()
     yield Finding("pocket", "ok" if pocket.here else "fail", pocket.state)
     here = [row.name for row in others if row.here]
-    yield Finding(
-        "models", "ok", f"here: {', '.join(here) or 'none'}; 'swiftwan models' lists all {len(others)}"
-    )
+    yield Finding("models", "ok", f"here: {', '.join(here) or 'none'}; 'swiftwan models' lists all {len(others)}")
 
 
 CHECKS: tuple[Callable[[], Iterator[Finding]], ...] = (_versions, _torch, _gpu, _cpu, _disk, _video, _models)

@@ -97,9 +97,7 @@ def _identity(path: Path) -> tuple[int, int] | None:
 
 def _likeness(like: Path, run: Run) -> str:
     plan = run.plan if isinstance(run.plan, str) else " ".join(run.plan) or "none"
-    return (
-        f"like {like}: model {run.model}, plan {plan}, seed {run.request.seed}, dtype {run.dtype or 'auto'}"
-    )
+    return f"like {like}: model {run.model}, plan {plan}, seed {run.request.seed}, dtype {run.dtype or 'auto'}"
 
 
 def _summary(result: Result) -> str:

@@ -47,9 +47,7 @@ def models(
     for row in rows:
         size = f"{row.weights_bytes / 1e9:6.1f} GB" if row.weights_bytes else "         "
         typer.echo(f"{row.name:<22} {size}  {row.state:<18} {row.hub_id or ''}".rstrip())
-    typer.echo(
-        "Sizes are of the weights in 16 bit; a download can be larger. A folder or a hub id works too."
-    )
+    typer.echo("Sizes are of the weights in 16 bit; a download can be larger. A folder or a hub id works too.")
 
 
 def model_states() -> list[ModelState]:
@@ -75,11 +73,7 @@ def _hub_state(hub_id: str) -> str:
     folder = Path(constants.HF_HUB_CACHE) / f"models--{hub_id.replace('/', '--')}"
     if any(folder.glob("blobs/*.incomplete")):
         return "partly here"
-    return (
-        "in the hub cache"
-        if isinstance(try_to_load_from_cache(hub_id, "model_index.json"), str)
-        else "not here"
-    )
+    return "in the hub cache" if isinstance(try_to_load_from_cache(hub_id, "model_index.json"), str) else "not here"
 
 
 def _weights_bytes(model: KnownModel) -> int:

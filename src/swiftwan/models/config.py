@@ -34,7 +34,7 @@ class _FromJson:
         return cls(**frozen)
 
     def to_json(self) -> dict[str, Any]:
-        return asdict(self)  # type: ignore[call-overload, no-any-return]
+        return asdict(self)  # type: ignore[call-overload]
 
 
 @dataclass(frozen=True)
@@ -258,3 +258,16 @@ POCKET_DEFAULTS = Defaults(
     height=128,
     negative_prompt="",
 )
+
+POCKET = KnownModel(
+    name="pocket",
+    hub_id="",
+    transformer=TransformerConfig(
+        num_attention_heads=4, attention_head_dim=64, text_dim=192, ffn_dim=768, num_layers=7
+    ),
+    vae=VAEConfig(base_dim=16, dim_mult=(1, 2, 3, 3), num_res_blocks=1),
+    defaults=POCKET_DEFAULTS,
+    expand_timesteps=True,
+    sizes=((128, 128),),
+)
+"""The embedded model (decision 0004); its latents' statistics are in its own config.json."""

@@ -13,6 +13,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import cast
 
 import torch
 import torch.nn.functional as F
@@ -84,9 +85,7 @@ class FeedForward(nn.Module):
     def __init__(self, in_dim: int, hidden_dim: int, out_dim: int, approximate: str) -> None:
         super().__init__()
         # net.1 is diffusers' dropout; the names net.0 and net.2 depend on it.
-        self.net = nn.ModuleList(
-            [GELU(in_dim, hidden_dim, approximate), nn.Identity(), nn.Linear(hidden_dim, out_dim)]
-        )
+        self.net = nn.ModuleList([GELU(in_dim, hidden_dim, approximate), nn.Identity(), nn.Linear(hidden_dim, out_dim)])
 
     def forward(self, x: Tensor) -> Tensor:
         return self.net[2](self.net[0](x))
@@ -180,9 +179,7 @@ class Block(nn.Module):
         shift, scale, gate, ffn_shift, ffn_scale, ffn_gate = (self.scale_shift_table + time).unbind(2)
         x = gated_add(x, self.attn1(norm_modulate(x, shift, scale, spans, self.eps), rope), gate, spans)
         x = x + self.attn2(self.norm2(x), memory, text_bias)
-        return gated_add(
-            x, self.ffn(norm_modulate(x, ffn_shift, ffn_scale, spans, self.eps)), ffn_gate, spans
-        )
+        return gated_add(x, self.ffn(norm_modulate(x, ffn_shift, ffn_scale, spans, self.eps)), ffn_gate, spans)
 
 
 class ImageEmbedder(nn.Module):
@@ -211,9 +208,7 @@ class ConditionEmbedder(nn.Module):
         self.time_proj = nn.Linear(config.dim, 6 * config.dim)
         self.text_embedder = Projection(config.text_dim, config.dim, nn.GELU(approximate="tanh"))
         self.image_embedder = (
-            None
-            if config.image_dim is None
-            else ImageEmbedder(config.image_dim, config.dim, config.pos_embed_seq_len)
+            None if config.image_dim is None else ImageEmbedder(config.image_dim, config.dim, config.pos_embed_seq_len)
         )
 
     def time(self, timestep: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
@@ -289,7 +284,8 @@ class WanTransformer(nn.Module):
             image = embedder.image_embedder(image.to(self.dtype))
         frames, height, width = self.patch_grid(latent_shape)
         rope = rope_tables(self.config.attention_head_dim, frames, height, width, device=text.device)
-        return Condition(tuple(block.attn2.remember(text, image) for block in self.blocks), text_bias, rope)
+        memories = tuple(cast(Block, block).attn2.remember(text, image) for block in self.blocks)
+        return Condition(memories, text_bias, rope)
 
     def patch_grid(self, latent_shape: Sequence[int]) -> tuple[int, int, int]:
         """How many patches a latent video (..., f, h, w) has along time, height and width."""

@@ -42,9 +42,7 @@ class Encoder(nn.Module):
         self.down_blocks = nn.ModuleList()
         for in_dim, out_dim, time in zip(dims, dims[1:], downsamples_time, strict=False):
             if config.is_residual:
-                block = ResidualDownBlock(
-                    in_dim, out_dim, config.num_res_blocks, time is not None, bool(time)
-                )
+                block = ResidualDownBlock(in_dim, out_dim, config.num_res_blocks, time is not None, bool(time))
                 self.down_blocks.append(block)
                 continue
             level = [in_dim] + [out_dim] * config.num_res_blocks
@@ -76,10 +74,8 @@ class Decoder(nn.Module):
         self.mid_block = MidBlock(dims[0])
         self.up_blocks = nn.ModuleList()
         for i, (in_dim, out_dim, time) in enumerate(zip(dims, dims[1:], upsamples_time, strict=False)):
-            if config.is_residual:
-                block = ResidualUpBlock
-            else:
-                block = UpBlock
+            block: type[UpBlock] | type[ResidualUpBlock] = ResidualUpBlock if config.is_residual else UpBlock
+            if not config.is_residual:
                 in_dim = in_dim // 2 if i > 0 else in_dim
             self.up_blocks.append(block(in_dim, out_dim, config.num_res_blocks, time is not None, bool(time)))
         self.norm_out = RMSNorm(dims[-1])
@@ -194,9 +190,7 @@ class WanVAE(nn.Module):
         return next(self._decode_chunks(z, None, None))
 
     @torch.no_grad()
-    def decode(
-        self, latents: Tensor, latent_frames_per_chunk: int | None = 1, tiling: Tiling | None = None
-    ) -> Tensor:
+    def decode(self, latents: Tensor, latent_frames_per_chunk: int | None = 1, tiling: Tiling | None = None) -> Tensor:
         """Normalised latents (B, z, f, h, w) -> video (B, 3, F, H, W) in [-1, 1], in the weights' dtype.
 
         Raises:
@@ -220,9 +214,7 @@ class WanVAE(nn.Module):
             RequestError: more than one clip, or a chunk or tile size does not fit.
         """
         if latents.shape[0] != 1:
-            raise RequestError(
-                f"stream_frames got {latents.shape[0]} clips; it takes 1. Call it once a clip."
-            )
+            raise RequestError(f"stream_frames got {latents.shape[0]} clips; it takes 1. Call it once a clip.")
         for chunk in self._decode_chunks(self.denormalize(latents), latent_frames_per_chunk, tiling):
             frames = chunk[0].permute(1, 2, 3, 0).float()
             yield ((frames / 2 + 0.5).clamp(0, 1) * 255).round().to(torch.uint8)
@@ -232,8 +224,7 @@ class WanVAE(nn.Module):
         if frames is not None and (frames < step or frames % step):
             near = max(step, frames // step * step)
             raise RequestError(
-                f"frames_per_chunk is {frames}; this VAE needs a multiple of {step}. "
-                f"Nearest: {near} or {near + step}."
+                f"frames_per_chunk is {frames}; this VAE needs a multiple of {step}. Nearest: {near} or {near + step}."
             )
         paste, cut = self._grids(tiling)
         tiles = Tiles(lambda x, stream: self.quant_conv(self.encoder(x, stream)), cut, paste)

@@ -44,9 +44,7 @@ class Tiles:
     None for both runs each chunk whole.
     """
 
-    def __init__(
-        self, layers: Callable[[Tensor, Stream], Tensor], cut: Tiling | None, paste: Tiling | None
-    ) -> None:
+    def __init__(self, layers: Callable[[Tensor, Stream], Tensor], cut: Tiling | None, paste: Tiling | None) -> None:
         self.layers, self.cut, self.paste = layers, cut, paste
         self.streams: defaultdict[tuple[int, int], Stream] = defaultdict(Stream)
 

@@ -21,10 +21,7 @@ def norm_modulate(x: Tensor, shift: Tensor, scale: Tensor, spans: Sequence[int],
         spans: how many tokens each of the K vectors serves; they sum to L.
     """
     normed = F.layer_norm(x.float(), x.shape[-1:], eps=eps)
-    parts = [
-        part * (1 + scale[:, k, None]) + shift[:, k, None]
-        for k, part in enumerate(normed.split(spans, dim=1))
-    ]
+    parts = [part * (1 + scale[:, k, None]) + shift[:, k, None] for k, part in enumerate(normed.split(spans, dim=1))]
     return _join(parts).type_as(x)
 
 

@@ -42,8 +42,7 @@ class Grid:
         if value < 1 or (value - 1) % self.temporal:
             low = max(1, (value - 1) // self.temporal * self.temporal + 1)
             raise RequestError(
-                f"num_frames is {value}; Wan needs {self.temporal}k + 1. "
-                f"Nearest: {_either(low, low + self.temporal)}."
+                f"num_frames is {value}; Wan needs {self.temporal}k + 1. Nearest: {_either(low, low + self.temporal)}."
             )
 
 
@@ -230,6 +229,4 @@ class Result:
         from swiftwan import media
 
         assert self.request.fps is not None
-        return media.write(
-            Path(path), self.frames, fps=self.request.fps, quality=quality, record=self.record()
-        )
+        return media.write(Path(path), self.frames, fps=self.request.fps, quality=quality, record=self.record())

@@ -104,10 +104,7 @@ def compare(seen: Observation, scene: Scene) -> Verdict:
     nothing = [None] * len(scene.things)
     pairings = permutations([*seen.things, *nothing], len(scene.things))
     verdicts = [
-        tuple(
-            _compare(asked, thing, seen.num_frames)
-            for asked, thing in zip(scene.things, pairing, strict=True)
-        )
+        tuple(_compare(asked, thing, seen.num_frames) for asked, thing in zip(scene.things, pairing, strict=True))
         for pairing in pairings
     ]
     return Verdict(

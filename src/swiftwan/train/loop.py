@@ -125,9 +125,7 @@ class Run:
                 self.average[name].copy_(state.get_tensor(f"average.{name}"))
                 if self.step:
                     self.optimizer.state[parameter] = {
-                        "step": torch.tensor(
-                            float(self.step), device=device if device.type == "cuda" else "cpu"
-                        ),
+                        "step": torch.tensor(float(self.step), device=device if device.type == "cuda" else "cpu"),
                         "exp_avg": state.get_tensor(f"exp_avg.{name}"),
                         "exp_avg_sq": state.get_tensor(f"exp_avg_sq.{name}"),
                     }

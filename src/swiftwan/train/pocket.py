@@ -6,13 +6,32 @@ Each can be killed and started again with the same words; it goes on where it wa
 from __future__ import annotations
 
 import json
-from dataclasses import replace
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
+from swiftwan.models.config import POCKET_DEFAULTS
+
 app = typer.Typer(add_completion=False, no_args_is_help=True)
+MODEL_INDEX_JSON = {
+    "_class_name": "WanPipeline",
+    "boundary_ratio": None,
+    "expand_timesteps": True,
+    "scheduler": ["diffusers", "UniPCMultistepScheduler"],
+    "text_encoder": ["transformers", "UMT5EncoderModel"],
+    "tokenizer": ["transformers", "PreTrainedTokenizerFast"],
+    "transformer": ["diffusers", "WanTransformer3DModel"],
+    "transformer_2": [None, None],
+    "vae": ["diffusers", "AutoencoderKLWan"],
+}
+SCHEDULER_JSON = {
+    "_class_name": "UniPCMultistepScheduler",
+    "flow_shift": POCKET_DEFAULTS.flow_shift,
+    "prediction_type": "flow_prediction",
+    "use_flow_sigmas": True,
+}
+
 OutOption = Annotated[Path, typer.Option(help="The run's folder; a run in it is continued.")]
 
 
@@ -74,9 +93,7 @@ def pocket_dit(
     folder = vae / "vae" if (vae / "vae").is_dir() else vae
     with torch.device("meta"):
         coder = WanVAE(VAEConfig.from_json(json.loads((folder / "config.json").read_text())))
-    load_weights(
-        coder, sorted(folder.glob("*.safetensors")), device=where, dtype=torch.float32, component="vae"
-    )
+    load_weights(coder, sorted(folder.glob("*.safetensors")), device=where, dtype=torch.float32, component="vae")
     channels_last(coder)
     data = recipe.make_latents(coder, clips, seed=seed, split="train", device=where)
     held_out = recipe.make_latents(coder, 256, seed=seed + 1, split="held-out", device=where)
@@ -95,3 +112,35 @@ def pocket_dit(
     save_weights(model.transformer.state_dict(), out / "transformer", transformer_json)
     model.text.save_pretrained(out / "text_encoder")
     build().save_pretrained(out / "tokenizer")
+
+
+@app.command("pocket-assemble")
+def pocket_assemble(
+    vae: Annotated[Path, typer.Option(help="The folder that pocket-vae wrote.")],
+    dit: Annotated[Path, typer.Option(help="The folder that pocket-dit wrote.")],
+    out: Annotated[Path, typer.Option(help="The model's folder, in diffusers' layout; replaced.")],
+) -> None:
+    """Join the trained parts into one checkpoint in float16, with a manifest of its files."""
+    import torch
+    from safetensors.torch import load_file
+    from transformers import UMT5EncoderModel
+
+    from swiftwan.models.config import POCKET, VAEConfig
+    from swiftwan.train.pocket_tokenizer import build
+    from swiftwan.train.pocket_vae import as_config_json
+    from swiftwan.weights.check import write_json, write_manifest
+    from swiftwan.weights.load import save_weights
+
+    def half(part: Path) -> dict[str, torch.Tensor]:
+        return {k: v.half() for file in sorted(part.glob("*.safetensors")) for k, v in load_file(file).items()}
+
+    vae_config = VAEConfig.from_json(json.loads((vae / "vae" / "config.json").read_text()))
+    transformer_json = {"_class_name": "WanTransformer3DModel"} | POCKET.transformer.to_json()
+    save_weights(half(vae / "vae"), out / "vae", as_config_json(vae_config))
+    save_weights(half(dit / "transformer"), out / "transformer", transformer_json)
+    text_encoder = UMT5EncoderModel.from_pretrained(dit / "text_encoder", dtype=torch.float16, local_files_only=True)
+    text_encoder.save_pretrained(out / "text_encoder")
+    build().save_pretrained(out / "tokenizer")
+    write_json(out / "scheduler" / "scheduler_config.json", SCHEDULER_JSON)
+    write_json(out / "model_index.json", MODEL_INDEX_JSON)
+    write_manifest(out)

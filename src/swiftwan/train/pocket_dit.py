@@ -13,23 +13,21 @@ import random
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from swiftwan.models.config import TransformerConfig
+from swiftwan.models.config import POCKET
 from swiftwan.models.dit import WanTransformer
 from swiftwan.models.vae import WanVAE
 from swiftwan.pocket.world import Scene, draw, sample_scenes
 from swiftwan.train.loop import Run, Schedule, seed_of
 from swiftwan.train.pocket_tokenizer import build
 
-POCKET_DIT = TransformerConfig(
-    num_attention_heads=4, attention_head_dim=64, text_dim=192, ffn_dim=768, num_layers=7, freq_dim=256
-)
-POCKET_TEXT = {
+POCKET_TEXT: dict[str, Any] = {
     "d_model": 192,
     "d_kv": 32,
     "num_heads": 6,
@@ -78,7 +76,7 @@ class Pocket(nn.Module):
         from transformers import UMT5Config, UMT5EncoderModel
 
         self.text = UMT5EncoderModel(UMT5Config(vocab_size=vocabulary, **POCKET_TEXT))
-        self.transformer = WanTransformer(POCKET_DIT)
+        self.transformer = WanTransformer(POCKET.transformer)
 
     def embed(self, tokens: Tensor) -> Tensor:
         """Token ids (B, S) to embeddings (B, S, 192), zero behind each prompt's end, as Wan pads them."""
@@ -108,18 +106,14 @@ def tokenize(prompts: Sequence[str], tokenizer) -> Tensor:  # type: ignore[no-un
 
 
 @torch.no_grad()
-def make_latents(
-    vae: WanVAE, count: int, *, seed: int, split: str, device: torch.device, batch: int = 64
-) -> Latents:
+def make_latents(vae: WanVAE, count: int, *, seed: int, split: str, device: torch.device, batch: int = 64) -> Latents:
     """Draw, caption and encode clips of the world."""
     tokenizer = build()
     scenes = sample_scenes(count, seed, split)
     rng = random.Random(seed)
     tokens = tokenize([caption(scene, rng) for scene in scenes], tokenizer).to(device)
     on_gpu = device.type == "cuda"
-    moments = (
-        torch.compile(vae.moments, dynamic=False) if on_gpu else vae.moments
-    )  # 108 -> 58 ms for 64 clips
+    moments = torch.compile(vae.moments, dynamic=False) if on_gpu else vae.moments  # 108 -> 58 ms for 64 clips
     values = torch.empty(count, vae.config.z_dim, 9, 16, 16, dtype=torch.float16, device=device)
     for start in range(0, count, batch):
         video = draw(scenes[start : start + batch], seed_of(seed, start), device=device)
@@ -162,9 +156,7 @@ def train(
     model = Pocket(len(build())).to(device)
     if start is not None:
         model.transformer.load_state_dict(load_file(start / "transformer.safetensors"))
-        model.text.load_state_dict(
-            load_file(start / "text.safetensors"), strict=False
-        )  # its embedding is tied
+        model.text.load_state_dict(load_file(start / "text.safetensors"), strict=False)  # its embedding is tied
     run = Run(folder, model, Schedule(steps, learning_rate), ema_decay=0.9995)
     # Autocast would leave the residual stream in bf16 behind the first layer; small steps drown there.
     model.transformer.patch_embedding.register_forward_hook(lambda module, args, out: out.float())
@@ -198,15 +190,11 @@ def train(
 
 def _empty_prompt(device: torch.device) -> Tensor:
     """What the tokenizer makes of "": its end token alone."""
-    return (
-        F.one_hot(torch.zeros(1, dtype=torch.long, device=device), TEXT_TOKENS) * POCKET_TEXT["eos_token_id"]
-    )
+    return F.one_hot(torch.zeros(1, dtype=torch.long, device=device), TEXT_TOKENS) * POCKET_TEXT["eos_token_id"]
 
 
 @torch.no_grad()
-def validate(
-    model: nn.Module, held_out: Latents, *, device: torch.device, batch: int = 128
-) -> dict[str, float]:
+def validate(model: nn.Module, held_out: Latents, *, device: torch.device, batch: int = 128) -> dict[str, float]:
     """Flow loss of never-trained combinations at fixed noise levels, with fixed noise."""
     latents, tokens = held_out.values[:batch].float(), held_out.tokens[:batch]
     noise = torch.randn(latents.shape, generator=torch.Generator(device).manual_seed(1), device=device)
@@ -214,7 +202,5 @@ def validate(
     for value in LEVELS:
         level = torch.full((len(latents),), value, device=device)
         with torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda"):
-            losses[f"held_out_{value}"] = flow_loss(
-                model, latents, tokens, level, noise, first_given=False
-            ).item()
+            losses[f"held_out_{value}"] = flow_loss(model, latents, tokens, level, noise, first_given=False).item()
     return losses

@@ -15,12 +15,11 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from swiftwan.models.config import VAEConfig
+from swiftwan.models.config import POCKET, VAEConfig
 from swiftwan.models.vae import WanVAE
 from swiftwan.pocket.world import draw, sample_scenes
 from swiftwan.train.loop import Run, Schedule, seed_of
 
-POCKET_VAE = VAEConfig(base_dim=16, dim_mult=(1, 2, 3, 3), num_res_blocks=1)
 KL_WEIGHT = 1e-4
 LOG_EVERY = 50
 SAVE_EVERY = 1000
@@ -49,12 +48,12 @@ def train(
     those after it at 15, since a causal layer had never seen a past so long (LOG.md, 2026-11-21).
     """
     torch.manual_seed(seed)
-    vae = WanVAE(POCKET_VAE)
+    vae = WanVAE(POCKET.vae)
     if start is not None:
         vae.load_state_dict(start)
     vae = channels_last(vae.to(device))
     run = Run(folder, vae, Schedule(steps, learning_rate), ema_decay=0.999)
-    latent_shape = (batch, POCKET_VAE.z_dim, (num_frames - 1) // 4 + 1, 16, 16)
+    latent_shape = (batch, POCKET.vae.z_dim, (num_frames - 1) // 4 + 1, 16, 16)
 
     def rebuild(video: Tensor, noise: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         mean, logvar = vae.moments(video)
@@ -107,23 +106,20 @@ def measured(vae: WanVAE, *, seed: int, device: torch.device, batch: int = 32) -
         flat = mean.double().transpose(0, 1).flatten(1)
         total, squares, count = total + flat.sum(1), squares + flat.square().sum(1), count + flat.shape[1]
     mean, std = total / count, (squares / count - (total / count).square()).sqrt()
-    rounded = {"latents_mean": mean, "latents_std": std}
-    vae.config = replace(
-        vae.config, **{k: tuple(round(x, 6) for x in v.tolist()) for k, v in rounded.items()}
-    )
+    vae.config = replace(vae.config, latents_mean=_rounded(mean), latents_std=_rounded(std))
     return vae
 
 
+def _rounded(values: Tensor) -> tuple[float, ...]:
+    return tuple(round(value, 6) for value in values.tolist())
+
+
 @torch.no_grad()
-def evaluate(
-    vae: WanVAE, *, clip_count: int, device: torch.device, seed: int = 77, split: str = "held-out"
-) -> float:
+def evaluate(vae: WanVAE, *, clip_count: int, device: torch.device, seed: int = 77, split: str = "held-out") -> float:
     """Mean PSNR in dB of unseen clips of 33 frames after the VAE and rounding to 8 bits."""
     values = []
     for index in range(0, clip_count, 16):
-        video = clips(
-            min(16, clip_count - index), seed=seed_of(seed, index), num_frames=33, device=device, split=split
-        )
+        video = clips(min(16, clip_count - index), seed=seed_of(seed, index), num_frames=33, device=device, split=split)
         for clip in video.split(1):
             frames = torch.cat(list(vae.stream_frames(vae.encode(clip))))
             rebuilt = frames.permute(3, 0, 1, 2).float() / 127.5 - 1

@@ -78,18 +78,14 @@ def _refuse_other_formats(path: Path, start: bytes, size: int, header_bytes: int
     if start.startswith(b"version https://git-lfs"):
         raise WeightsError(f"{path} is a git-LFS pointer, not the weights; run `git lfs pull` in its folder")
     if text.startswith((b"<!doctype", b"<html", b"<?xml")):
-        raise WeightsError(
-            f"{path} is a web page saved under a weights file's name; download the file itself"
-        )
+        raise WeightsError(f"{path} is a web page saved under a weights file's name; download the file itself")
     for magic, kind in (
         (b"PK\x03\x04", "a PyTorch pickle"),
         (b"\x80\x02", "a pickle"),
         (b"GGUF", "a GGUF file"),
     ):
         if start.startswith(magic):
-            raise WeightsError(
-                f"{path} is {kind}, not safetensors; take the model's diffusers folder instead"
-            )
+            raise WeightsError(f"{path} is {kind}, not safetensors; take the model's diffusers folder instead")
     if not any(start):
         raise _broken(path, "begins with zeros: its download never finished")
     if header_bytes > _MAX_HEADER_BYTES:
@@ -115,10 +111,7 @@ def _parse_header(path: Path, header: bytes) -> tuple[dict[str, Shape], int]:
         for name, entry in entries.items():
             shape = tuple(int(n) for n in entry["shape"])
             begin, end = entry["data_offsets"]
-            if (
-                min((*shape, begin), default=0) < 0
-                or 8 * (end - begin) != math.prod(shape) * _BITS[entry["dtype"]]
-            ):
+            if min((*shape, begin), default=0) < 0 or 8 * (end - begin) != math.prod(shape) * _BITS[entry["dtype"]]:
                 raise ValueError(name)
             shapes[name] = shape
             spans.append((begin, end))
@@ -230,9 +223,7 @@ def compare(
         for n in expected
         if n in found and tuple(found[n]) != tuple(expected[n])
     ]
-    problems = (
-        _listed("missing", missing) + _listed("unexpected", extra) + _listed("of another shape", misshaped)
-    )
+    problems = _listed("missing", missing) + _listed("unexpected", extra) + _listed("of another shape", misshaped)
     if not problems:
         return
     hint = ""
@@ -242,9 +233,7 @@ def compare(
             hint = f"; the file looks like {file_like}" + (
                 f", its config.json like {config_like}" if config_like else ""
             )
-    raise WeightsError(
-        f"{component}: weights and config.json do not belong together: {'; '.join(problems)}{hint}"
-    )
+    raise WeightsError(f"{component}: weights and config.json do not belong together: {'; '.join(problems)}{hint}")
 
 
 def looks_like(shapes: Mapping[str, Shape]) -> str | None:

@@ -172,15 +172,13 @@ def _hub_errors(hub_id: str, revision: str | None) -> Iterator[None]:
         yield
     except errors.GatedRepoError:
         raise WeightsError(
-            f"{hub_id} asks for an agreement: accept it at {constants.ENDPOINT}/{hub_id}, "
-            "then run `hf auth login`"
+            f"{hub_id} asks for an agreement: accept it at {constants.ENDPOINT}/{hub_id}, then run `hf auth login`"
         ) from None
     except errors.RevisionNotFoundError:
         raise WeightsError(f"{hub_id} has no revision {revision!r}; leave it out for the newest") from None
     except errors.RepositoryNotFoundError:
         raise WeightsError(
-            f"the hub has no model {hub_id!r} that you may see; check the name, "
-            "or run `hf auth login` if it is private"
+            f"the hub has no model {hub_id!r} that you may see; check the name, or run `hf auth login` if it is private"
         ) from None
     except errors.HFValidationError:
         raise WeightsError(f"{hub_id!r} is not a hub id; they read 'owner/name'") from None
@@ -198,14 +196,10 @@ def _hub_errors(hub_id: str, revision: str | None) -> Iterator[None]:
         ) from None
     except OSError as error:
         if error.errno in (errno.ENOSPC, errno.EDQUOT):
-            raise OutputError(
-                f"no space left in {_cache()} for {hub_id}; set HF_HOME to a larger disk"
-            ) from None
+            raise OutputError(f"no space left in {_cache()} for {hub_id}; set HF_HOME to a larger disk") from None
         if error.errno in (errno.EACCES, errno.EROFS, errno.EPERM):
             raise OutputError(
                 f"cannot write to {error.filename or _cache()}; set HF_HOME to a folder of yours"
             ) from None
         why = os.strerror(error.errno) if error.errno else type(error).__name__
-        raise WeightsError(
-            f"the download of {hub_id} broke ({why}); run again: files already here are kept"
-        ) from None
+        raise WeightsError(f"the download of {hub_id} broke ({why}); run again: files already here are kept") from None

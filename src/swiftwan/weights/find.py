@@ -117,9 +117,7 @@ def _known_or_raise(name: str, among: str = "") -> KnownModel:
     if known := KNOWN_MODELS.get(name.lower()):
         return known
     names = [*KNOWN_MODELS] if among else [POCKET, *KNOWN_MODELS]
-    raise WeightsError(
-        f"There is no model {among}{name!r}, nor a folder or hub id.{did_you_mean(name, names)}"
-    )
+    raise WeightsError(f"There is no model {among}{name!r}, nor a folder or hub id.{did_you_mean(name, names)}")
 
 
 def _pocket_folder() -> Path:
@@ -186,18 +184,14 @@ def read_layout(source: Folder) -> Layout:
     if configs["transformer"].get("image_dim") and "image_encoder" not in classes:
         problems.append("its transformer reads CLIP features, but there is no image_encoder")
     if problems:
-        raise WeightsError(
-            f"{folder}: {'; '.join(problems)}; complete the folder or download the model again"
-        )
+        raise WeightsError(f"{folder}: {'; '.join(problems)}; complete the folder or download the model again")
     for file in (f for component in files.values() for f in component):
         check.check_file(file)
 
     experts = {n: TransformerConfig.from_json(configs[n]) for n in configs if n.startswith("transformer")}
     boundary = index.get("boundary_ratio")
     if "transformer_2" in experts and not isinstance(boundary, float):
-        raise WeightsError(
-            f"{folder}/model_index.json has two transformers but no boundary_ratio between them"
-        )
+        raise WeightsError(f"{folder}/model_index.json has two transformers but no boundary_ratio between them")
     return Layout(
         folder=folder,
         name=source.name,
@@ -304,18 +298,14 @@ def _shard_names(index: Path) -> list[str]:
     for name in weight_map.values():
         # An index may come from anyone: a shard is a plain file name beside it, nothing else.
         if not isinstance(name, str) or not re.fullmatch(r"[\w-][\w.-]*\.safetensors", name):
-            raise WeightsError(
-                f"{index} names {name!r}; a shard must be a .safetensors file in the same folder"
-            )
+            raise WeightsError(f"{index} names {name!r}; a shard must be a .safetensors file in the same folder")
     return sorted(set(weight_map.values()))
 
 
 def _no_weights(here: Path, component: str, wanted: str) -> str:
     there = sorted(p.name for p in here.iterdir())
     if variants := [n for n in there if re.search(r"\.(fp16|bf16|fp32|fp8|non_ema|ema)\b.*\.safetensors", n)]:
-        return (
-            f"{component} holds only the variant {variants[0]}; swiftwan reads {wanted} and casts it itself"
-        )
+        return f"{component} holds only the variant {variants[0]}; swiftwan reads {wanted} and casts it itself"
     if shards := [n for n in there if n.endswith(".safetensors")]:
         return f"{component} holds {shards[0]} but no {wanted}.index.json"
     if pickles := [n for n in there if n.endswith(_PICKLES)]:

@@ -227,9 +227,7 @@ def _refuse_foreign_files(folder: Path) -> None:
 def _refuse_if_too_large(folder: Path, need: int) -> None:
     have = shutil.disk_usage(folder.parent).free
     if need > have:
-        raise OutputError(
-            f"{folder} needs {need / 1e9:.1f} GB, its disk has {have / 1e9:.1f} GB free; choose another"
-        )
+        raise OutputError(f"{folder} needs {need / 1e9:.1f} GB, its disk has {have / 1e9:.1f} GB free; choose another")
 
 
 def _write_shards(folder: Path, tensors: Mapping[str, Tensor], max_shard_bytes: int) -> None:

@@ -1,0 +1,146 @@
+"""Load a model once, apply a plan, run requests. Owns the device's memory."""
+
+from __future__ import annotations
+
+import gc
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import replace
+
+import torch
+
+from swiftwan.device import Device, pick_device
+from swiftwan.errors import MemoryLimitError
+from swiftwan.pipelines.generate import OnStep, text_to_video
+from swiftwan.pipelines.request import Request, Result
+from swiftwan.plan import Facts, Plan, complete, describe, estimate, make_plan
+from swiftwan.weights.build import Parts, build
+from swiftwan.weights.find import locate
+
+
+class Engine:
+    """A loaded model with its plan applied. Make one with :meth:`load`.
+
+    Attributes:
+        model_name: as the user called it.
+        device, plan: where and how it runs.
+        parts: text encoder, transformers and VAE.
+    """
+
+    def __init__(self, facts: Facts, parts: Parts, plan: Plan, device: Device) -> None:
+        self.facts = facts
+        self.parts = parts
+        self.plan = plan
+        self.device = device
+        self.torch_device = torch.device(device.torch_device)
+
+    @classmethod
+    def load(
+        cls,
+        model: str,
+        *,
+        plan: str | Sequence[str] = "auto",
+        device: str | None = None,
+        dtype: str | None = None,
+    ) -> Engine:
+        """Load a model.
+
+        Args:
+            model: ``pocket``, a folder in diffusers layout, a hub id, a known name, or ``random:NAME``.
+            plan: a recipe's name, or technique specs ``name[:value][:key=value,...]``; [] is the plain run.
+            device: ``cuda``, ``cuda:N`` or ``cpu``; None takes the best here.
+            dtype: ``bf16``, ``fp16`` or ``fp32``; None takes the device's.
+
+        Raises:
+            PlanError, UnavailableError, WeightsError, OutputError, MemoryLimitError: in one line each.
+        """
+        where = pick_device(device)
+        chosen = make_plan(plan, where, dtype)
+        facts = describe(model)
+        torch.backends.cuda.matmul.allow_tf32 = chosen.settings.tf32
+        torch.backends.cudnn.allow_tf32 = chosen.settings.tf32
+        try:
+            parts = build(locate(model), device=torch.device(where.torch_device), dtype=chosen.settings.dtype)
+        except torch.OutOfMemoryError:
+            failed = True
+        else:
+            failed = False
+        if failed:  # outside the except: its traceback would keep the tensors alive
+            _free_memory()
+            raise MemoryLimitError(
+                f"{where.name} has {where.free_bytes / 1e9:.1f} GB free, too little for the weights of '{model}' in "
+                f"{_name(chosen.settings.dtype)}; take a smaller model or a 16-bit --dtype."
+            )
+        return cls(facts, parts, chosen, where)
+
+    @property
+    def model_name(self) -> str:
+        return self.facts.name
+
+    @property
+    def dtype_name(self) -> str:
+        return _name(self.plan.settings.dtype)
+
+    def latent_shape(self, request: Request) -> tuple[int, ...]:
+        """(1, C, f, h, w) of a completed request's latents."""
+        assert request.num_frames is not None
+        assert request.height is not None
+        assert request.width is not None
+        vae = self.facts.known.vae
+        return (
+            1,
+            vae.z_dim,
+            (request.num_frames - 1) // vae.scale_factor_temporal + 1,
+            request.height // vae.scale_factor_spatial,
+            request.width // vae.scale_factor_spatial,
+        )
+
+    def run(self, request: Request, *, on_step: OnStep | None = None) -> Result:
+        """Run one request.
+
+        Args:
+            request: fields at None take the model's official values.
+            on_step: told after each unit of work; what it raises ends the run within a step.
+
+        Raises:
+            RequestError: a value that the model cannot take.
+            MemoryLimitError: the device's memory ran out; says which settings would fit.
+        """
+        request = complete(request, self.facts)
+        if self.torch_device.type == "cuda":
+            torch.cuda.reset_peak_memory_stats(self.torch_device)
+        try:
+            return text_to_video(self, request, on_step)
+        except torch.OutOfMemoryError:
+            pass
+        _free_memory()
+        raise MemoryLimitError(self._memory_advice(request))
+
+    def run_many(self, requests: Iterable[Request], *, on_step: OnStep | None = None) -> Iterator[Result]:
+        """Run requests one after the other on the loaded model, yielding each result as it is done."""
+        for request in requests:
+            yield self.run(request, on_step=on_step)
+
+    def _memory_advice(self, request: Request) -> str:
+        dtype = self.plan.settings.dtype
+        need = estimate(request, self.facts, dtype)
+        budget = pick_device(self.device.torch_device).free_bytes
+        told = (
+            f"{self.device.name} ran out of memory at {request.width}x{request.height}, {request.num_frames} frames, "
+            f"which takes about {need.activation_bytes / 1e9:.1f} GB beside {need.weight_bytes / 1e9:.1f} GB of weights"
+        )
+        step = self.facts.grid.temporal
+        for frames in range((request.num_frames or 1) - step, 0, -step):
+            smaller = replace(request, num_frames=frames)
+            if 1.2 * estimate(smaller, self.facts, dtype).activation_bytes < budget:
+                return f"{told}; {frames} frames should fit, or the same frames at a smaller size, or vae:tiling."
+        return f"{told}; free memory on the device, or take a smaller size or model."
+
+
+def _free_memory() -> None:
+    gc.collect()
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
+
+
+def _name(dtype: torch.dtype) -> str:
+    return {"bfloat16": "bf16", "float16": "fp16", "float32": "fp32"}[str(dtype).removeprefix("torch.")]

@@ -1,0 +1,118 @@
+"""The stages of a run. Each can run alone; what one returns is what the next takes."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from swiftwan.guidance import Embeddings, Guidance, Guide, Unguided
+from swiftwan.models.dit import WanTransformer
+from swiftwan.models.text import TextEncoder
+from swiftwan.models.vae import Tiling, WanVAE
+from swiftwan.pipelines.request import Request
+from swiftwan.weights.build import Parts
+
+TRAIN_TIMESTEPS = 1000
+
+
+# Text
+
+
+def encode_text(text: TextEncoder, request: Request) -> Embeddings:
+    """Encode the prompt and, where guidance uses it, the negative prompt.
+
+    Raises:
+        RequestError: either is longer than Wan reads.
+    """
+    guided = any(scale is not None and scale > 1 for scale in (request.guidance_scale, request.guidance_scale_2))
+    negative = request.negative_prompt or ""
+    text.check(request.prompt)
+    text.check(negative)
+    return Embeddings(text.encode([request.prompt]), text.encode([negative]) if guided else None)
+
+
+# Noise
+
+
+def start_latents(shape: tuple[int, ...], seed: int, device: torch.device) -> Tensor:
+    """Noise, drawn on the CPU in float32 as diffusers does, so that a seed means the same everywhere."""
+    return torch.randn(shape, generator=torch.Generator("cpu").manual_seed(seed)).to(device)
+
+
+# Denoising
+
+
+@dataclass(frozen=True)
+class Expert:
+    """A transformer, its guidance scale, and the timesteps that are its own."""
+
+    transformer: WanTransformer
+    guidance_scale: float
+    timesteps: Tensor
+
+
+def experts(parts: Parts, request: Request, timesteps: Tensor) -> Iterator[Expert]:
+    """Split the timesteps, which fall, between the transformers at the model's boundary."""
+    assert request.guidance_scale is not None
+    if parts.transformer_2 is None or parts.boundary_ratio is None:
+        yield Expert(parts.transformer, request.guidance_scale, timesteps)
+        return
+    high = int((timesteps >= parts.boundary_ratio * TRAIN_TIMESTEPS).sum())
+    low_scale = request.guidance_scale if request.guidance_scale_2 is None else request.guidance_scale_2
+    if high:
+        yield Expert(parts.transformer, request.guidance_scale, timesteps[:high])
+    if high < len(timesteps):
+        yield Expert(parts.transformer_2, low_scale, timesteps[high:])
+
+
+@torch.no_grad()
+def denoise(
+    parts: Parts,
+    guide: Guide,
+    scheduler: Any,
+    request: Request,
+    text: Embeddings,
+    latents: Tensor,
+    after_step: Callable[[], None],
+) -> Tensor:
+    """Follow the flow from noise to a clean latent video (1, C, f, h, w), float32.
+
+    ``after_step`` is called behind each model evaluation and solver step; what it raises ends the run.
+    """
+    shape = tuple(latents.shape)
+    noise = torch.Generator("cpu").manual_seed((request.seed or 0) + 1)
+    # Only the few-step solver draws noise; the others have no such argument.
+    options = {"generator": noise} if request.scheduler == "lcm" else {}
+    for expert in experts(parts, request, scheduler.timesteps):
+        scale = expert.guidance_scale
+        if scale > 1:
+            predict: Guidance = guide(expert.transformer, text, shape, scale)
+        else:
+            predict = Unguided(expert.transformer, text, shape)
+        for timestep in expert.timesteps:
+            flow = predict(latents, timestep.expand(1))
+            latents = scheduler.step(flow, timestep, latents, return_dict=False, **options)[0]
+            after_step()
+    return latents
+
+
+# Decoding
+
+
+def decode(
+    vae: WanVAE,
+    latents: Tensor,
+    tiling: Tiling | None,
+    after_chunk: Callable[[], None],
+    latent_frames_per_chunk: int = 1,
+) -> Tensor:
+    """Decode to uint8 frames (F, H, W, 3) on the CPU, a chunk at a time, so that memory stays bounded."""
+    chunks = []
+    for chunk in vae.stream_frames(latents, latent_frames_per_chunk, tiling):
+        chunks.append(chunk.cpu())
+        after_chunk()
+    return torch.cat(chunks)

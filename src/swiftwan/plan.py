@@ -1,0 +1,348 @@
+"""From technique specs to a checked plan, and what a run will take, told before anything loads."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, fields
+from fnmatch import fnmatchcase
+from typing import Any, get_type_hints
+
+import torch
+
+from swiftwan.device import Device, parse_dtype, pick_device
+from swiftwan.errors import PlanError, RequestError, UnavailableError, did_you_mean
+from swiftwan.guidance import Guide
+from swiftwan.models.config import KNOWN_MODELS, POCKET, KnownModel
+from swiftwan.models.vae import Tiling
+from swiftwan.pipelines.request import Grid, Request
+from swiftwan.sampling import check_scheduler
+from swiftwan.techniques.base import Settings, Technique
+from swiftwan.techniques.guidance import BatchedCfg
+from swiftwan.techniques.precision import Dtype, Tf32
+from swiftwan.techniques.vae import Vae
+from swiftwan.weights.build import UMT5_XXL, parameter_count, text_parameter_count
+from swiftwan.weights.find import Folder, identify, known_model, locate, read_layout
+
+TECHNIQUES: dict[str, type[Technique]] = {kind.name: kind for kind in (Dtype, Tf32, BatchedCfg, Vae)}
+RECIPES = ("auto", "none")
+TEXT_TOKENS = 512
+
+
+# Specs
+
+
+def parse(spec: str) -> Technique:
+    """Read ``name[:value][:key=value,...]``.
+
+    Raises:
+        PlanError: unknown technique or option, a value missing, left over or of the wrong type.
+    """
+    name, *rest = spec.split(":")
+    kind = TECHNIQUES.get(name)
+    if kind is None:
+        raise PlanError(f"unknown technique '{name}'." + did_you_mean(name, TECHNIQUES))
+    types = get_type_hints(kind)
+    known = {f.name: f for f in fields(kind)}
+    options: dict[str, Any] = {}
+    for part in rest:
+        pairs = [pair.partition("=") for pair in part.split(",")] if "=" in part else [("value", "=", part)]
+        for key, _, text in pairs:
+            if key not in known:
+                what = f"takes no value '{text}'" if key == "value" else f"has no option '{key}'"
+                raise PlanError(f"technique '{name}' {what}." + (did_you_mean(key, known) if known else ""))
+            try:
+                options[key] = types[key](text)
+            except ValueError:
+                raise PlanError(f"{name}: {key} is '{text}'; it must be {types[key].__name__}.") from None
+    if "value" in known and "value" not in options:
+        raise PlanError(f"technique '{name}' needs a value: {kind.__doc__}")
+    return kind(**options)
+
+
+def write(technique: Technique) -> str:
+    """The spec that :func:`parse` reads back."""
+    values = {f.name: getattr(technique, f.name) for f in fields(technique) if getattr(technique, f.name) != f.default}
+    value = values.pop("value", None)
+    options = ",".join(f"{key}={item}" for key, item in values.items())
+    return ":".join(part for part in (technique.name, value, options) if part)
+
+
+# Plans
+
+
+@dataclass(frozen=True)
+class Plan:
+    """Techniques in order of application, and what they come to."""
+
+    techniques: tuple[Technique, ...]
+    settings: Settings
+
+    @property
+    def specs(self) -> tuple[str, ...]:
+        return tuple(write(technique) for technique in self.techniques)
+
+    @property
+    def guide(self) -> Guide:
+        return self.settings.guide
+
+    @property
+    def tiling(self) -> Tiling | None:
+        return self.settings.tiling
+
+
+def make_plan(plan: str | Sequence[str], device: Device, dtype: str | None = None) -> Plan:
+    """Check everything, then put it in order.
+
+    Args:
+        plan: a recipe's name, or specs; an empty list is the plain run.
+        device: where it will run.
+        dtype: stands above the plan's.
+
+    Raises:
+        PlanError: every problem at once.
+    """
+    techniques: list[Technique] = []
+    problems: list[str] = []
+    if isinstance(plan, str):
+        if plan not in RECIPES:
+            raise PlanError(f"unknown plan '{plan}'." + did_you_mean(plan, RECIPES))
+        plan = []  # auto: every exact gain so far is part of the plain run
+    for spec in plan:
+        try:
+            techniques.append(parse(spec))
+        except RequestError as problem:
+            problems.append(str(problem))
+    if dtype is not None:
+        parse_dtype(dtype)
+        techniques = [t for t in techniques if not isinstance(t, Dtype)] + [Dtype(dtype)]
+    for technique in techniques:
+        if missing := technique.missing_on(device):
+            problems.append(f"'{technique.name}' cannot run on {device.name}: {missing}")
+    problems += _conflicts(techniques)
+    if problems:
+        raise PlanError("; ".join(problem.rstrip(".") for problem in problems) + ".")
+    techniques.sort(key=lambda technique: technique.claim.slot)
+    settings = Settings(dtype=device.dtype)
+    for technique in techniques:
+        settings = technique.apply(settings)
+    return Plan(tuple(techniques), settings)
+
+
+def _conflicts(techniques: Sequence[Technique]) -> list[str]:
+    problems = []
+    for i, one in enumerate(techniques):
+        for other in techniques[i + 1 :]:
+            a, b = one.claim, other.claim
+            same = fnmatchcase(a.paths, b.paths) or fnmatchcase(b.paths, a.paths)
+            if a.slot is b.slot and same:
+                problems.append(
+                    f"'{write(one)}' and '{write(other)}' both decide {a.slot.name.lower()} of {a.paths}: drop one"
+                )
+    return problems
+
+
+# What a run will take
+
+
+@dataclass(frozen=True)
+class Facts:
+    """What must be known of a model before a run, without its weights."""
+
+    name: str
+    known: KnownModel
+    text_parameters: int
+
+    @property
+    def grid(self) -> Grid:
+        vae, patch = self.known.vae, self.known.transformer.patch_size
+        return Grid(spatial=vae.scale_factor_spatial * patch[1], temporal=vae.scale_factor_temporal)
+
+    @property
+    def experts(self) -> int:
+        return 2 if self.known.boundary_ratio else 1
+
+
+def describe(model: str) -> Facts:
+    """Find a model's sizes and defaults: published ones from the table, others from their config files.
+
+    Raises:
+        WeightsError: there is no such model.
+    """
+    if model == POCKET.name:
+        return Facts(model, POCKET, text_parameters=1_193_856)
+    if known := known_model(model):
+        return Facts(model, known, text_parameter_count(UMT5_XXL))
+    source = locate(model)
+    assert isinstance(source, Folder)
+    layout = read_layout(source)
+    text_sizes = {k: v for k, v in layout.configs["text_encoder"].items() if k in UMT5_XXL}
+    family = identify(layout) or _family(layout.boundary_ratio, layout.expand_timesteps, layout.transformer.in_channels)
+    sized = KnownModel(
+        name=source.name,
+        hub_id="",
+        transformer=layout.transformer,
+        vae=layout.vae,
+        defaults=family.defaults,
+        boundary_ratio=layout.boundary_ratio if layout.transformer_2 else None,
+        expand_timesteps=layout.expand_timesteps,
+        sizes=family.sizes,
+    )
+    return Facts(model, sized, text_parameter_count(text_sizes))
+
+
+def _family(boundary_ratio: float | None, expand_timesteps: bool, in_channels: int) -> KnownModel:
+    """Whose defaults a model of unknown sizes takes: those of the published one that works the same way."""
+    if boundary_ratio is not None:
+        return KNOWN_MODELS["wan2.2-i2v-a14b" if in_channels == 36 else "wan2.2-t2v-a14b"]
+    if expand_timesteps:
+        return KNOWN_MODELS["wan2.2-ti2v-5b"]
+    return KNOWN_MODELS["wan2.1-i2v-14b-480p" if in_channels == 36 else "wan2.1-t2v-1.3b"]
+
+
+def complete(request: Request, facts: Facts) -> Request:
+    """Fill a request with the model's defaults and check it.
+
+    Raises:
+        RequestError: a value that the model cannot take.
+    """
+    request = request.completed(facts.known.defaults)
+    check_scheduler(request.scheduler or "")
+    request.check(facts.grid, experts=facts.experts)
+    return request
+
+
+@dataclass(frozen=True)
+class Load:
+    """The work and the memory of a run, from its shapes.
+
+    ``weight_bytes`` is exact; ``activation_bytes`` counts the largest tensors that live together and is not
+    calibrated against a GPU yet.
+    """
+
+    tokens: int
+    forwards: int
+    tflop_per_forward: float
+    weight_bytes: int
+    activation_bytes: int
+
+    @property
+    def peak_bytes(self) -> int:
+        return self.weight_bytes + self.activation_bytes
+
+
+def estimate(request: Request, facts: Facts, dtype: torch.dtype) -> Load:
+    """Count tokens, operations (two a multiply-add) and bytes of a completed request."""
+    assert request.num_frames
+    assert request.width
+    assert request.height
+    config, vae = facts.known.transformer, facts.known.vae
+    dim, ffn, layers, size = config.dim, config.ffn_dim, config.num_layers, dtype.itemsize
+    _, patch_h, patch_w = config.patch_size
+    frames = (request.num_frames - 1) // vae.scale_factor_temporal + 1
+    rows, columns = request.height // vae.scale_factor_spatial, request.width // vae.scale_factor_spatial
+    tokens = frames * (rows // patch_h) * (columns // patch_w)
+    projections = 12 * tokens * dim**2  # q, k, v, out of self-attention; q, out of cross-attention
+    attention = 4 * tokens * (tokens + TEXT_TOKENS) * dim
+    flop = layers * (projections + attention + 4 * tokens * dim * ffn)
+    calls = {"heun": 2 * (request.num_inference_steps or 1) - 1}.get(
+        request.scheduler or "", request.num_inference_steps or 1
+    )
+    guided = (request.guidance_scale or 1) > 1
+    weights = facts.experts * parameter_count(config) + parameter_count(vae) + facts.text_parameters
+    # Residual stream and its float32 copies, q, k, v and the attention's result, or the feed-forward's middle.
+    denoising = tokens * (12 * dim + size * max(6 * dim, 2 * ffn + dim))
+    width = (vae.decoder_base_dim or vae.base_dim) * vae.dim_mult[0]
+    pixels = request.height * request.width // (vae.patch_size or 1) ** 2
+    decoding = 4 * pixels * width * (6 + vae.scale_factor_temporal * size)
+    return Load(
+        tokens=tokens,
+        forwards=calls * (2 if guided else 1),
+        tflop_per_forward=flop / 1e12,
+        weight_bytes=weights * size,
+        activation_bytes=max(denoising, decoding),
+    )
+
+
+@dataclass(frozen=True)
+class Explanation:
+    """What would run; see :func:`explain`."""
+
+    facts: Facts
+    request: Request
+    plan: Plan
+    device: Device
+    load: Load
+
+    @property
+    def fits(self) -> bool:
+        return self.load.peak_bytes <= self.device.free_bytes
+
+    def lines(self) -> list[str]:
+        request, load, dtype = self.request, self.load, str(self.plan.settings.dtype).removeprefix("torch.")
+        scale = f"{request.guidance_scale:g}"
+        if request.guidance_scale_2 is not None:
+            scale += f" then {request.guidance_scale_2:g} below {self.facts.known.boundary_ratio:g} of the noise"
+        why = self.device.dtype_reason if self.plan.settings.dtype == self.device.dtype else "asked for"
+        lines = [
+            f"model      {self.facts.name}",
+            f"device     {self.device.name} ({self.device.torch_device})",
+            f"dtype      {dtype}: {why}",
+            f"video      {request.width}x{request.height}, {request.num_frames} frames at {request.fps} fps",
+            f"sampling   {request.scheduler}, {request.num_inference_steps} steps, guidance {scale}, "
+            f"shift {request.flow_shift:g}",
+            f"work       {load.forwards} forwards of {load.tokens} tokens, {load.tflop_per_forward:.3g} TFLOP each",
+            f"memory     {_gib(load.weight_bytes)} of weights + about {_gib(load.activation_bytes)}; "
+            f"{_gib(self.device.free_bytes)} free: {'fits' if self.fits else 'does not fit'}",
+        ]
+        for number, technique in enumerate(self.plan.techniques, 1):
+            lines.append(f"{number}. {write(technique)} ({technique.kind}): {technique.reason}")
+        return lines if self.plan.techniques else [*lines, "plan       plain: no techniques"]
+
+    def to_json(self) -> dict[str, Any]:
+        return {
+            "model": self.facts.name,
+            "device": self.device.name,
+            "dtype": str(self.plan.settings.dtype).removeprefix("torch."),
+            "request": self.request.to_json(),
+            "plan": [
+                {"spec": write(t), "kind": t.kind, "reason": t.reason, "slot": t.claim.slot.name.lower()}
+                for t in self.plan.techniques
+            ],
+            "tokens": self.load.tokens,
+            "forwards": self.load.forwards,
+            "tflop_per_forward": self.load.tflop_per_forward,
+            "weight_bytes": self.load.weight_bytes,
+            "activation_bytes": self.load.activation_bytes,
+            "free_bytes": self.device.free_bytes,
+            "fits": self.fits,
+        }
+
+
+def _gib(count: int) -> str:
+    return f"{count / 2**30:.2f} GiB"
+
+
+def explain(
+    model: str,
+    request: Request,
+    *,
+    plan: str | Sequence[str] = "auto",
+    device: str | None = None,
+    dtype: str | None = None,
+) -> Explanation:
+    """Say what a run would do and take; no weights are read. (A hub id unknown to swiftwan is fetched first,
+    since its sizes are in its files.)
+
+    Raises:
+        RequestError, PlanError, UnavailableError, WeightsError: as the run itself would.
+    """
+    where = pick_device(device)
+    chosen = make_plan(plan, where, dtype)
+    facts = describe(model)
+    if "I2V" in model or facts.known.transformer.in_channels != facts.known.transformer.out_channels:
+        raise UnavailableError(
+            f"'{model}' makes videos from an image, which swiftwan cannot run yet; "
+            "take a text-to-video model, for example 'wan2.1-t2v-1.3b'."
+        )
+    full = complete(request, facts)
+    return Explanation(facts, full, chosen, where, estimate(full, facts, chosen.settings.dtype))

@@ -1,0 +1,137 @@
+"""From a located model to its parts, on the device and in the dtype they will run in."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from swiftwan.models.config import POCKET, KnownModel, TransformerConfig, VAEConfig
+from swiftwan.models.dit import KEEP_FP32, WanTransformer
+from swiftwan.models.text import TextEncoder
+from swiftwan.models.vae import WanVAE
+from swiftwan.weights.find import Folder, Layout, Source, locate, read_layout
+from swiftwan.weights.load import load_weights, randomize
+
+UMT5_XXL = {
+    "vocab_size": 256_384,
+    "d_model": 4096,
+    "d_kv": 64,
+    "num_heads": 64,
+    "d_ff": 10_240,
+    "num_layers": 24,
+    "feed_forward_proj": "gated-gelu",
+}
+"""Sizes of google/umt5-xxl, which every published Wan reads its text with."""
+
+
+@dataclass
+class Parts:
+    """What a run is made of. Techniques change it, before the first run.
+
+    ``transformer_2`` is the low-noise expert of two-expert models; it takes over below
+    ``boundary_ratio`` of the 1000 training timesteps.
+    """
+
+    text: TextEncoder
+    transformer: WanTransformer
+    transformer_2: WanTransformer | None
+    vae: WanVAE
+    boundary_ratio: float | None
+
+
+def build(source: Source, *, device: torch.device, dtype: torch.dtype) -> Parts:
+    """Load, or for ``random:`` models make, every part; weights go shard by shard straight to the device.
+
+    Raises:
+        WeightsError: files are missing, damaged or of another model.
+    """
+    if isinstance(source, Folder):
+        return _load(read_layout(source), device, dtype)
+    return _random(source.known, device, dtype)
+
+
+def _load(layout: Layout, device: torch.device, dtype: torch.dtype) -> Parts:
+    def transformer(component: str, config: TransformerConfig) -> WanTransformer:
+        model = _on_meta(WanTransformer, config)
+        load_weights(
+            model,
+            layout.files[component],
+            device=device,
+            dtype=dtype,
+            component=component,
+            keep_fp32=KEEP_FP32,
+            ignore=("*.norm_added_q.*",),
+        )
+        return model
+
+    vae = _on_meta(WanVAE, layout.vae)
+    load_weights(vae, layout.files["vae"], device=device, dtype=dtype, component="vae")
+    encoder = _on_meta(_encoder, layout.classes["text_encoder"], dict(layout.configs["text_encoder"]))
+    load_weights(encoder, layout.files["text_encoder"], device=device, dtype=dtype, component="text_encoder")
+    return Parts(
+        text=TextEncoder(_tokenizer(layout.folder / "tokenizer"), encoder),
+        transformer=transformer("transformer", layout.transformer),
+        transformer_2=transformer("transformer_2", layout.transformer_2) if layout.transformer_2 else None,
+        vae=vae.prepare(device),
+        boundary_ratio=layout.boundary_ratio,
+    )
+
+
+def _random(known: KnownModel, device: torch.device, dtype: torch.dtype) -> Parts:
+    def transformer(seed: int) -> WanTransformer:
+        model = _on_meta(WanTransformer, known.transformer)
+        randomize(model, device=device, dtype=dtype, keep_fp32=KEEP_FP32, seed=seed)
+        return model
+
+    vae = _on_meta(WanVAE, known.vae)
+    randomize(vae, device=device, dtype=dtype)
+    encoder = _on_meta(_encoder, "UMT5EncoderModel", UMT5_XXL)
+    randomize(encoder, device=device, dtype=dtype)
+    pocket = locate(POCKET.name)
+    assert isinstance(pocket, Folder)
+    return Parts(
+        # Random weights know no words, so the embedded tokenizer serves: its ids are valid ones.
+        text=TextEncoder(_tokenizer(pocket.path / "tokenizer"), encoder),
+        transformer=transformer(0),
+        transformer_2=transformer(1) if known.boundary_ratio else None,
+        vae=vae.prepare(device),
+        boundary_ratio=known.boundary_ratio,
+    )
+
+
+def _on_meta(kind: Any, *sizes: Any) -> Any:
+    with torch.device("meta"):
+        return kind(*sizes).eval().requires_grad_(False)
+
+
+def _encoder(name: str, config: dict[str, Any]) -> nn.Module:
+    import transformers
+
+    if name == "T5EncoderModel":
+        return transformers.T5EncoderModel(transformers.T5Config(**config))
+    return transformers.UMT5EncoderModel(transformers.UMT5Config(**config))
+
+
+def _tokenizer(folder: Path) -> Any:
+    from transformers import AutoTokenizer
+
+    return AutoTokenizer.from_pretrained(folder, local_files_only=True)
+
+
+def parameter_count(config: TransformerConfig | VAEConfig) -> int:
+    """How many weights a transformer or VAE of these sizes has; nothing is allocated."""
+    model: nn.Module = _on_meta(WanTransformer if isinstance(config, TransformerConfig) else WanVAE, config)
+    return _count(model.parameters())
+
+
+def text_parameter_count(sizes: dict[str, Any]) -> int:
+    """The same for a UMT5 encoder."""
+    return _count(_on_meta(_encoder, "UMT5EncoderModel", sizes).parameters())
+
+
+def _count(parameters: Any) -> int:
+    return sum(parameter.numel() for parameter in parameters)
