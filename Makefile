@@ -6,7 +6,9 @@ BIN := .venv/bin
 
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 INSTALL = $(BIN)/python -m pip install --quiet --constraint constraints.txt
-LINT = $(BIN)/ruff check . && $(BIN)/ruff format --check . && $(BIN)/mypy
+
+# Each check runs even if one before it failed, so that one call tells everything.
+LINT = $(BIN)/ruff check . || failed=1; $(BIN)/ruff format --check . || failed=1; $(BIN)/mypy || failed=1
 
 .PHONY: help install demo test lint clean
 .DELETE_ON_ERROR:
@@ -23,12 +25,11 @@ help:
 demo: .venv/installed
 	$(BIN)/swiftwan generate "$(PROMPT)" --seed 7 --out demo.mp4
 
-# Tests run even if lint fails, so that one call tells everything; pytest's summary comes last.
 test: .venv/installed-dev
-	@lint=0; { $(LINT); } || lint=1; $(BIN)/python -m pytest && exit $$lint
+	@failed=0; $(LINT); $(BIN)/python -m pytest || failed=1; exit $$failed
 
 lint: .venv/installed-dev
-	@$(LINT)
+	@failed=0; $(LINT); exit $$failed
 
 clean:
 	rm -rf .venv demo.mp4 .pytest_cache .mypy_cache .ruff_cache .hypothesis

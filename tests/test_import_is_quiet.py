@@ -29,7 +29,8 @@ facts = {
     "signals": {s: signal.getsignal(s) for s in signal.valid_signals()} == signals,
     "threads": threading.active_count() == 1,
 }
-open(sys.argv[1], "w").write(json.dumps(facts))
+with open(sys.argv[1], "w") as told:
+    json.dump(facts, told)
 """
 
 
