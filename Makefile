@@ -1,0 +1,56 @@
+# Needs only make and Python 3.11 or newer. `make help` lists what there is.
+
+PYTHON ?= python3
+PROMPT ?= a red circle moves left over a blue background
+BIN := .venv/bin
+
+export PIP_DISABLE_PIP_VERSION_CHECK := 1
+INSTALL = $(BIN)/python -m pip install --quiet --constraint constraints.txt
+
+# Each check runs even if one before it failed, so that one call tells everything.
+LINT = $(BIN)/ruff check . || failed=1; $(BIN)/ruff format --check . || failed=1; $(BIN)/mypy || failed=1
+
+.PHONY: help install demo test lint clean
+.DELETE_ON_ERROR:
+
+install: .venv/installed
+
+help:
+	@echo "make          install swiftwan into .venv"
+	@echo "make demo     and make demo.mp4 with the embedded model"
+	@echo "make test     ruff, mypy and all tests"
+	@echo "make lint     ruff and mypy only"
+	@echo "make clean    remove .venv, demo.mp4 and every cache"
+
+demo: .venv/installed
+	$(BIN)/swiftwan generate "$(PROMPT)" --seed 7 --out demo.mp4
+
+test: .venv/installed-dev
+	@failed=0; $(LINT); $(BIN)/python -m pytest || failed=1; exit $$failed
+
+lint: .venv/installed-dev
+	@failed=0; $(LINT); exit $$failed
+
+clean:
+	rm -rf .venv demo.mp4 .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	find src tests -name __pycache__ -type d -prune -exec rm -rf {} +
+
+# The three files below are stamps: what they stand for is done, and is done again only when
+# pyproject.toml or constraints.txt changes.
+.venv/created:
+	@command -v $(PYTHON) >/dev/null || { \
+	  echo "error: '$(PYTHON)' not found; swiftwan needs Python 3.11 or newer; try: make PYTHON=/path/to/python3"; exit 1; }
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { \
+	  echo "error: $$($(PYTHON) --version) is too old; swiftwan needs Python 3.11 or newer; try: make PYTHON=python3.12"; exit 1; }
+	$(PYTHON) -m venv --clear .venv
+	@touch $@
+
+.venv/installed: .venv/created pyproject.toml constraints.txt
+	@echo "Installing swiftwan into .venv (once; minutes, most of them PyTorch's download) ..."
+	$(INSTALL) --editable .
+	@touch $@
+
+.venv/installed-dev: .venv/created pyproject.toml constraints.txt
+	@echo "Installing swiftwan and its test tools into .venv (once; minutes, most of them PyTorch's download) ..."
+	$(INSTALL) --editable '.[dev]'
+	@touch $@ .venv/installed
