@@ -78,7 +78,9 @@ def main() -> None:
         "dtype": "float32",
         "device": f"CPU, {platform.machine()}, 2 cores",
         "versions": {name: version(name) for name in ("swiftwan", "torch", "diffusers", "transformers")},
-        "commit": subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True).stdout.strip(),
+        "commit": subprocess.run(
+            ["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True
+        ).stdout.strip(),
         "date": datetime.date.today().isoformat(),
     }
     print(json.dumps(row))
