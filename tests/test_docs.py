@@ -6,6 +6,8 @@ from pathlib import Path
 
 import pytest
 
+import swiftwan
+
 ROOT = Path(__file__).parents[1]
 DOCUMENTS = sorted(ROOT.glob("*.md")) + sorted((ROOT / "docs").rglob("*.md"))
 NAMES = [path.relative_to(ROOT).as_posix() for path in DOCUMENTS]
@@ -15,6 +17,7 @@ PATH = re.compile(r"(?<![\w./-])((?:src|tests|docs|benchmarks|examples|\.ci)/[\w
 ROOT_FILE = re.compile(r"`([\w-]+\.(?:md|toml|txt)|Makefile|LICENSE)`")
 LINK = re.compile(r"\]\((?!https?://|mailto:|#)([^)#\s]+)")
 MODULE = re.compile(r"\bswiftwan((?:\.[a-z_]+)+)\b")
+PUBLIC = re.compile(r"\b(?:swiftwan|sw)\.([A-Z]\w+)")
 CODE_NAME = re.compile(r"`([A-Za-z_]\w*(?:\.\w+)?)(?:\(\))?` (?:in|\()[ `(\n]*(src/swiftwan/[\w/]+\.py)")
 TARGET = re.compile(r"(?:`|^ {4}|^\$ )make +([a-z][\w-]*)", re.MULTILINE)
 
@@ -53,8 +56,8 @@ def missing_paths(text: str, folder: Path) -> list[str]:
 
 
 def missing_names(text: str) -> list[str]:
-    """Modules, and functions or classes said to be in a file, that are not there."""
-    missing = []
+    """Modules, public names, and functions or classes said to be in a file, that are not there."""
+    missing = [f"swiftwan.{name}" for name in PUBLIC.findall(text) if name not in swiftwan.__all__]
     for dotted in MODULE.findall(text):
         *parents, last = dotted.removeprefix(".").split(".")
         home = ROOT.joinpath("src", "swiftwan", *parents)
@@ -93,6 +96,7 @@ def test_the_test_sees_what_is_missing() -> None:
         "WanTransformer.foo in src/swiftwan/models/dit.py"
     ]
     assert missing_names("import swiftwan.modles.dit") == ["swiftwan.modles.dit"]
+    assert missing_names("engine = sw.Enigne.load()") == ["swiftwan.Enigne"]
     assert missing_targets("run `make tset`") == ["tset"]
 
 
