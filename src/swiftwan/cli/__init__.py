@@ -15,6 +15,7 @@ import typer
 
 from swiftwan.cli import doctor, generate, info, models
 from swiftwan.errors import Cancelled, SwiftwanError
+from swiftwan.train import pocket
 
 app = typer.Typer(
     name="swiftwan",
@@ -25,6 +26,7 @@ app = typer.Typer(
 )
 for verb in (generate.generate, generate.explain, models.models, info.info, doctor.doctor):
     app.command()(verb)
+app.add_typer(pocket.app, name="train", help="Train models: for now the parts of the embedded one.")
 
 
 @app.callback(invoke_without_command=True)

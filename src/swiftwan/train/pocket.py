@@ -11,6 +11,8 @@ from typing import Annotated
 
 import typer
 
+from swiftwan.device import pick_device
+from swiftwan.errors import WeightsError
 from swiftwan.models.config import POCKET_DEFAULTS
 
 app = typer.Typer(add_completion=False, no_args_is_help=True)
@@ -43,7 +45,7 @@ def pocket_vae(
     num_frames: int = 17,
     seed: int = 1,
     learning_rate: float = 1.5e-3,
-    device: str = "cuda",
+    device: str | None = None,
 ) -> None:
     """Train the pocket VAE; writes OUT/vae in diffusers' layout."""
     import torch
@@ -51,7 +53,7 @@ def pocket_vae(
     from swiftwan.train import pocket_vae as recipe
     from swiftwan.weights.load import save_weights
 
-    where = torch.device(device)
+    where = torch.device(pick_device(device).torch_device)
     vae = recipe.train(
         out,
         steps=steps,
@@ -77,7 +79,7 @@ def pocket_dit(
     stop_at: Annotated[int | None, typer.Option(help="Pause after this step.")] = None,
     seed: int = 2,
     learning_rate: float = 1e-3,
-    device: str = "cuda",
+    device: str | None = None,
 ) -> None:
     """Train the pocket transformer and text encoder; writes OUT/transformer, OUT/text_encoder, OUT/tokenizer."""
     import torch
@@ -89,8 +91,10 @@ def pocket_dit(
     from swiftwan.train.pocket_vae import channels_last
     from swiftwan.weights.load import load_weights, save_weights
 
-    where = torch.device(device)
+    where = torch.device(pick_device(device).torch_device)
     folder = vae / "vae" if (vae / "vae").is_dir() else vae
+    if not (folder / "config.json").is_file():
+        raise WeightsError(f"'{vae}' holds no VAE; give the folder that swiftwan train pocket-vae wrote.")
     with torch.device("meta"):
         coder = WanVAE(VAEConfig.from_json(json.loads((folder / "config.json").read_text())))
     load_weights(coder, sorted(folder.glob("*.safetensors")), device=where, dtype=torch.float32, component="vae")
@@ -134,6 +138,9 @@ def pocket_assemble(
     def half(part: Path) -> dict[str, torch.Tensor]:
         return {k: v.half() for file in sorted(part.glob("*.safetensors")) for k, v in load_file(file).items()}
 
+    for part in (vae / "vae", dit / "transformer", dit / "text_encoder"):
+        if not (part / "config.json").is_file():
+            raise WeightsError(f"'{part}' holds no trained part; run pocket-vae and pocket-dit first.")
     vae_config = VAEConfig.from_json(json.loads((vae / "vae" / "config.json").read_text()))
     transformer_json = {"_class_name": "WanTransformer3DModel"} | POCKET.transformer.to_json()
     save_weights(half(vae / "vae"), out / "vae", as_config_json(vae_config))
