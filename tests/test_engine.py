@@ -29,6 +29,16 @@ def test_the_embedded_model_shows_its_prompt(engine, tmp_path):
     assert result.save(tmp_path / "out.mp4").stat().st_size > 2000
 
 
+def test_like_repeats_the_bytes(tmp_path):
+    from swiftwan.cli import main
+
+    first, second = tmp_path / "a.mp4", tmp_path / "b.mp4"
+    asked = ["generate", PROMPT, "--seed", "3", "--frames", "5", "--steps", "2", "--out", str(first)]
+    assert main(asked) == 0
+    assert main(["generate", "--like", str(first), "--out", str(second)]) == 0
+    assert first.read_bytes() == second.read_bytes()
+
+
 def test_a_picture(engine, tmp_path):
     result = engine.run(sw.TextToImage("a green star over a pink background", seed=1))
     assert result.frames.shape == (1, 128, 128, 3)

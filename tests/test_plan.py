@@ -27,6 +27,13 @@ def test_listing_order_does_not_matter():
     assert one.settings.dtype is torch.bfloat16
 
 
+def test_an_explicit_dtype_stands_above_the_plan():
+    plan = make_plan(["dtype:fp16"], CPU, "fp32")
+    assert plan.specs == ()
+    assert plan.settings.dtype is torch.float32
+    assert make_plan(["dtype:fp32"], CPU, "fp32").specs == ("dtype:fp32",)
+
+
 def test_an_empty_plan_is_the_plain_run():
     plan = make_plan([], CPU)
     assert plan.techniques == ()

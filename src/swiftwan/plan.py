@@ -113,16 +113,17 @@ def make_plan(plan: str | Sequence[str], device: Device, dtype: str | None = Non
         except RequestError as problem:
             problems.append(str(problem))
     if dtype is not None:
-        parse_dtype(dtype)
-        techniques = [t for t in techniques if not isinstance(t, Dtype)] + [Dtype(dtype)]
+        wanted = parse_dtype(dtype)
+        techniques = [t for t in techniques if not isinstance(t, Dtype) or parse_dtype(t.value) == wanted]
     for technique in techniques:
         if missing := technique.missing_on(device):
             problems.append(f"'{technique.name}' cannot run on {device.name}: {missing}")
     problems += _conflicts(techniques)
     if problems:
-        raise PlanError("; ".join(problem.rstrip(".") for problem in problems) + ".")
+        told = "; ".join(problem.rstrip(".") for problem in problems)
+        raise PlanError(told if told.endswith("?") else f"{told}.")
     techniques.sort(key=lambda technique: technique.claim.slot)
-    settings = Settings(dtype=device.dtype)
+    settings = Settings(dtype=parse_dtype(dtype) if dtype else device.dtype)
     for technique in techniques:
         settings = technique.apply(settings)
     return Plan(tuple(techniques), settings)
