@@ -2,10 +2,20 @@
 
 import random
 
+import pytest
 import torch
 
-from swiftwan.pocket.world import COLOURS, MOTIONS, SHAPES, Scene, Thing, parse_prompt, sample_scenes
-from swiftwan.train.pocket_dit import TEXT_TOKENS, Pocket, caption, flow_loss, tokenize
+from swiftwan.pocket.world import (
+    COLOURS,
+    MOTIONS,
+    SHAPES,
+    Scene,
+    Thing,
+    held_out_combinations,
+    parse_prompt,
+    sample_scenes,
+)
+from swiftwan.train.pocket_dit import TEXT_TOKENS, Pocket, caption, flow_loss, tokenize, training_scenes
 from swiftwan.train.pocket_tokenizer import build
 
 
@@ -40,6 +50,20 @@ def test_captions_are_prompts_or_their_beginnings():
     assert 240 < whole < 300
 
 
+def test_the_shares_of_what_is_hard_are_as_asked():
+    scenes = training_scenes(400, 5, two_things=0.6, twins=0.3)
+    two = sum(len(scene.things) == 2 for scene in scenes) / 400
+    twins = sum(
+        scene.background in ("blue", "green") and any(t.colour in ("blue", "green") for t in scene.things)
+        for scene in scenes
+    )
+    assert 0.5 < two < 0.7
+    assert 0.22 < twins / 400 < 0.38
+    hidden = held_out_combinations()
+    assert not any((t.colour, t.shape, t.motion) in hidden for scene in scenes for t in scene.things)
+    assert scenes == training_scenes(400, 5, two_things=0.6, twins=0.3)
+
+
 def test_a_perfect_model_has_no_loss_and_a_given_frame_does_not_count():
     latents, noise = torch.randn(2, 16, 3, 4, 4), torch.randn(2, 16, 3, 4, 4)
     level = torch.tensor([0.3, 0.8])
@@ -60,3 +84,20 @@ def test_one_step_of_training_moves_text_encoder_and_transformer():
     flow_loss(model, latents, tokens, torch.tensor([0.2, 0.9]), torch.randn_like(latents), first_given=False).backward()
     unmoved = [name for name, p in model.named_parameters() if p.grad is None]
     assert unmoved == []
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ["pocket-dit", "--vae", "nowhere", "--out", "run", "--device", "cpu"],
+        ["pocket-assemble", "--vae", "nowhere", "--dit", "nowhere", "--out", "model"],
+    ],
+    ids=" ".join,
+)
+def test_missing_parts_are_one_line_and_nothing_written(arguments, tmp_path, monkeypatch, capsys):
+    from swiftwan.cli import main
+
+    monkeypatch.chdir(tmp_path)
+    assert main(["train", *arguments]) == 2
+    assert capsys.readouterr().err.count("\n") == 1
+    assert list(tmp_path.iterdir()) == []

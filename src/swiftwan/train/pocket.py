@@ -41,8 +41,8 @@ OutOption = Annotated[Path, typer.Option(help="The run's folder; a run in it is 
 def pocket_vae(
     out: OutOption,
     steps: int = 9000,
-    batch: int = 32,
-    num_frames: int = 17,
+    batch: int = 8,
+    num_frames: int = 33,
     seed: int = 1,
     learning_rate: float = 1.5e-3,
     device: str | None = None,
@@ -76,6 +76,9 @@ def pocket_dit(
     steps: int = 24000,
     batch: int = 256,
     clips: int = 160_000,
+    two_things: Annotated[float, typer.Option(help="Share of clips with two things.")] = 0.5,
+    twins: Annotated[float, typer.Option(help="Share of blue or green things on blue or green.")] = 0.2,
+    start: Annotated[Path | None, typer.Option(help="A model's folder whose weights to start from.")] = None,
     stop_at: Annotated[int | None, typer.Option(help="Pause after this step.")] = None,
     seed: int = 2,
     learning_rate: float = 1e-3,
@@ -86,6 +89,7 @@ def pocket_dit(
 
     from swiftwan.models.config import VAEConfig
     from swiftwan.models.vae import WanVAE
+    from swiftwan.pocket.world import sample_scenes
     from swiftwan.train import pocket_dit as recipe
     from swiftwan.train.pocket_tokenizer import build
     from swiftwan.train.pocket_vae import channels_last
@@ -99,8 +103,9 @@ def pocket_dit(
         coder = WanVAE(VAEConfig.from_json(json.loads((folder / "config.json").read_text())))
     load_weights(coder, sorted(folder.glob("*.safetensors")), device=where, dtype=torch.float32, component="vae")
     channels_last(coder)
-    data = recipe.make_latents(coder, clips, seed=seed, split="train", device=where)
-    held_out = recipe.make_latents(coder, 256, seed=seed + 1, split="held-out", device=where)
+    scenes = recipe.training_scenes(clips, seed, two_things=two_things, twins=twins)
+    data = recipe.make_latents(coder, scenes, seed=seed, device=where)
+    held_out = recipe.make_latents(coder, sample_scenes(256, seed + 1, "held-out"), seed=seed + 1, device=where)
     model = recipe.train(
         out,
         data,
@@ -111,6 +116,7 @@ def pocket_dit(
         seed=seed,
         learning_rate=learning_rate,
         stop_at=stop_at,
+        start=start,
     )
     transformer_json = {"_class_name": "WanTransformer3DModel"} | model.transformer.config.to_json()
     save_weights(model.transformer.state_dict(), out / "transformer", transformer_json)
