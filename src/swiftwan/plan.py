@@ -340,7 +340,7 @@ def explain(
     where = pick_device(device)
     chosen = make_plan(plan, where, dtype)
     facts = describe(model)
-    if "I2V" in model or facts.known.transformer.in_channels != facts.known.transformer.out_channels:
+    if facts.known.transformer.in_channels != facts.known.transformer.out_channels:
         raise UnavailableError(
             f"'{model}' makes videos from an image, which swiftwan cannot run yet; "
             "take a text-to-video model, for example 'wan2.1-t2v-1.3b'."

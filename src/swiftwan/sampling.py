@@ -16,8 +16,8 @@ REFUSED = {
     "ddpm": "it integrates noise (epsilon) or v predictions on a beta schedule",
     "lms": "it extrapolates noise (epsilon) predictions",
     "pndm": "it extrapolates noise (epsilon) predictions",
-    "euler-ancestral": "its noise re-injection assumes a variance-exploding process",
-    "euler-a": "its noise re-injection assumes a variance-exploding process",
+    "eulerancestral": "its noise re-injection assumes a variance-exploding process",
+    "eulera": "its noise re-injection assumes a variance-exploding process",
 }
 """Schedulers that people ask for and that would give noise with a flow model, with the reason."""
 
@@ -26,7 +26,7 @@ def check_scheduler(name: str) -> None:
     """Raise RequestError for a scheduler that is unknown, or that cannot follow a flow prediction."""
     if name in SCHEDULERS:
         return
-    plain = re.sub(r"[_\s]", "-", name.lower()).removesuffix("scheduler").removesuffix("discrete").strip("-")
+    plain = re.sub(r"[^a-z]", "", name.lower()).removesuffix("scheduler").removesuffix("discrete")
     if plain in REFUSED:
         raise RequestError(
             f"scheduler '{name}' cannot run Wan: the model predicts flow (noise minus data), and {REFUSED[plain]}. "

@@ -15,8 +15,9 @@ from typing import Annotated, Any
 from typer import Argument, Option
 
 from swiftwan.errors import RequestError
-from swiftwan.models.config import KNOWN_MODELS, POCKET_DEFAULTS, Defaults
+from swiftwan.models.config import POCKET_DEFAULTS, Defaults
 from swiftwan.pipelines.request import Request, request_from_json
+from swiftwan.weights.find import known_model
 
 _REQUEST = "Request (unset: the model's official values)"
 _RUN = "Run"
@@ -227,8 +228,5 @@ def _plan(asked: Asked, record: dict[str, Any]) -> str | list[str]:
 
 def _defaults(model: str) -> Defaults:
     """A known model's defaults; for a folder the pocket's small ones, which never refuse a disk wrongly."""
-    name = model.removeprefix("random:")
-    for known in KNOWN_MODELS.values():
-        if name in (known.name, known.hub_id):
-            return known.defaults
-    return POCKET_DEFAULTS
+    known = known_model(model)
+    return known.defaults if known else POCKET_DEFAULTS
