@@ -20,6 +20,10 @@ OnStep = Callable[[StepEvent], None]
 
 def text_to_video(engine: Engine, request: Request, on_step: OnStep | None) -> Result:
     """Run a completed, checked request; one frame makes a picture."""
+    assert request.scheduler is not None
+    assert request.num_inference_steps is not None
+    assert request.flow_shift is not None
+    assert request.seed is not None
     clock, progress = Clock(engine.torch_device), Progress(on_step)
     parts, plan = engine.parts, engine.plan
 
@@ -28,9 +32,9 @@ def text_to_video(engine: Engine, request: Request, on_step: OnStep | None) -> R
     progress.tell("text", 1)
 
     scheduler = make_scheduler(
-        request.scheduler or "unipc",
-        num_inference_steps=request.num_inference_steps or 1,
-        flow_shift=request.flow_shift or 1.0,
+        request.scheduler,
+        num_inference_steps=request.num_inference_steps,
+        flow_shift=request.flow_shift,
         device=engine.torch_device,
     )
     steps = len(scheduler.timesteps)
@@ -39,7 +43,7 @@ def text_to_video(engine: Engine, request: Request, on_step: OnStep | None) -> R
         clock.mark("denoise")
         progress.tell("denoise", steps)
 
-    noise = start_latents(engine.latent_shape(request), request.seed or 0, engine.torch_device)
+    noise = start_latents(engine.latent_shape(request), request.seed, engine.torch_device)
     latents = denoise(parts, plan.guide, scheduler, request, text, noise, after_step)
 
     def after_chunk() -> None:

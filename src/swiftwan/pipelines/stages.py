@@ -84,7 +84,8 @@ def denoise(
     ``after_step`` is called behind each model evaluation and solver step; what it raises ends the run.
     """
     shape = tuple(latents.shape)
-    noise = torch.Generator("cpu").manual_seed((request.seed or 0) + 1)
+    assert request.seed is not None
+    noise = torch.Generator("cpu").manual_seed(request.seed + 1)
     # Only the few-step solver draws noise; the others have no such argument.
     options = {"generator": noise} if request.scheduler == "lcm" else {}
     for expert in experts(parts, request, scheduler.timesteps):
