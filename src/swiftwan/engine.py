@@ -60,6 +60,8 @@ class Engine:
         torch.backends.cudnn.allow_tf32 = chosen.settings.tf32
         try:
             parts = build(locate(model), device=torch.device(where.torch_device), dtype=chosen.settings.dtype)
+            for technique in chosen.techniques:
+                technique.install(parts)
         except torch.OutOfMemoryError:
             failed = True
         else:

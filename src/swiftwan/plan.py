@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, fields
-from fnmatch import fnmatchcase
-from typing import Any, get_type_hints
+from dataclasses import dataclass
+from typing import Any
 
 import torch
 
@@ -28,43 +27,17 @@ RECIPES = ("auto", "none")
 TEXT_TOKENS = 512
 
 
-# Specs
-
-
 def parse(spec: str) -> Technique:
     """Read ``name[:value][:key=value,...]``.
 
     Raises:
         PlanError: unknown technique or option, a value missing, left over or of the wrong type.
     """
-    name, *rest = spec.split(":")
+    name, _, rest = spec.partition(":")
     kind = TECHNIQUES.get(name)
     if kind is None:
         raise PlanError(f"unknown technique '{name}'." + did_you_mean(name, TECHNIQUES))
-    types = get_type_hints(kind)
-    known = {f.name: f for f in fields(kind)}
-    options: dict[str, Any] = {}
-    for part in rest:
-        pairs = [pair.partition("=") for pair in part.split(",")] if "=" in part else [("value", "=", part)]
-        for key, _, text in pairs:
-            if key not in known:
-                what = f"takes no value '{text}'" if key == "value" else f"has no option '{key}'"
-                raise PlanError(f"technique '{name}' {what}." + (did_you_mean(key, known) if known else ""))
-            try:
-                options[key] = types[key](text)
-            except ValueError:
-                raise PlanError(f"{name}: {key} is '{text}'; it must be {types[key].__name__}.") from None
-    if "value" in known and "value" not in options:
-        raise PlanError(f"technique '{name}' needs a value: {kind.__doc__}")
-    return kind(**options)
-
-
-def write(technique: Technique) -> str:
-    """The spec that :func:`parse` reads back."""
-    values = {f.name: getattr(technique, f.name) for f in fields(technique) if getattr(technique, f.name) != f.default}
-    value = values.pop("value", None)
-    options = ",".join(f"{key}={item}" for key, item in values.items())
-    return ":".join(part for part in (technique.name, value, options) if part)
+    return kind.read(rest)
 
 
 # Plans
@@ -79,7 +52,7 @@ class Plan:
 
     @property
     def specs(self) -> tuple[str, ...]:
-        return tuple(write(technique) for technique in self.techniques)
+        return tuple(technique.spec for technique in self.techniques)
 
     @property
     def guide(self) -> Guide:
@@ -122,7 +95,7 @@ def make_plan(plan: str | Sequence[str], device: Device, dtype: str | None = Non
     if problems:
         told = "; ".join(problem.rstrip(".") for problem in problems)
         raise PlanError(told if told.endswith("?") else f"{told}.")
-    techniques.sort(key=lambda technique: technique.claim.slot)
+    techniques.sort(key=lambda technique: technique.slot)
     settings = Settings(dtype=parse_dtype(dtype) if dtype else device.dtype)
     for technique in techniques:
         settings = technique.apply(settings)
@@ -130,16 +103,12 @@ def make_plan(plan: str | Sequence[str], device: Device, dtype: str | None = Non
 
 
 def _conflicts(techniques: Sequence[Technique]) -> list[str]:
-    problems = []
-    for i, one in enumerate(techniques):
-        for other in techniques[i + 1 :]:
-            a, b = one.claim, other.claim
-            same = fnmatchcase(a.paths, b.paths) or fnmatchcase(b.paths, a.paths)
-            if a.slot is b.slot and same:
-                problems.append(
-                    f"'{write(one)}' and '{write(other)}' both decide {a.slot.name.lower()} of {a.paths}: drop one"
-                )
-    return problems
+    return [
+        f"'{one.spec}' and '{other.spec}': {why}"
+        for i, one in enumerate(techniques)
+        for other in techniques[i + 1 :]
+        if (why := one.conflict(other))
+    ]
 
 
 # What a run will take
@@ -296,7 +265,7 @@ class Explanation:
             f"{_gib(self.device.free_bytes)} free: {'fits' if self.fits else 'does not fit'}",
         ]
         for number, technique in enumerate(self.plan.techniques, 1):
-            lines.append(f"{number}. {write(technique)} ({technique.kind}): {technique.reason}")
+            lines.append(f"{number}. {technique.spec} ({technique.kind}): {technique.reason}")
         return lines if self.plan.techniques else [*lines, "plan       plain: no techniques"]
 
     def to_json(self) -> dict[str, Any]:
@@ -306,7 +275,7 @@ class Explanation:
             "dtype": str(self.plan.settings.dtype).removeprefix("torch."),
             "request": self.request.to_json(),
             "plan": [
-                {"spec": write(t), "kind": t.kind, "reason": t.reason, "slot": t.claim.slot.name.lower()}
+                {"spec": t.spec, "kind": t.kind, "reason": t.reason, "slot": t.slot.name.lower()}
                 for t in self.plan.techniques
             ],
             "tokens": self.load.tokens,
