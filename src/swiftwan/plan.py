@@ -9,7 +9,7 @@ from typing import Any
 import torch
 
 from swiftwan.device import Device, parse_dtype, pick_device
-from swiftwan.errors import PlanError, RequestError, UnavailableError, did_you_mean
+from swiftwan.errors import PlanError, RequestError, UnavailableError, WeightsError, did_you_mean
 from swiftwan.guidance import Guide
 from swiftwan.models.config import KNOWN_MODELS, POCKET, KnownModel
 from swiftwan.models.vae import Tiling
@@ -17,12 +17,13 @@ from swiftwan.pipelines.request import Grid, Request
 from swiftwan.sampling import check_scheduler
 from swiftwan.techniques.base import Settings, Technique
 from swiftwan.techniques.guidance import BatchedCfg
+from swiftwan.techniques.lora import Lora
 from swiftwan.techniques.precision import Dtype, Tf32
 from swiftwan.techniques.vae import Vae
 from swiftwan.weights.build import UMT5_XXL, parameter_count, text_parameter_count
 from swiftwan.weights.find import Folder, identify, known_model, locate, read_layout
 
-TECHNIQUES: dict[str, type[Technique]] = {kind.name: kind for kind in (Dtype, Tf32, BatchedCfg, Vae)}
+TECHNIQUES: dict[str, type[Technique]] = {kind.name: kind for kind in (Dtype, Tf32, Lora, BatchedCfg, Vae)}
 RECIPES = ("auto", "none")
 TEXT_TOKENS = 512
 
@@ -167,6 +168,22 @@ def _family(boundary_ratio: float | None, expand_timesteps: bool, in_channels: i
     if expand_timesteps:
         return KNOWN_MODELS["wan2.2-ti2v-5b"]
     return KNOWN_MODELS["wan2.1-i2v-14b-480p" if in_channels == 36 else "wan2.1-t2v-1.3b"]
+
+
+def check_plan(plan: Plan, facts: Facts) -> None:
+    """Check what a plan adds to a model against the model's sizes; no weights are read.
+
+    Raises:
+        WeightsError: every file that is of another model, at once.
+    """
+    problems = []
+    for technique in plan.techniques:
+        try:
+            technique.check(facts.known)
+        except WeightsError as problem:
+            problems.append(str(problem))
+    if problems:
+        raise WeightsError("; ".join(problems))
 
 
 def complete(request: Request, facts: Facts) -> Request:
@@ -314,5 +331,6 @@ def explain(
             f"'{model}' makes videos from an image, which swiftwan cannot run yet; "
             "take a text-to-video model, for example 'wan2.1-t2v-1.3b'."
         )
+    check_plan(chosen, facts)
     full = complete(request, facts)
     return Explanation(facts, full, chosen, where, estimate(full, facts, chosen.settings.dtype))

@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     import torch
 
     from swiftwan.device import Device
+    from swiftwan.models.config import KnownModel
     from swiftwan.weights.build import Parts
 
 Kind = Literal["exact", "near", "approximate", "retrained"]
@@ -81,6 +82,13 @@ class Technique:
             for fact in one.refuses.keys() & two.makes:
                 return f"{one.name} cannot run beside {two.name}: {one.refuses[fact]}"
         return ""
+
+    def check(self, model: KnownModel) -> None:
+        """Refuse a model that it cannot change, before anything loads.
+
+        Raises:
+            WeightsError: files that it adds are of another model.
+        """
 
     def apply(self, settings: Settings) -> Settings:
         """Decide what is settled before loading."""

@@ -66,6 +66,10 @@ class Fit:
     targets: tuple[Target, ...]
     report: Report
 
+    @property
+    def is_dora(self) -> bool:
+        return any("magnitude" in target.keys for target in self.targets)
+
     def load(self) -> dict[str, Change]:
         """Read the tensors; return the changes by parameter, on the CPU.
 
@@ -197,10 +201,7 @@ def _why_unknown(found: Key | None, config: TransformerConfig) -> str:
 
 def _nothing_fits(file: LoraFile, report: Report, config: TransformerConfig) -> str:
     if not report.misshaped:
-        return (
-            f"{file.path} changes nothing in this model: none of its {len(file.shapes)} keys is of a Wan transformer "
-            f"({_few(list(report.unmatched))}); is it a LoRA for Wan?"
-        )
+        return f"{file.path} changes nothing in this model; {report.left_out()}. Is it a LoRA for Wan?"
     key, why = next(iter(report.misshaped.items()))
     made_for = file.made_for()
     hint = f"; it is for {_few(made_for)}" if made_for else ""

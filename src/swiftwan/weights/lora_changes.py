@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -43,43 +43,47 @@ class Scales:
     the tensors: in the file's metadata, or in an ``adapter_config.json``. Files with neither mean 1.
     """
 
-    config: Mapping[str, Any]
+    alpha: float | None = None
+    rank: int | None = None
+    alphas: Mapping[str, float] = field(default_factory=dict)
+    rank_stabilized: bool = False
 
     @classmethod
     def read(cls, path: Path, metadata: Mapping[str, str]) -> Scales:
-        """Find the settings of peft; {} where there are none."""
-        config: Any = {}
+        """Find the settings of peft; no alpha where there are none.
+
+        Raises:
+            WeightsError: they are damaged, so the scale is unknown.
+        """
         try:
-            if "lora_adapter_metadata" in metadata:  # diffusers: every key begins with its component
+            config: dict[str, Any] = {}
+            if "lora_adapter_metadata" in metadata:  # diffusers: every name begins with its component
                 packed = json.loads(metadata["lora_adapter_metadata"])
-                config = {key.partition(".")[2]: value for key, value in packed.items()}
+                config = {name.partition(".")[2]: value for name, value in packed.items()}
             elif "adapter_config" in metadata:
                 config = json.loads(metadata["adapter_config"])
             elif path.name == "adapter_model.safetensors":
                 config = check.read_json(path.with_name("adapter_config.json")) or {}
-            kept = {key: config.get(key) for key in ("lora_alpha", "alpha", "r", "alpha_pattern", "use_rslora")}
-            kept["alpha"] = (
-                None
-                if kept["lora_alpha"] is None and kept["alpha"] is None
-                else float(kept["alpha"] if kept["lora_alpha"] is None else kept["lora_alpha"])
+            alpha = config.get("lora_alpha", config.get("alpha"))  # LoRA, and LoKr and LoHa
+            return cls(
+                alpha=None if alpha is None else float(alpha),
+                rank=int(config.get("r") or 0) or None,
+                alphas={str(name): float(value) for name, value in (config.get("alpha_pattern") or {}).items()},
+                rank_stabilized=bool(config.get("use_rslora")),
             )
-            kept["alpha_pattern"] = {str(k): float(v) for k, v in (kept["alpha_pattern"] or {}).items()}
         except (ValueError, TypeError, AttributeError, RecursionError):
             raise WeightsError(f"{path} has damaged settings in its metadata, so its scale is unknown") from None
-        return cls(kept)
 
     def scale(self, base: str, alpha: Tensor | None, rank: int | None) -> float:
         """The factor of a module's change; ``rank`` is None where both of LoKr's factors are whole."""
         if alpha is not None:
             # LyCORIS stores an alpha with whole factors too, and does not use it.
             return 1.0 if alpha.is_meta or rank is None else float(alpha) / rank
-        pattern = self.config["alpha_pattern"]
-        named = next((v for k, v in pattern.items() if f".{base}".endswith(f".{k.lstrip('^').rstrip('$')}")), None)
-        value = self.config["alpha"] if named is None else named
-        rank = rank or self.config["r"]
-        if value is None or not rank:
+        value = next((v for name, v in self.alphas.items() if f".{base}".endswith(f".{name.strip('^$')}")), self.alpha)
+        rank = rank or self.rank
+        if value is None or rank is None:
             return 1.0
-        return float(value) / (math.sqrt(rank) if self.config["use_rslora"] else rank)
+        return value / (math.sqrt(rank) if self.rank_stabilized else rank)
 
 
 def make_changes(
@@ -88,6 +92,8 @@ def make_changes(
     """The changes of a target's weight and bias, with notes; from numbers, or from shapes on the meta device."""
     parts = dict(parts)
     alpha, magnitude = parts.pop("alpha", None), parts.pop("magnitude", None)
+    if alpha is not None and alpha.numel() != 1:
+        raise Unfit(f"alpha is {in_words(alpha.shape)}, not one number", misshaped=True)
     bias = [parts.pop("diff_b")] if "diff_b" in parts else []
     deltas: list[Delta] = [Full(parts.pop("diff"))] if "diff" in parts else []
 
@@ -135,6 +141,8 @@ def _product(parts: Mapping[str, Tensor], scale: Callable[[int | None], float]) 
     known, make = _FORMS[form]
     if strange := parts.keys() - known:
         raise Unfit(f"'{min(strange)}' is of no form of LoRA known here")
+    if not all(tensor.numel() for tensor in parts.values()):
+        raise Unfit("its factors are empty", misshaped=True)
     delta = make({part: tensor.float() for part, tensor in parts.items()}, scale)
     delta.dense()
     return delta
