@@ -178,7 +178,7 @@ def _tucker(of: Mapping[str, Tensor], core: str, first: str, second: str) -> Ten
     """first @ second, or LyCORIS' form for kernels: a core (R, R, k...), and first (R, O), second (R, I)."""
     if core not in of:
         return of[first] @ of[second]
-    return torch.einsum("ij...,ip,jr->pr...", of[core], of[first], of[second])
+    return torch.einsum("ij...,ip,jr->pr...", of[core], of[first], of[second]).contiguous()
 
 
 def _check_shape(name: str, delta: Delta, shape: check.Shape, *, linear: bool) -> list[str]:
