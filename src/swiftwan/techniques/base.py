@@ -45,6 +45,7 @@ class Settings:
     guide: Guide = SequentialGuidance
     tiling: Tiling | None = None
     tf32: bool = False
+    prompt_cache: str = "disk"
 
 
 @dataclass(frozen=True)
