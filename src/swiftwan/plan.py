@@ -19,11 +19,14 @@ from swiftwan.techniques.base import Settings, Technique
 from swiftwan.techniques.guidance import BatchedCfg
 from swiftwan.techniques.precision import Dtype, Tf32
 from swiftwan.techniques.prompts import PromptCaching
+from swiftwan.techniques.quantize import Quantize
 from swiftwan.techniques.vae import Vae
 from swiftwan.weights.build import UMT5_XXL, parameter_count, text_parameter_count
 from swiftwan.weights.find import Folder, identify, known_model, locate, read_layout
 
-TECHNIQUES: dict[str, type[Technique]] = {kind.name: kind for kind in (Dtype, Tf32, BatchedCfg, PromptCaching, Vae)}
+TECHNIQUES: dict[str, type[Technique]] = {
+    kind.name: kind for kind in (Dtype, Tf32, BatchedCfg, PromptCaching, Quantize, Vae)
+}
 RECIPES = ("auto", "none")
 TEXT_TOKENS = 512
 

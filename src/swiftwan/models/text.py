@@ -41,11 +41,15 @@ class TextEncoder:
         self.device = device
         self.dtype = dtype
         self.cache: PromptCache | None = None
+        self.after_load: list[Callable[[nn.Module], None]] = []
         self._load = load
 
     @cached_property
     def encoder(self) -> nn.Module:
-        return self._load()
+        encoder = self._load()
+        for change in self.after_load:
+            change(encoder)
+        return encoder
 
     @property
     def is_loaded(self) -> bool:
