@@ -61,7 +61,12 @@ class Engine:
         torch.backends.cuda.matmul.allow_tf32 = chosen.settings.tf32
         torch.backends.cudnn.allow_tf32 = chosen.settings.tf32
         try:
-            parts = build(locate(model), device=torch.device(where.torch_device), dtype=chosen.settings.dtype)
+            parts = build(
+                locate(model),
+                device=torch.device(where.torch_device),
+                dtype=chosen.settings.dtype,
+                transformers_on=torch.device("cpu") if chosen.settings.transformers_on_host else None,
+            )
             parts.text.cache = _prompt_cache(chosen.settings.prompt_cache)
             for technique in chosen.techniques:
                 technique.install(parts)

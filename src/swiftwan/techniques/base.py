@@ -46,6 +46,7 @@ class Settings:
     tiling: Tiling | None = None
     tf32: bool = False
     prompt_cache: str = "disk"
+    transformers_on_host: bool = False
 
 
 @dataclass(frozen=True)

@@ -50,7 +50,6 @@ class Quantize(Technique):
     kind = "near"
     reason = "linear layers hold their weights in fewer bits"
     slot = Slot.LINEAR
-    makes = frozenset({"quantized"})
 
     def __post_init__(self) -> None:
         for option, allowed in _CHOICES.items():
@@ -64,6 +63,10 @@ class Quantize(Technique):
     @property
     def claims(self) -> tuple[str, ...]:  # type: ignore[override]
         return (self.on,)
+
+    @property
+    def makes(self) -> frozenset[str]:  # type: ignore[override]
+        return frozenset({"quantized", "scales beside weights"} if self.value == "nf4" else {"quantized"})
 
     @property
     def is_dynamic(self) -> bool:
@@ -104,8 +107,9 @@ class Quantize(Technique):
                 return self._by_torchao(linear)
 
     def _by_torchao(self, linear: nn.Linear) -> nn.Module:
-        # Its wheel carries kernels for many GPUs and warns of each that this machine cannot load.
-        logging.getLogger("torchao").setLevel(logging.ERROR)
+        # Its wheel warns of each GPU's kernels that this machine cannot load, and of torch 2.13's new registry.
+        for name in ("torchao", "torch.utils._pytree"):
+            logging.getLogger(name).setLevel(logging.ERROR)
         from torchao import quantization as ao
 
         config: Any

@@ -43,25 +43,35 @@ class Parts:
     vae: WanVAE
     boundary_ratio: float | None
 
+    @property
+    def device(self) -> torch.device:
+        """Where latents, embeddings and frames are."""
+        return self.text.device
 
-def build(source: Source, *, device: torch.device, dtype: torch.dtype) -> Parts:
+
+def build(
+    source: Source, *, device: torch.device, dtype: torch.dtype, transformers_on: torch.device | None = None
+) -> Parts:
     """Load, or for ``random:`` models make, every part; weights go shard by shard straight to the device.
+
+    Args:
+        transformers_on: where to load the transformers, if not on the device: a technique brings them there.
 
     Raises:
         WeightsError: files are missing, damaged or of another model.
     """
     if isinstance(source, Folder):
-        return _load(read_layout(source), device, dtype)
-    return _random(source.known, device, dtype)
+        return _load(read_layout(source), device, dtype, transformers_on or device)
+    return _random(source.known, device, dtype, transformers_on or device)
 
 
-def _load(layout: Layout, device: torch.device, dtype: torch.dtype) -> Parts:
+def _load(layout: Layout, device: torch.device, dtype: torch.dtype, transformers_on: torch.device) -> Parts:
     def transformer(component: str, config: TransformerConfig) -> WanTransformer:
         model = _on_meta(WanTransformer, config)
         load_weights(
             model,
             layout.files[component],
-            device=device,
+            device=transformers_on,
             dtype=dtype,
             component=component,
             keep_fp32=KEEP_FP32,
@@ -88,10 +98,10 @@ def _load(layout: Layout, device: torch.device, dtype: torch.dtype) -> Parts:
     )
 
 
-def _random(known: KnownModel, device: torch.device, dtype: torch.dtype) -> Parts:
+def _random(known: KnownModel, device: torch.device, dtype: torch.dtype, transformers_on: torch.device) -> Parts:
     def transformer(seed: int) -> WanTransformer:
         model = _on_meta(WanTransformer, known.transformer)
-        randomize(model, device=device, dtype=dtype, keep_fp32=KEEP_FP32, seed=seed)
+        randomize(model, device=transformers_on, dtype=dtype, keep_fp32=KEEP_FP32, seed=seed)
         return model
 
     vae = _on_meta(WanVAE, known.vae)
