@@ -13,8 +13,10 @@ from swiftwan.errors import MemoryLimitError
 from swiftwan.pipelines.generate import OnStep, text_to_video
 from swiftwan.pipelines.request import Request, Result
 from swiftwan.plan import Facts, Plan, check_plan, complete, describe, estimate, make_plan
+from swiftwan.prompt_cache import PromptCache
 from swiftwan.techniques.lora import find_loras, labels
 from swiftwan.weights.build import Parts, build
+from swiftwan.weights.check import cache_folder
 from swiftwan.weights.find import locate
 
 
@@ -61,7 +63,13 @@ class Engine:
         torch.backends.cuda.matmul.allow_tf32 = chosen.settings.tf32
         torch.backends.cudnn.allow_tf32 = chosen.settings.tf32
         try:
-            parts = build(locate(model), device=torch.device(where.torch_device), dtype=chosen.settings.dtype)
+            parts = build(
+                locate(model),
+                device=torch.device(where.torch_device),
+                dtype=chosen.settings.dtype,
+                transformers_on=torch.device("cpu") if chosen.settings.transformers_on_host else None,
+            )
+            parts.text.cache = _prompt_cache(chosen.settings.prompt_cache)
             for technique in chosen.techniques:
                 technique.install(parts)
         except torch.OutOfMemoryError:
@@ -160,6 +168,12 @@ class Engine:
             if 1.2 * estimate(smaller, self.facts, dtype).activation_bytes < budget:
                 return f"{told}; {frames} frames should fit, or the same frames at a smaller size, or vae:tiling."
         return f"{told}; free memory on the device, or take a smaller size or model."
+
+
+def _prompt_cache(place: str) -> PromptCache | None:
+    if place == "off":
+        return None
+    return PromptCache(cache_folder() / "prompts" if place == "disk" else None)
 
 
 def _free_memory() -> None:

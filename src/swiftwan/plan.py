@@ -18,12 +18,16 @@ from swiftwan.sampling import check_scheduler
 from swiftwan.techniques.base import Settings, Technique
 from swiftwan.techniques.guidance import BatchedCfg
 from swiftwan.techniques.lora import Lora
+from swiftwan.techniques.offload import Offload
 from swiftwan.techniques.precision import Dtype, Tf32
+from swiftwan.techniques.prompts import PromptCaching
+from swiftwan.techniques.quantize import Quantize
 from swiftwan.techniques.vae import Vae
 from swiftwan.weights.build import UMT5_XXL, parameter_count, text_parameter_count
 from swiftwan.weights.find import Folder, identify, known_model, locate, read_layout
 
-TECHNIQUES: dict[str, type[Technique]] = {kind.name: kind for kind in (Dtype, Tf32, Lora, BatchedCfg, Vae)}
+_KINDS: tuple[type[Technique], ...] = (BatchedCfg, Dtype, Lora, Offload, PromptCaching, Quantize, Tf32, Vae)
+TECHNIQUES = {kind.name: kind for kind in _KINDS}
 RECIPES = ("auto", "none")
 TEXT_TOKENS = 512
 

@@ -201,7 +201,7 @@ def changed_by(path: Path, config: TransformerConfig = CONFIG, strength: float =
     """By how much each parameter of a fresh transformer changes when a file is merged into it."""
     model = WanTransformer(config).requires_grad_(False)
     before = {name: parameter.clone() for name, parameter in model.named_parameters()}
-    merge(model, LoraFile.open(path).fit(config).load(), strength)
+    merge(model, LoraFile.open(path).fit(config).load(), strength, torch.device("cpu"))
     after = dict(model.named_parameters())
     return {name: after[name] - old for name, old in before.items() if not torch.equal(old, after[name])}
 
@@ -285,7 +285,7 @@ def test_what_peft_saves_loads_as_peft_merges_it(kind, tmp_path):
     ours = WanTransformer(CONFIG).requires_grad_(False)
     plain = {n.replace("base_layer.", ""): p for n, p in wrapped.base_model.model.state_dict().items()}
     ours.load_state_dict({name: plain[name] for name in ours.state_dict()})
-    merge(ours, LoraFile.open(tmp_path / "adapter_model.safetensors").fit(CONFIG).load(), 1.0)
+    merge(ours, LoraFile.open(tmp_path / "adapter_model.safetensors").fit(CONFIG).load(), 1.0, torch.device("cpu"))
     theirs = wrapped.merge_and_unload().state_dict()
     for name, parameter in ours.state_dict().items():
         assert torch.allclose(parameter, theirs[name], atol=1e-5, rtol=1e-4), name
@@ -297,7 +297,7 @@ def test_lycoris_dora_by_columns(write):
     down, up, lengths = torch.randn(2, 32), torch.randn(24, 2), torch.rand(1, 32) + 0.5
     key = "lycoris_blocks_0_ffn_2"
     path = write({f"{key}.lora_down.weight": down, f"{key}.lora_up.weight": up, f"{key}.dora_scale": lengths})
-    merge(model, LoraFile.open(path).fit(T2V).load(), 1.0)
+    merge(model, LoraFile.open(path).fit(T2V).load(), 1.0, torch.device("cpu"))
     changed = weight + up @ down
     expected = changed * lengths / changed.norm(dim=0, keepdim=True)
     assert torch.allclose(model.blocks[0].ffn.net[2].weight, expected, atol=1e-5)

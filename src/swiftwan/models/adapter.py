@@ -11,13 +11,15 @@ Shapes: I and O in- and out-width of a linear, R rank, x (..., I).
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from itertools import chain
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+
+from swiftwan.models.streaming import StreamedBlock
 
 # What a weight changes by
 
@@ -161,18 +163,19 @@ def _same_but_flat(one: tuple[int, ...], other: tuple[int, ...]) -> bool:
 
 
 @torch.no_grad()
-def merge(model: nn.Module, changes: Mapping[str, Change], strength: float) -> None:
+def merge(model: nn.Module, changes: Mapping[str, Change], strength: float, device: torch.device) -> None:
     """Add ``strength * change`` to parameters, in float32, rounded once to the weight's dtype.
 
     Args:
         changes: by the name of the parameter in the model as it was loaded.
+        device: where to do it; the parameters may rest elsewhere.
     """
     if strength == 0:
         return
     for name, change in changes.items():
         owner, leaf = _owner(model, name)
         parameter = getattr(owner, leaf)
-        weight = parameter.float()
+        weight = parameter.to(device, torch.float32)
         parameter.copy_(weight + strength * change.dense(weight))
 
 
@@ -207,9 +210,12 @@ def _owner(model: nn.Module, name: str) -> tuple[nn.Module, str]:
 
 
 class Branch(nn.Module):
-    """What one adapter adds to one linear."""
+    """What one adapter adds to one linear.
 
-    strength: Tensor
+    ``strength`` is one tensor for the whole model, and no buffer: where blocks stream from the host, what is
+    written to a buffer on the device is lost with the next block's copy.
+    """
+
     bias: Tensor | None
 
     def __init__(self, key: str, deltas: list[Delta], bias: Tensor | None, strength: Tensor) -> None:
@@ -217,7 +223,7 @@ class Branch(nn.Module):
         self.key = key
         self.deltas = nn.ModuleList(deltas)
         self.register_buffer("bias", bias, persistent=False)
-        self.register_buffer("strength", strength, persistent=False)
+        self.strength = strength
 
     def forward(self, x: Tensor, y: Tensor) -> Tensor:
         for delta in self.deltas:
@@ -268,13 +274,23 @@ class AdaptedParameter(nn.Module):
         getattr(owner, self.leaf).copy_(value)
 
 
-def attach(model: nn.Module, changes: Mapping[str, Change], key: str, strength: float, dtype: torch.dtype) -> None:
+def attach(
+    model: nn.Module,
+    changes: Mapping[str, Change],
+    key: str,
+    strength: float,
+    *,
+    device: torch.device,
+    dtype: torch.dtype,
+) -> None:
     """Put an adapter beside the weights, under a key that :func:`set_strength` finds it by.
 
     Args:
         changes: by the name of the parameter in the model as it was loaded; none with a magnitude.
+        device: where the model computes; its weights may rest elsewhere.
         dtype: in which linears compute whose weight does not tell.
     """
+    scalar = torch.tensor(float(strength), device=device)
     linears: dict[str, dict[str, Change]] = {}
     for name, change in changes.items():
         path, _, leaf = name.rpartition(".")
@@ -283,11 +299,11 @@ def attach(model: nn.Module, changes: Mapping[str, Change], key: str, strength: 
         else:
             _attach_to_parameter(*_owner(model, name), change, key, strength)
     for path, of_linear in linears.items():
-        _attach_to_linear(model, path, of_linear, key, strength, dtype)
+        _attach_to_linear(model, path, of_linear, key, scalar, dtype)
 
 
 def _attach_to_linear(
-    model: nn.Module, path: str, changes: Mapping[str, Change], key: str, strength: float, dtype: torch.dtype
+    model: nn.Module, path: str, changes: Mapping[str, Change], key: str, strength: Tensor, dtype: torch.dtype
 ) -> None:
     adapted = model.get_submodule(path)
     if not isinstance(adapted, AdaptedLinear):
@@ -299,7 +315,7 @@ def _attach_to_linear(
         dtype = own.dtype
     deltas = [delta.to(own.device, dtype) for delta in changes["weight"].deltas] if "weight" in changes else []
     bias = changes["bias"].dense(torch.zeros(0, device=own.device)).to(dtype) if "bias" in changes else None
-    adapted.branches.append(Branch(key, deltas, bias, torch.tensor(float(strength), device=own.device)))
+    adapted.branches.append(Branch(key, deltas, bias, strength))
 
 
 def _attach_to_parameter(owner: nn.Module, leaf: str, change: Change, key: str, strength: float) -> None:
@@ -314,18 +330,23 @@ def _attach_to_parameter(owner: nn.Module, leaf: str, change: Change, key: str, 
 
 def set_strength(model: nn.Module, key: str, strength: float) -> bool:
     """Give the live adapter of this key another strength; False if the model has none of it."""
+    branches = [module for module in model.modules() if isinstance(module, Branch) and module.key == key]
+    for branch in branches:
+        branch.strength.fill_(strength)
+    return _set_of_parameters(model, key, strength) or bool(branches)
+
+
+def _set_of_parameters(owner: nn.Module, key: str, strength: float) -> bool:
     found = False
-    for owner in model.modules():
-        if isinstance(owner, Branch) and owner.key == key:
-            owner.strength.fill_(strength)
-            found = True
-        for child in _adapted_parameters(owner):
+    for child in owner.children():
+        if isinstance(child, AdaptedParameter):
             if key in child.changes:
                 child.changes[key] = child.changes[key][0], strength
                 child.write(owner)
                 found = True
+        elif not isinstance(child, StreamedBlock):
+            found |= _set_of_parameters(child, key, strength)
+        elif any(isinstance(module, AdaptedParameter) and key in module.changes for module in child.modules()):
+            with child.edited():
+                found |= _set_of_parameters(child, key, strength)
     return found
-
-
-def _adapted_parameters(owner: nn.Module) -> Iterator[AdaptedParameter]:
-    return (child for child in owner.children() if isinstance(child, AdaptedParameter))

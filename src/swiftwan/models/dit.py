@@ -166,6 +166,10 @@ class Block(nn.Module):
         self.ffn = FeedForward(dim, config.ffn_dim, dim, approximate="tanh")
         self.scale_shift_table = nn.Parameter(torch.randn(1, 6, dim) / dim**0.5)
 
+    def remember(self, text: Tensor, image: Tensor | None) -> Memory:
+        """What cross-attention needs of text (B, S, D) and image tokens: once a prompt."""
+        return self.attn2.remember(text, image)
+
     def forward(
         self,
         x: Tensor,
@@ -284,7 +288,7 @@ class WanTransformer(nn.Module):
             image = embedder.image_embedder(image.to(self.dtype))
         frames, height, width = self.patch_grid(latent_shape)
         rope = rope_tables(self.config.attention_head_dim, frames, height, width, device=text.device)
-        memories = tuple(cast(Block, block).attn2.remember(text, image) for block in self.blocks)
+        memories = tuple(cast(Block, block).remember(text, image) for block in self.blocks)
         return Condition(memories, text_bias, rope)
 
     def patch_grid(self, latent_shape: Sequence[int]) -> tuple[int, int, int]:

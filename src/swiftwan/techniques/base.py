@@ -46,6 +46,8 @@ class Settings:
     guide: Guide = SequentialGuidance
     tiling: Tiling | None = None
     tf32: bool = False
+    prompt_cache: str = "disk"
+    transformers_on_host: bool = False
 
 
 @dataclass(frozen=True)

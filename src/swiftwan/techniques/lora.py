@@ -108,9 +108,9 @@ class Lora(Technique):
                 raise WeightsError(_dora(self.path, "these weights are quantised; load them in floats"))
             self._tell(fitted, expert, live)
             if live:
-                attach(transformer, changes, self.path, self.strength, transformer.dtype)
+                attach(transformer, changes, self.path, self.strength, device=parts.device, dtype=transformer.dtype)
             else:
-                merge(transformer, changes, self.strength)
+                merge(transformer, changes, self.strength, parts.device)
 
     def change(self, parts: Parts) -> None:
         """Give a live LoRA that is loaded the strength of this one.

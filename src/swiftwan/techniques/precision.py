@@ -38,6 +38,7 @@ class Tf32(Technique):
     kind = "near"
     reason = "float32 products keep 10 of 23 mantissa bits"
     slot = Slot.LINEAR
+    claims = ()
 
     def missing_on(self, device: Device) -> str:
         if device.capability is None or device.capability < (8, 0):
