@@ -188,7 +188,7 @@ def _is_plain(model: nn.Module, name: str, shape: tuple[int, ...]) -> bool:
     owner, leaf = _owner(model, name)
     value = getattr(owner, leaf, None)
     # A quantised linear keeps its bias as it was; the two go together all the same.
-    of_owner = (value, owner.weight) if leaf == "bias" else (value,)
+    of_owner = (value, getattr(owner, "weight", None)) if leaf == "bias" else (value,)
     return value is not None and tuple(value.shape) == shape and all(map(_is_float, of_owner))
 
 
