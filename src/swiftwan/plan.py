@@ -174,20 +174,25 @@ def _family(boundary_ratio: float | None, expand_timesteps: bool, in_channels: i
     return KNOWN_MODELS["wan2.1-i2v-14b-480p" if in_channels == 36 else "wan2.1-t2v-1.3b"]
 
 
-def check_plan(plan: Plan, facts: Facts) -> None:
+def check_plan(plan: Plan, facts: Facts) -> tuple[str, ...]:
     """Check what a plan adds to a model against the model's sizes; no weights are read.
+
+    Returns:
+        What the techniques tell of it, a line each.
 
     Raises:
         WeightsError: every file that is of another model, at once.
     """
+    told: list[str] = []
     problems = []
     for technique in plan.techniques:
         try:
-            technique.check(facts.known)
+            told += technique.check(facts.known)
         except WeightsError as problem:
             problems.append(str(problem))
     if problems:
         raise WeightsError("; ".join(problems))
+    return tuple(told)
 
 
 def complete(request: Request, facts: Facts) -> Request:
@@ -263,6 +268,7 @@ class Explanation:
     plan: Plan
     device: Device
     load: Load
+    told: tuple[str, ...] = ()
 
     @property
     def fits(self) -> bool:
@@ -287,6 +293,7 @@ class Explanation:
         ]
         for number, technique in enumerate(self.plan.techniques, 1):
             lines.append(f"{number}. {technique.spec} ({technique.kind}): {technique.reason}")
+        lines += self.told
         return lines if self.plan.techniques else [*lines, "plan       plain: no techniques"]
 
     def to_json(self) -> dict[str, Any]:
@@ -299,6 +306,7 @@ class Explanation:
                 {"spec": t.spec, "kind": t.kind, "reason": t.reason, "slot": t.slot.name.lower()}
                 for t in self.plan.techniques
             ],
+            "told": list(self.told),
             "tokens": self.load.tokens,
             "forwards": self.load.forwards,
             "tflop_per_forward": self.load.tflop_per_forward,
@@ -335,6 +343,6 @@ def explain(
             f"'{model}' makes videos from an image, which swiftwan cannot run yet; "
             "take a text-to-video model, for example 'wan2.1-t2v-1.3b'."
         )
-    check_plan(chosen, facts)
+    told = check_plan(chosen, facts)
     full = complete(request, facts)
-    return Explanation(facts, full, chosen, where, estimate(full, facts, chosen.settings.dtype))
+    return Explanation(facts, full, chosen, where, estimate(full, facts, chosen.settings.dtype), told)

@@ -198,6 +198,7 @@ def two():
         ("Style-LOW-Noise-v2", ["diffusion_model."], "", "low"),
         ("style_low", ["diffusion_model."], "", "low"),
         ("wan22_high_noise_model", ["diffusion_model."], ":expert=both", "high low"),
+        ("Style_HIGH_v1.1_rank64_bf16", ["diffusion_model."], "", "high"),
         ("low_poly_style", ["diffusion_model."], "", "high low"),
         ("slow_motion", ["diffusion_model."], "", "high low"),
         ("high_to_low_noise_and_high_noise", ["diffusion_model."], "", "high low"),
@@ -342,7 +343,19 @@ def test_keys_left_out_are_warned_of(files, tmp_path, caplog):
     told = [record.getMessage() for record in caplog.records if record.levelno == logging.WARNING]
     assert "3 keys left out" in told[0]
     assert "block 7; this model has 7" in told[0]
-    assert any("merged; 3 keys matched" in record.getMessage() for record in caplog.records)
+    assert any("merged: long: 3 keys matched" in record.getMessage() for record in caplog.records)
+
+
+def test_explain_reports_every_key(files, tmp_path):
+    shapes = {"diffusion_model.blocks.0.norm3.diff": torch.zeros(8)}
+    save_file(pairs("blocks.0.self_attn.q", "blocks.7.self_attn.q") | shapes, tmp_path / "long.safetensors")
+    plan = [f"lora:{tmp_path / 'long.safetensors'}", files[0]]
+    lines = sw.explain("pocket", REQUEST, plan=plan, device="cpu").lines()
+    key = "diffusion_model.blocks.7.self_attn.q"
+    assert "long: 3 keys matched" in lines
+    assert f"long: unmatched: {key}.alpha: block 7; this model has 7" in lines
+    assert "long: mis-shaped: diffusion_model.blocks.0.norm3.diff: 8, in this model 256" in lines
+    assert lines[-1] == f"one: {len(every_kind())} keys matched"
 
 
 def test_set_lora_says_what_it_cannot_do(files):

@@ -85,12 +85,13 @@ class Technique:
                 return f"{one.name} cannot run beside {two.name}: {one.refuses[fact]}"
         return ""
 
-    def check(self, model: KnownModel) -> None:
-        """Refuse a model that it cannot change, before anything loads.
+    def check(self, model: KnownModel) -> list[str]:
+        """Refuse a model that it cannot change, before anything loads; return what to tell of what it will do.
 
         Raises:
             WeightsError: files that it adds are of another model.
         """
+        return []
 
     def apply(self, settings: Settings) -> Settings:
         """Decide what is settled before loading."""

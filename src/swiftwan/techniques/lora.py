@@ -26,7 +26,10 @@ log = logging.getLogger(__name__)
 _ENDINGS = "|".join(ending[1:] for ending in (".safetensors", *PICKLES))
 # A path may hold ':' and '=': it ends with its ending, and what follows is the strength and the options.
 _SPEC = re.compile(rf"(?P<path>.+\.(?:{_ENDINGS}))(?:=(?P<strength>[^:=]*))?(?P<options>(?::[^:]*)*)\Z", re.IGNORECASE)
-_NAMED_EXPERT = re.compile(r"(?<![a-z])(high|low)(?:[ _.-]?noise|\Z)", re.IGNORECASE)
+# At the name's end, but for a version, rank or format; "low_poly" is a style.
+_NAMED_EXPERT = re.compile(
+    r"(?<![a-z])(high|low)(?:[ _.-]?noise|(?:[ _.-](?:v?\d[\d.]*|r(?:ank)?\d+|b?fp?16))*\Z)", re.IGNORECASE
+)
 
 
 @dataclass(frozen=True)
@@ -96,8 +99,9 @@ class Lora(Technique):
                 return "the same LoRA twice: give it once, with one strength, or once for each expert"
         return super().conflict(other)
 
-    def check(self, model: KnownModel) -> None:
-        self._fits(model.transformer, two=model.boundary_ratio is not None)
+    def check(self, model: KnownModel) -> list[str]:
+        fits = self._fits(model.transformer, two=model.boundary_ratio is not None)
+        return [line for expert, fitted in fits.items() for line in self._report(fitted, expert)]
 
     def install(self, parts: Parts) -> None:
         transformers = self._transformers(parts)
@@ -106,7 +110,9 @@ class Lora(Technique):
             live = self._runs_live(transformer, changes)
             if live and fitted.is_dora:
                 raise WeightsError(_dora(self.path, "these weights are quantised; load them in floats"))
-            self._tell(fitted, expert, live)
+            log.info("%s: %s: %s", self.path, "live" if live else "merged", "; ".join(self._report(fitted, expert)))
+            if left_out := fitted.report.left_out():
+                log.warning("%s: %s", self.path, left_out)
             if live:
                 attach(transformer, changes, self.path, self.strength, device=parts.device, dtype=transformer.dtype)
             else:
@@ -163,12 +169,9 @@ class Lora(Technique):
     def _runs_live(self, transformer: WanTransformer, changes: dict[str, Change]) -> bool:
         return bool(quantised(transformer, changes))
 
-    def _tell(self, fitted: Fit, expert: Expert | None, live: bool) -> None:
+    def _report(self, fitted: Fit, expert: Expert | None) -> list[str]:
         where = f" in the {expert}-noise expert" if expert else ""
-        how = "live" if live else "merged"
-        log.info("%s%s: %s; %s", self.path, where, how, "; ".join(fitted.report.lines()))
-        if left_out := fitted.report.left_out():
-            log.warning("%s%s: %s", self.path, where, left_out)
+        return [f"{self.label}{where}: {line}" for line in fitted.report.lines()]
 
 
 @dataclass(frozen=True)
@@ -194,10 +197,10 @@ class LiveLora(Lora):
     reason = "another model, on purpose; beside the weights, its strength can change between requests"
     mode = "live"
 
-    def check(self, model: KnownModel) -> None:
-        for fitted in self._fits(model.transformer, two=model.boundary_ratio is not None).values():
-            if fitted.is_dora:
-                raise WeightsError(_dora(self.path, "take mode=merged"))
+    def _report(self, fitted: Fit, expert: Expert | None) -> list[str]:
+        if fitted.is_dora:
+            raise WeightsError(_dora(self.path, "take mode=merged"))
+        return super()._report(fitted, expert)
 
     def _runs_live(self, transformer: WanTransformer, changes: dict[str, Change]) -> bool:
         return True
