@@ -205,6 +205,8 @@ def two():
         ("style", ["transformer.", "transformer_2."], "", "high low"),
         ("style_high_noise", ["transformer.", "transformer_2."], "", "high low"),
         ("style", ["transformer.", "transformer_2."], ":expert=low", "low"),
+        ("style", ["transformer_2."], "", "low"),
+        ("style", ["transformer_2."], ":expert=high", "high"),
     ],
 )
 def test_which_expert_it_is_for(name, prefixes, option, changed, two, tmp_path):

@@ -312,7 +312,7 @@ def test_a_partial_musubi_file_loads(write):
 def test_a_file_for_both_experts_is_told_apart(write):
     high, low = (low_rank(lambda t, o, p=p: f"{p}.{o}") for p in ("transformer", "transformer_2"))
     file = LoraFile.open(write(high.tensors | low.tensors))
-    assert file.has_both_experts
+    assert file.experts == {"high", "low"}
     for expert, case in (("high", high), ("low", low)):
         fitted = file.fit(CONFIG, expert)
         assert set(fitted.report.matched) == set(case.tensors)

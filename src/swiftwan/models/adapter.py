@@ -122,11 +122,16 @@ class Change:
     linear: bool
     magnitude: Tensor | None = None
 
-    def dense(self, weight: Tensor) -> Tensor:
-        """The change at strength 1, float32, in the shape of ``weight`` (float32), the one to be changed."""
-        total = torch.zeros(self.shape, device=weight.device)
+    def sum(self, device: torch.device) -> Tensor:
+        """All deltas together, float32, in the parameter's shape."""
+        total = torch.zeros(self.shape, device=device)
         for delta in self.deltas:
-            total += fit(delta.to(weight.device, torch.float32).dense(), self.shape)
+            total += fit(delta.to(device, torch.float32).dense(), self.shape)
+        return total
+
+    def dense(self, weight: Tensor) -> Tensor:
+        """The change of ``weight``, float32, at strength 1."""
+        total = self.sum(weight.device)
         if self.magnitude is None:
             return total
         changed = weight + total
@@ -314,7 +319,7 @@ def _attach_to_linear(
     if own.is_floating_point() and own.dtype.itemsize > 1:
         dtype = own.dtype
     deltas = [delta.to(own.device, dtype) for delta in changes["weight"].deltas] if "weight" in changes else []
-    bias = changes["bias"].dense(torch.zeros(0, device=own.device)).to(dtype) if "bias" in changes else None
+    bias = changes["bias"].sum(own.device).to(dtype) if "bias" in changes else None
     adapted.branches.append(Branch(key, deltas, bias, strength))
 
 

@@ -151,9 +151,8 @@ class Lora(Technique):
             return (None,)
         if self.expert in ("high", "low"):
             return (self.expert,)
-        named = {found.lower() for found in _NAMED_EXPERT.findall(Path(self.path).stem)}
-        if not self.expert and len(named) == 1 and not self._open().has_both_experts:
-            return (cast("Expert", named.pop()),)
+        if not self.expert and (named := self._open().experts or _named_by(Path(self.path))):
+            return tuple(sorted(named))
         return ("high", "low")
 
     def _fits(self, config: TransformerConfig, *, two: bool) -> dict[Expert | None, Fit]:
@@ -204,6 +203,11 @@ class LiveLora(Lora):
 
     def _runs_live(self, transformer: WanTransformer, changes: dict[str, Change]) -> bool:
         return True
+
+
+def _named_by(path: Path) -> frozenset[Expert]:
+    """The experts that a file's own name speaks of."""
+    return frozenset(cast("Expert", found.lower()) for found in _NAMED_EXPERT.findall(path.stem))
 
 
 def _dora(path: str, way_out: str) -> str:

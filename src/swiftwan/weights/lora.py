@@ -10,6 +10,7 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Literal
 
@@ -40,8 +41,8 @@ class Report:
     """
 
     matched: tuple[str, ...]
-    unmatched: Mapping[str, str]
-    misshaped: Mapping[str, str]
+    unmatched: dict[str, str]
+    misshaped: dict[str, str]
     notes: tuple[str, ...] = ()
 
     def lines(self) -> list[str]:
@@ -52,7 +53,7 @@ class Report:
 
     def left_out(self) -> str:
         """The keys that do not change the model, shortened to a line; empty if there are none."""
-        told = [f"{key} ({why})" for key, why in (self.misshaped | self.unmatched).items()]  # type: ignore[operator]
+        told = [f"{key} ({why})" for key, why in (self.misshaped | self.unmatched).items()]
         more = f" and {len(told) - 3} more" if len(told) > 3 else ""
         return f"{len(told)} keys left out: {', '.join(told[:3])}{more}" if told else ""
 
@@ -116,10 +117,11 @@ class LoraFile:
             metadata = file.metadata() or {}
         return cls(path, shapes, Scales.read(path, metadata))
 
-    @property
-    def has_both_experts(self) -> bool:
-        """Whether some keys are for the low-noise expert by name, so that the others are for the high one."""
-        return any(found.low for key in self.shapes if (found := split(key)))
+    @cached_property
+    def experts(self) -> frozenset[Expert]:
+        """Whose keys it holds, if it names the low-noise expert: then all others are the high one's. Else empty."""
+        low = {found.low for key in self.shapes if (found := split(key))}
+        return frozenset({"high", "low"} if len(low) == 2 else {"low"} if True in low else ())
 
     def fit(self, config: TransformerConfig, expert: Expert | None = None) -> Fit:
         """Find what of it a transformer can take.
@@ -140,7 +142,7 @@ class LoraFile:
         """Known models that can take all of it."""
         found = []
         for model in (*KNOWN_MODELS.values(), POCKET):
-            experts: tuple[Expert | None, ...] = ("high", "low") if model.boundary_ratio else (None,)
+            experts = sorted(self.experts or ("high", "low")) if model.boundary_ratio else (None,)
             reports = [_fit(self, model.transformer, expert).report for expert in experts]
             if all(r.matched and not r.unmatched and not r.misshaped for r in reports):
                 found.append(model.name)
@@ -152,7 +154,7 @@ class LoraFile:
 
 def _fit(file: LoraFile, config: TransformerConfig, expert: Expert | None) -> Fit:
     names = names_of(config)
-    both = file.has_both_experts
+    both = len(file.experts) == 2
     groups: dict[str, tuple[str, dict[str, str]]] = {}
     unmatched: dict[str, str] = {}
     for key in file.shapes:
@@ -224,7 +226,7 @@ def describe(path: Path) -> dict[str, str]:
         "family": family(file.shapes),
         "rank": ", ".join(map(str, ranks)) or "none",
         "targets": f"{len({(parts.low, parts.base) for _, parts in found})}: {', '.join(sorted(modules))}",
-        "experts": "high and low" if file.has_both_experts else "not said in the file",
+        "experts": " and ".join(sorted(file.experts)) or "not said in the file",
         "for": ", ".join(file.made_for()) or "no model known here",
     }
 
