@@ -393,6 +393,14 @@ def test_a_lora_of_another_model_says_which(model, told, write):
     assert "\n" not in str(problem.value)
 
 
+def test_a_lora_of_an_unknown_offspring_says_whose_widths_it_has(write):
+    key = "diffusion_model.blocks.0.ffn.0"
+    tensors = {f"{key}.lora_A.weight": torch.zeros(1, 5120), f"{key}.lora_B.weight": torch.zeros(13824, 1)}
+    tensors["diffusion_model.vace_blocks.0.before_proj.lora_A.weight"] = torch.zeros(1, 5120)
+    with pytest.raises(WeightsError, match=r"its widths are those of wan2.1-t2v-14b, .* more"):
+        LoraFile.open(write(tensors)).fit(CONFIG)
+
+
 def zeros(out: int, into: int, down: str = "lora_A", up: str = "lora_B") -> dict[str, Tensor]:
     key = "diffusion_model.blocks.0.self_attn.q"
     return {f"{key}.{down}.weight": torch.zeros(out, into), f"{key}.{up}.weight": torch.zeros(into, out)}

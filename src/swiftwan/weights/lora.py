@@ -135,7 +135,7 @@ class LoraFile:
         """
         fitted = _fit(self, config, expert)
         if not fitted.report.matched:
-            raise WeightsError(_nothing_fits(self, fitted.report, config))
+            raise WeightsError(_nothing_fits(self, fitted.report))
         return fitted
 
     def made_for(self) -> list[str]:
@@ -201,13 +201,17 @@ def _why_unknown(found: Key | None, config: TransformerConfig) -> str:
 # Words
 
 
-def _nothing_fits(file: LoraFile, report: Report, config: TransformerConfig) -> str:
+def _nothing_fits(file: LoraFile, report: Report) -> str:
     if not report.misshaped:
         return f"{file.path} changes nothing in this model; {report.left_out()}. Is it a LoRA for Wan?"
     key, why = next(iter(report.misshaped.items()))
-    made_for = file.made_for()
-    hint = f"; it is for {_few(made_for)}" if made_for else ""
-    return f"{file.path} is for another model: {key} is {why} (width {config.dim}){hint}"
+    module = found.base if (found := split(key)) else key
+    told = f"{file.path} is for another model: its {module} is {why}"
+    if made_for := file.made_for():
+        return f"{told}; it is for {_few(made_for)}"
+    widths = {size for key in report.misshaped for size in file.shapes[key]}
+    like = [model.name for model in KNOWN_MODELS.values() if model.transformer.dim in widths]
+    return f"{told}; its widths are those of {_few(like)}" if like else told
 
 
 def describe(path: Path) -> dict[str, str]:
