@@ -11,7 +11,7 @@ D width of a token, H heads, E width of a head, K timesteps in a clip (1, or 2 w
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import cast
 
@@ -26,6 +26,9 @@ from swiftwan.ops.rope import Rope, apply_rope, rope_tables
 
 TEXT_LENGTH = 512
 """Text tokens that Wan attends to, padding included."""
+
+TokenOrder = Callable[..., Tensor]
+"""(frames, height, width, device=) of the patch grid to the token at each place; int64 (L,), first frame first."""
 
 KEEP_FP32 = ("*time_embedder*", "*scale_shift_table", "*.norm1.*", "*.norm2.*", "*.norm3.*")
 """Parameters that stay in float32 whatever the dtype, as in diffusers (``_keep_in_fp32_modules``)."""
@@ -44,13 +47,17 @@ class Memory:
     image_value: Tensor | None = None
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Condition:
-    """All that a forward needs besides latents and timestep: made once a prompt and shape."""
+    """All that a forward needs besides latents and timestep: made once a prompt and shape.
+
+    ``order`` says which token of the grid stands at each place, where that is not the grid's own order.
+    """
 
     memories: tuple[Memory, ...]
     text_bias: Tensor | None
     rope: Rope
+    order: Tensor | None = None
 
 
 # Layers
@@ -251,6 +258,7 @@ class WanTransformer(nn.Module):
         self.blocks = nn.ModuleList([Block(config, attend) for _ in range(config.num_layers)])
         self.proj_out = nn.Linear(config.dim, config.out_channels * math.prod(config.patch_size))
         self.scale_shift_table = nn.Parameter(torch.randn(1, 2, config.dim) / config.dim**0.5)
+        self.token_order: TokenOrder | None = None
 
     @property
     def dtype(self) -> torch.dtype:
@@ -288,8 +296,12 @@ class WanTransformer(nn.Module):
             image = embedder.image_embedder(image.to(self.dtype))
         frames, height, width = self.patch_grid(latent_shape)
         rope = rope_tables(self.config.attention_head_dim, frames, height, width, device=text.device)
+        order = None
+        if self.token_order is not None:
+            order = self.token_order(frames, height, width, device=text.device)
+            rope = (rope[0][order], rope[1][order])
         memories = tuple(cast(Block, block).remember(text, image) for block in self.blocks)
-        return Condition(memories, text_bias, rope)
+        return Condition(memories, text_bias, rope, order)
 
     def patch_grid(self, latent_shape: Sequence[int]) -> tuple[int, int, int]:
         """How many patches a latent video (..., f, h, w) has along time, height and width."""
@@ -318,10 +330,14 @@ class WanTransformer(nn.Module):
         vector, time = self.condition_embedder.time(timestep, self.dtype)
         time = time.float()
         x = self.patch_embedding(latents.to(self.dtype)).flatten(2).transpose(1, 2).contiguous()
+        if condition.order is not None:
+            x = x[:, condition.order]
         for block, memory in zip(self.blocks, condition.memories, strict=True):
             x = block(x, time, spans, memory, condition.text_bias, condition.rope)
         shift, scale = (self.scale_shift_table + vector[:, :, None]).unbind(2)
         x = self.proj_out(norm_modulate(x, shift, scale, spans, self.config.eps))
+        if condition.order is not None:
+            x = torch.empty_like(x).index_copy_(1, condition.order, x)
         return self.unpatchify(x, grid).to(latents.dtype)
 
     def unpatchify(self, x: Tensor, grid: tuple[int, int, int]) -> Tensor:
