@@ -19,14 +19,24 @@ from swiftwan.techniques.base import Settings, Technique
 from swiftwan.techniques.guidance import BatchedCfg
 from swiftwan.techniques.offload import Offload
 from swiftwan.techniques.precision import Dtype, Tf32
-from swiftwan.techniques.prompts import PromptCaching
+from swiftwan.techniques.prompts import PromptCaching, TextEncoderHome
 from swiftwan.techniques.quantize import Quantize
 from swiftwan.techniques.sparse import SparseAttention
 from swiftwan.techniques.vae import Vae
 from swiftwan.weights.build import UMT5_XXL, parameter_count, text_parameter_count
 from swiftwan.weights.find import Folder, identify, known_model, locate, read_layout
 
-_KINDS: tuple[type[Technique], ...] = (BatchedCfg, Dtype, Offload, PromptCaching, Quantize, SparseAttention, Tf32, Vae)
+_KINDS: tuple[type[Technique], ...] = (
+    BatchedCfg,
+    Dtype,
+    Offload,
+    PromptCaching,
+    Quantize,
+    SparseAttention,
+    TextEncoderHome,
+    Tf32,
+    Vae,
+)
 TECHNIQUES = {kind.name: kind for kind in _KINDS}
 RECIPES = ("auto", "none")
 TEXT_TOKENS = 512
