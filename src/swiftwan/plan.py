@@ -15,29 +15,12 @@ from swiftwan.models.config import KNOWN_MODELS, POCKET, KnownModel
 from swiftwan.models.vae import Tiling
 from swiftwan.pipelines.request import Grid, Request
 from swiftwan.sampling import check_scheduler
+from swiftwan.techniques import TECHNIQUES
 from swiftwan.techniques.base import Settings, Technique
-from swiftwan.techniques.guidance import BatchedCfg
-from swiftwan.techniques.offload import Offload
-from swiftwan.techniques.precision import Dtype, Tf32
-from swiftwan.techniques.prompts import PromptCaching, TextEncoderHome
-from swiftwan.techniques.quantize import Quantize
-from swiftwan.techniques.sparse import SparseAttention
-from swiftwan.techniques.vae import Vae
+from swiftwan.techniques.precision import Dtype
 from swiftwan.weights.build import UMT5_XXL, parameter_count, text_parameter_count
 from swiftwan.weights.find import Folder, identify, known_model, locate, read_layout
 
-_KINDS: tuple[type[Technique], ...] = (
-    BatchedCfg,
-    Dtype,
-    Offload,
-    PromptCaching,
-    Quantize,
-    SparseAttention,
-    TextEncoderHome,
-    Tf32,
-    Vae,
-)
-TECHNIQUES = {kind.name: kind for kind in _KINDS}
 RECIPES = ("auto", "none")
 TEXT_TOKENS = 512
 

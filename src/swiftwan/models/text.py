@@ -39,7 +39,13 @@ class TextEncoder:
     """
 
     def __init__(
-        self, tokenizer: Any, load: Callable[[], nn.Module], *, identity: str, device: torch.device, dtype: torch.dtype
+        self,
+        tokenizer: Any,
+        load: Callable[[torch.device], nn.Module],
+        *,
+        identity: str,
+        device: torch.device,
+        dtype: torch.dtype,
     ) -> None:
         self.tokenizer = tokenizer
         self.identity = identity
