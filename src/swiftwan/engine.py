@@ -56,8 +56,8 @@ class Engine:
             PlanError, UnavailableError, WeightsError, OutputError, MemoryLimitError: in one line each.
         """
         where = pick_device(device)
-        chosen = make_plan(plan, where, dtype)
         facts = describe(model)
+        chosen = make_plan(plan, where, dtype, facts.known)
         torch.backends.cuda.matmul.allow_tf32 = chosen.settings.tf32
         torch.backends.cudnn.allow_tf32 = chosen.settings.tf32
         try:

@@ -61,13 +61,16 @@ class Plan:
         return self.settings.tiling
 
 
-def make_plan(plan: str | Sequence[str], device: Device, dtype: str | None = None) -> Plan:
+def make_plan(
+    plan: str | Sequence[str], device: Device, dtype: str | None = None, model: KnownModel | None = None
+) -> Plan:
     """Check everything, then put it in order.
 
     Args:
         plan: a recipe's name, or specs; an empty list is the plain run.
         device: where it will run.
         dtype: stands above the plan's.
+        model: which model it is for, where that is known.
 
     Raises:
         PlanError: every problem at once.
@@ -89,6 +92,8 @@ def make_plan(plan: str | Sequence[str], device: Device, dtype: str | None = Non
     for technique in techniques:
         if missing := technique.missing_on(device):
             problems.append(f"'{technique.name}' cannot run on {device.name}: {missing}")
+        if model and (unfit := technique.unfit_for(model)):
+            problems.append(f"{technique.name}: {unfit}")
     problems += _conflicts(techniques)
     if problems:
         told = "; ".join(problem.rstrip(".") for problem in problems)
@@ -305,8 +310,8 @@ def explain(
         RequestError, PlanError, UnavailableError, WeightsError: as the run itself would.
     """
     where = pick_device(device)
-    chosen = make_plan(plan, where, dtype)
     facts = describe(model)
+    chosen = make_plan(plan, where, dtype, facts.known)
     if facts.known.transformer.in_channels != facts.known.transformer.out_channels:
         raise UnavailableError(
             f"'{model}' makes videos from an image, which swiftwan cannot run yet; "

@@ -51,13 +51,15 @@ class Memory:
 class Condition:
     """All that a forward needs besides latents and timestep: made once a prompt and shape.
 
-    ``order`` says which token of the grid stands at each place, where that is not the grid's own order.
+    ``order`` says which token of the grid stands at each place, where that is not the grid's own order;
+    ``calls`` how many forwards will use it, so that techniques know the last; 0 where nobody said.
     """
 
     memories: tuple[Memory, ...]
     text_bias: Tensor | None
     rope: Rope
     order: Tensor | None = None
+    calls: int = 0
 
 
 # Layers
@@ -239,6 +241,16 @@ def sinusoid(timestep: Tensor, dim: int) -> Tensor:
 
 # The model
 
+Walk = Callable[[Callable[[int, Tensor], Tensor], int, Tensor, Condition], Tensor]
+"""(run a block by its number, how many there are, tokens (B, L, D), condition) to tokens: which blocks run."""
+
+
+def all_blocks(run: Callable[[int, Tensor], Tensor], count: int, x: Tensor, condition: Condition) -> Tensor:
+    """Each block once, in order."""
+    for number in range(count):
+        x = run(number, x)
+    return x
+
 
 class WanTransformer(nn.Module):
     """Predicts the flow (noise minus data) of a noisy latent video.
@@ -259,6 +271,7 @@ class WanTransformer(nn.Module):
         self.proj_out = nn.Linear(config.dim, config.out_channels * math.prod(config.patch_size))
         self.scale_shift_table = nn.Parameter(torch.randn(1, 2, config.dim) / config.dim**0.5)
         self.token_order: TokenOrder | None = None
+        self.walk: Walk = all_blocks
 
     @property
     def dtype(self) -> torch.dtype:
@@ -270,6 +283,7 @@ class WanTransformer(nn.Module):
         latent_shape: Sequence[int],
         image: Tensor | None = None,
         text_length: int = TEXT_LENGTH,
+        calls: int = 0,
     ) -> Condition:
         """Compute what all steps share.
 
@@ -282,6 +296,7 @@ class WanTransformer(nn.Module):
             latent_shape: (..., f, h, w) of the latents to come.
             image: (B, 257, image_dim) CLIP tokens for models that see them; (2 B, 257, image_dim) for FLF2V.
             text_length: tokens that the model was trained to attend to, padding included.
+            calls: how many forwards it is for, where that is known.
         """
         padding = text_length - text.shape[1]
         text_bias = None
@@ -301,7 +316,7 @@ class WanTransformer(nn.Module):
             order = self.token_order(frames, height, width, device=text.device)
             rope = (rope[0][order], rope[1][order])
         memories = tuple(cast(Block, block).remember(text, image) for block in self.blocks)
-        return Condition(memories, text_bias, rope, order)
+        return Condition(memories, text_bias, rope, order, calls)
 
     def patch_grid(self, latent_shape: Sequence[int]) -> tuple[int, int, int]:
         """How many patches a latent video (..., f, h, w) has along time, height and width."""
@@ -332,8 +347,13 @@ class WanTransformer(nn.Module):
         x = self.patch_embedding(latents.to(self.dtype)).flatten(2).transpose(1, 2).contiguous()
         if condition.order is not None:
             x = x[:, condition.order]
-        for block, memory in zip(self.blocks, condition.memories, strict=True):
-            x = block(x, time, spans, memory, condition.text_bias, condition.rope)
+
+        def run(number: int, x: Tensor) -> Tensor:
+            memory = condition.memories[number]
+            out: Tensor = self.blocks[number](x, time, spans, memory, condition.text_bias, condition.rope)
+            return out
+
+        x = self.walk(run, len(self.blocks), x, condition)
         shift, scale = (self.scale_shift_table + vector[:, :, None]).unbind(2)
         x = self.proj_out(norm_modulate(x, shift, scale, spans, self.config.eps))
         if condition.order is not None:

@@ -1,6 +1,7 @@
 """Every technique by its name."""
 
 from swiftwan.techniques.base import Technique
+from swiftwan.techniques.caches import DeepCache, StepCache
 from swiftwan.techniques.guidance import BatchedCfg
 from swiftwan.techniques.offload import Offload
 from swiftwan.techniques.precision import Dtype, Tf32
@@ -11,11 +12,13 @@ from swiftwan.techniques.vae import Vae
 
 _ALL: tuple[type[Technique], ...] = (
     BatchedCfg,
+    DeepCache,
     Dtype,
     Offload,
     PromptCaching,
     Quantize,
     SparseAttention,
+    StepCache,
     TextEncoderHome,
     Tf32,
     Vae,

@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     import torch
 
     from swiftwan.device import Device
+    from swiftwan.models.config import KnownModel
     from swiftwan.weights.build import Parts
 
 Kind = Literal["exact", "near", "approximate", "retrained"]
@@ -72,6 +73,10 @@ class Technique:
 
     def missing_on(self, device: Device) -> str:
         """What this machine lacks to run it, in words; empty if nothing."""
+        return ""
+
+    def unfit_for(self, model: KnownModel) -> str:
+        """Why this model cannot take it, in words; empty if it can."""
         return ""
 
     def conflict(self, other: Technique) -> str:
