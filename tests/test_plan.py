@@ -7,7 +7,8 @@ from swiftwan.errors import PlanError, RequestError, UnavailableError, WeightsEr
 from swiftwan.guidance import BatchedGuidance, SequentialGuidance
 from swiftwan.models.config import KNOWN_MODELS
 from swiftwan.models.dit import WanTransformer
-from swiftwan.plan import TECHNIQUES, estimate, make_plan, parse
+from swiftwan.plan import estimate, make_plan, parse
+from swiftwan.techniques import TECHNIQUES
 from swiftwan.weights.build import parameter_count
 
 CPU = pick_device("cpu")

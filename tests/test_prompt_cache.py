@@ -115,3 +115,18 @@ def test_nothing_reaches_the_disk_unless_asked(place, tmp_path, monkeypatch):
 def test_an_unknown_place_is_told():
     with pytest.raises(PlanError, match="prompt-cache is 'dsik'. Did you mean 'disk'"):
         sw.Engine.load("pocket", plan=["prompt-cache:dsik"], device="cpu")
+
+
+def test_an_encoder_told_to_unload_leaves_after_the_prompts():
+    request = sw.TextToVideo("a green star stays still", seed=3, num_frames=1, num_inference_steps=1)
+    plain = sw.Engine.load("pocket", plan=["prompt-cache:off"], device="cpu")
+    engine = sw.Engine.load("pocket", plan=["prompt-cache:off", "text-encoder:unload"], device="cpu")
+    assert torch.equal(engine.run(request).latents, plain.run(request).latents)
+    assert not engine.parts.text.is_loaded
+    assert torch.equal(engine.run(request).latents, plain.run(request).latents)
+    assert plain.parts.text.is_loaded
+
+
+def test_an_unknown_home_is_told():
+    with pytest.raises(PlanError, match="text-encoder is 'cpuu'. Did you mean 'cpu'"):
+        sw.Engine.load("pocket", plan=["text-encoder:cpuu"], device="cpu")

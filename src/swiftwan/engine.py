@@ -12,7 +12,7 @@ from swiftwan.device import Device, pick_device
 from swiftwan.errors import MemoryLimitError
 from swiftwan.pipelines.generate import OnStep, text_to_video
 from swiftwan.pipelines.request import Request, Result
-from swiftwan.plan import Facts, Plan, check_plan, complete, describe, estimate, make_plan
+from swiftwan.plan import Facts, Plan, complete, describe, estimate, make_plan
 from swiftwan.prompt_cache import PromptCache
 from swiftwan.techniques.lora import find_loras, labels
 from swiftwan.weights.build import Parts, build
@@ -57,9 +57,8 @@ class Engine:
             PlanError, UnavailableError, WeightsError, OutputError, MemoryLimitError: in one line each.
         """
         where = pick_device(device)
-        chosen = make_plan(plan, where, dtype)
         facts = describe(model)
-        check_plan(chosen, facts)
+        chosen = make_plan(plan, where, dtype, facts.known)
         torch.backends.cuda.matmul.allow_tf32 = chosen.settings.tf32
         torch.backends.cudnn.allow_tf32 = chosen.settings.tf32
         try:

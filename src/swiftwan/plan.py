@@ -9,25 +9,18 @@ from typing import Any
 import torch
 
 from swiftwan.device import Device, parse_dtype, pick_device
-from swiftwan.errors import PlanError, RequestError, UnavailableError, WeightsError, did_you_mean
+from swiftwan.errors import PlanError, RequestError, UnavailableError, did_you_mean
 from swiftwan.guidance import Guide
 from swiftwan.models.config import KNOWN_MODELS, POCKET, KnownModel
 from swiftwan.models.vae import Tiling
 from swiftwan.pipelines.request import Grid, Request
 from swiftwan.sampling import check_scheduler
+from swiftwan.techniques import TECHNIQUES
 from swiftwan.techniques.base import Settings, Technique
-from swiftwan.techniques.guidance import BatchedCfg
-from swiftwan.techniques.lora import Lora
-from swiftwan.techniques.offload import Offload
-from swiftwan.techniques.precision import Dtype, Tf32
-from swiftwan.techniques.prompts import PromptCaching
-from swiftwan.techniques.quantize import Quantize
-from swiftwan.techniques.vae import Vae
+from swiftwan.techniques.precision import Dtype
 from swiftwan.weights.build import UMT5_XXL, parameter_count, text_parameter_count
 from swiftwan.weights.find import Folder, identify, known_model, locate, read_layout
 
-_KINDS: tuple[type[Technique], ...] = (BatchedCfg, Dtype, Lora, Offload, PromptCaching, Quantize, Tf32, Vae)
-TECHNIQUES = {kind.name: kind for kind in _KINDS}
 RECIPES = ("auto", "none")
 TEXT_TOKENS = 512
 
@@ -68,13 +61,16 @@ class Plan:
         return self.settings.tiling
 
 
-def make_plan(plan: str | Sequence[str], device: Device, dtype: str | None = None) -> Plan:
+def make_plan(
+    plan: str | Sequence[str], device: Device, dtype: str | None = None, model: KnownModel | None = None
+) -> Plan:
     """Check everything, then put it in order.
 
     Args:
         plan: a recipe's name, or specs; an empty list is the plain run.
         device: where it will run.
         dtype: stands above the plan's.
+        model: which model it is for, where that is known.
 
     Raises:
         PlanError: every problem at once.
@@ -96,6 +92,8 @@ def make_plan(plan: str | Sequence[str], device: Device, dtype: str | None = Non
     for technique in techniques:
         if missing := technique.missing_on(device):
             problems.append(f"'{technique.name}' cannot run on {device.name}: {missing}")
+        if model and (unfit := technique.unfit_for(model)):
+            problems.append(f"{technique.name}: {unfit}")
     problems += _conflicts(techniques)
     if problems:
         told = "; ".join(problem.rstrip(".") for problem in problems)
@@ -174,27 +172,6 @@ def _family(boundary_ratio: float | None, expand_timesteps: bool, in_channels: i
     return KNOWN_MODELS["wan2.1-i2v-14b-480p" if in_channels == 36 else "wan2.1-t2v-1.3b"]
 
 
-def check_plan(plan: Plan, facts: Facts) -> tuple[str, ...]:
-    """Check what a plan adds to a model against the model's sizes; no weights are read.
-
-    Returns:
-        What the techniques tell of it, a line each.
-
-    Raises:
-        WeightsError: every file that is of another model, at once.
-    """
-    told: list[str] = []
-    problems = []
-    for technique in plan.techniques:
-        try:
-            told += technique.check(facts.known)
-        except WeightsError as problem:
-            problems.append(str(problem))
-    if problems:
-        raise WeightsError("; ".join(problems))
-    return tuple(told)
-
-
 def complete(request: Request, facts: Facts) -> Request:
     """Fill a request with the model's defaults and check it.
 
@@ -268,7 +245,6 @@ class Explanation:
     plan: Plan
     device: Device
     load: Load
-    told: tuple[str, ...] = ()
 
     @property
     def fits(self) -> bool:
@@ -293,7 +269,7 @@ class Explanation:
         ]
         for number, technique in enumerate(self.plan.techniques, 1):
             lines.append(f"{number}. {technique.spec} ({technique.kind}): {technique.reason}")
-        lines += self.told
+            lines += [f"   {line}" for line in technique.tell(self.facts.known)]
         return lines if self.plan.techniques else [*lines, "plan       plain: no techniques"]
 
     def to_json(self) -> dict[str, Any]:
@@ -303,10 +279,15 @@ class Explanation:
             "dtype": str(self.plan.settings.dtype).removeprefix("torch."),
             "request": self.request.to_json(),
             "plan": [
-                {"spec": t.spec, "kind": t.kind, "reason": t.reason, "slot": t.slot.name.lower()}
+                {
+                    "spec": t.spec,
+                    "kind": t.kind,
+                    "reason": t.reason,
+                    "slot": t.slot.name.lower(),
+                    "told": t.tell(self.facts.known),
+                }
                 for t in self.plan.techniques
             ],
-            "told": list(self.told),
             "tokens": self.load.tokens,
             "forwards": self.load.forwards,
             "tflop_per_forward": self.load.tflop_per_forward,
@@ -336,13 +317,12 @@ def explain(
         RequestError, PlanError, UnavailableError, WeightsError: as the run itself would.
     """
     where = pick_device(device)
-    chosen = make_plan(plan, where, dtype)
     facts = describe(model)
+    chosen = make_plan(plan, where, dtype, facts.known)
     if facts.known.transformer.in_channels != facts.known.transformer.out_channels:
         raise UnavailableError(
             f"'{model}' makes videos from an image, which swiftwan cannot run yet; "
             "take a text-to-video model, for example 'wan2.1-t2v-1.3b'."
         )
-    told = check_plan(chosen, facts)
     full = complete(request, facts)
-    return Explanation(facts, full, chosen, where, estimate(full, facts, chosen.settings.dtype), told)
+    return Explanation(facts, full, chosen, where, estimate(full, facts, chosen.settings.dtype))

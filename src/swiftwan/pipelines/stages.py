@@ -32,7 +32,9 @@ def encode_text(text: TextEncoder, request: Request) -> Embeddings:
     negative = request.negative_prompt or ""
     text.check(request.prompt)
     text.check(negative)
-    return Embeddings(text.encode(request.prompt), text.encode(negative) if guided else None)
+    embeddings = Embeddings(text.encode(request.prompt), text.encode(negative) if guided else None)
+    text.release()
+    return embeddings
 
 
 # Noise

@@ -75,6 +75,10 @@ class Technique:
         """What this machine lacks to run it, in words; empty if nothing."""
         return ""
 
+    def unfit_for(self, model: KnownModel) -> str:
+        """Why this model cannot take it, in words; empty if it can."""
+        return ""
+
     def conflict(self, other: Technique) -> str:
         """Why it cannot run beside ``other``, in words; empty if it can."""
         if self.slot is other.slot and _overlap(self.claims, other.claims):
@@ -85,12 +89,8 @@ class Technique:
                 return f"{one.name} cannot run beside {two.name}: {one.refuses[fact]}"
         return ""
 
-    def check(self, model: KnownModel) -> list[str]:
-        """Refuse a model that it cannot change, before anything loads; return what to tell of what it will do.
-
-        Raises:
-            WeightsError: files that it adds are of another model.
-        """
+    def tell(self, model: KnownModel) -> list[str]:
+        """What it will do to a model that can take it, a line each, beyond its reason."""
         return []
 
     def apply(self, settings: Settings) -> Settings:
@@ -108,19 +108,20 @@ class Technique:
             PlanError: an option is unknown, missing or of the wrong type.
         """
         types = get_type_hints(cls)
-        known = {f.name: f for f in fields(cls)}
+        known = {f.name.replace("_", "-"): f for f in fields(cls)}
         options: dict[str, Any] = {}
         for part in text.split(":") if text else ():
             pairs = [pair.partition("=") for pair in part.split(",")] if "=" in part else [("value", "=", part)]
             for key, _, value in pairs:
-                key = key.replace("-", "_")
+                key = key.replace("_", "-")
                 if key not in known:
                     what = f"takes no value '{value}'" if key == "value" else f"has no option '{key}'"
                     raise PlanError(f"technique '{cls.name}' {what}." + (did_you_mean(key, known) if known else ""))
                 try:
-                    options[key] = types[key](value)
+                    options[known[key].name] = types[known[key].name](value)
                 except ValueError:
-                    raise PlanError(f"{cls.name}: {key} is '{value}'; it must be {types[key].__name__}.") from None
+                    wanted = types[known[key].name].__name__
+                    raise PlanError(f"{cls.name}: {key} is '{value}'; it must be {wanted}.") from None
         if "value" in known and "value" not in options and known["value"].default is MISSING:
             raise PlanError(f"technique '{cls.name}' needs a value: {cls.__doc__}")
         return cls(**options)

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 from torch import nn
 
 from swiftwan.errors import PlanError, did_you_mean
+from swiftwan.ops.fp8 import Fp8Linear
 from swiftwan.ops.int4 import GROUP, Int4Linear
 from swiftwan.techniques.base import Slot, Technique
 
@@ -29,7 +30,7 @@ _CHOICES = {
 @dataclass(frozen=True)
 class Quantize(Technique):
     """``quantize:fp8``, ``int8``, ``int4`` or ``nf4``: the linear layers of all blocks, by torchao (8 bits),
-    bitsandbytes (nf4) or ``ops/int4``. Norms, embeddings and the last projection keep their format.
+    bitsandbytes (nf4), ``ops/int4`` or ``ops/fp8``. Norms, embeddings and the last projection keep their format.
 
     Args:
         value: format of the weights.
@@ -103,6 +104,8 @@ class Quantize(Technique):
                 return Int4Linear(linear) if linear.in_features % GROUP == 0 else linear
             case "nf4":
                 return _nf4(linear)
+            case "fp8" if self.is_dynamic and self.scale == "row" and _by_16(linear):
+                return Fp8Linear(linear)
             case _:
                 return self._by_torchao(linear)
 
@@ -125,6 +128,10 @@ class Quantize(Technique):
                 config = ao.Float8DynamicActivationFloat8WeightConfig(granularity=rows)
         ao.quantize_(holder := nn.Sequential(linear), config)
         return holder[0]
+
+
+def _by_16(linear: nn.Linear) -> bool:
+    return linear.in_features % 16 == 0 and linear.out_features % 16 == 0
 
 
 def _nf4(linear: nn.Linear) -> nn.Module:

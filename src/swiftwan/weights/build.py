@@ -82,7 +82,7 @@ def _load(layout: Layout, device: torch.device, dtype: torch.dtype, transformers
     vae = _on_meta(WanVAE, layout.vae)
     load_weights(vae, layout.files["vae"], device=device, dtype=dtype, component="vae")
 
-    def encoder() -> nn.Module:
+    def encoder(device: torch.device) -> nn.Module:
         model: nn.Module = _on_meta(_encoder, layout.classes["text_encoder"], dict(layout.configs["text_encoder"]))
         load_weights(model, layout.files["text_encoder"], device=device, dtype=dtype, component="text_encoder")
         return model
@@ -107,7 +107,7 @@ def _random(known: KnownModel, device: torch.device, dtype: torch.dtype, transfo
     vae = _on_meta(WanVAE, known.vae)
     randomize(vae, device=device, dtype=dtype)
 
-    def encoder() -> nn.Module:
+    def encoder(device: torch.device) -> nn.Module:
         model: nn.Module = _on_meta(_encoder, "UMT5EncoderModel", UMT5_XXL)
         randomize(model, device=device, dtype=dtype)
         return model
