@@ -11,7 +11,6 @@ of a prompt has to name its thing's other words, and the biases learn thirty tim
 from __future__ import annotations
 
 from collections.abc import Sequence
-from pathlib import Path
 
 import torch
 import torch.nn.functional as F
@@ -134,8 +133,3 @@ def binding(model: Pocket, *, count: int = 64, seed: int = 5) -> float:
             here, there = (int((row == colour).nonzero()[0]) for row in tokens)
             moved.append(((before[here] - after[there]).norm() / before[here].norm()).item())
     return round(sum(moved) / len(moved), 4)
-
-
-def save(model: Pocket, folder: Path) -> None:
-    """Write the text encoder as transformers reads it."""
-    model.text.save_pretrained(folder)
