@@ -21,7 +21,8 @@ from swiftwan.techniques.guidance import BatchedCfg
 from swiftwan.techniques.precision import Dtype, Tf32
 from swiftwan.techniques.vae import Vae
 from swiftwan.weights.build import UMT5_XXL, parameter_count, text_parameter_count
-from swiftwan.weights.find import Folder, identify, known_model, locate, read_layout
+from swiftwan.weights.find import identify, known_model, locate, published_file, read_layout
+from swiftwan.weights.layout import RandomModel, WeightsFile
 
 TECHNIQUES: dict[str, type[Technique]] = {kind.name: kind for kind in (Dtype, Tf32, BatchedCfg, Vae)}
 RECIPES = ("auto", "none")
@@ -174,7 +175,10 @@ def describe(model: str) -> Facts:
     if known := known_model(model):
         return Facts(model, known, text_parameter_count(UMT5_XXL))
     source = locate(model)
-    assert isinstance(source, Folder)
+    assert not isinstance(source, RandomModel)
+    if isinstance(source, WeightsFile) and (known := published_file(source)):
+        # Its other parts are the published ones: no need to bring them to know their sizes.
+        return Facts(model, known, text_parameter_count(UMT5_XXL))
     layout = read_layout(source)
     text_sizes = {k: v for k, v in layout.configs["text_encoder"].items() if k in UMT5_XXL}
     family = identify(layout) or _family(layout.boundary_ratio, layout.expand_timesteps, layout.transformer.in_channels)

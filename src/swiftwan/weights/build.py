@@ -13,7 +13,8 @@ from swiftwan.models.config import POCKET, KnownModel, TransformerConfig, VAECon
 from swiftwan.models.dit import KEEP_FP32, WanTransformer
 from swiftwan.models.text import TextEncoder
 from swiftwan.models.vae import WanVAE
-from swiftwan.weights.find import Folder, Layout, Source, locate, read_layout
+from swiftwan.weights.find import locate, read_layout
+from swiftwan.weights.layout import Folder, Layout, RandomModel, Source
 from swiftwan.weights.load import load_weights, randomize
 
 UMT5_XXL = {
@@ -49,9 +50,9 @@ def build(source: Source, *, device: torch.device, dtype: torch.dtype) -> Parts:
     Raises:
         WeightsError: files are missing, damaged or of another model.
     """
-    if isinstance(source, Folder):
-        return _load(read_layout(source), device, dtype)
-    return _random(source.known, device, dtype)
+    if isinstance(source, RandomModel):
+        return _random(source.known, device, dtype)
+    return _load(read_layout(source), device, dtype)
 
 
 def _load(layout: Layout, device: torch.device, dtype: torch.dtype) -> Parts:
@@ -73,7 +74,7 @@ def _load(layout: Layout, device: torch.device, dtype: torch.dtype) -> Parts:
     encoder = _on_meta(_encoder, layout.classes["text_encoder"], dict(layout.configs["text_encoder"]))
     load_weights(encoder, layout.files["text_encoder"], device=device, dtype=dtype, component="text_encoder")
     return Parts(
-        text=TextEncoder(_tokenizer(layout.folder / "tokenizer"), encoder),
+        text=TextEncoder(_tokenizer(layout.tokenizer), encoder),
         transformer=transformer("transformer", layout.transformer),
         transformer_2=transformer("transformer_2", layout.transformer_2) if layout.transformer_2 else None,
         vae=vae.prepare(device),
