@@ -7,9 +7,7 @@ the module itself has are ever assigned; a file cannot name an attribute.
 
 from __future__ import annotations
 
-import json
 import math
-import os
 import shutil
 import time
 import uuid
@@ -26,6 +24,7 @@ from torch import Tensor, nn
 from swiftwan.errors import OutputError
 from swiftwan.weights import check
 from swiftwan.weights.sources import Shards, Tensors
+from swiftwan.weights.write import refuse_if_too_large, replace_folder, sync, write_json
 
 _STEM = "diffusion_pytorch_model"
 
@@ -133,11 +132,11 @@ def save_weights(
     _refuse_foreign_files(folder)
     try:
         folder.parent.mkdir(parents=True, exist_ok=True)
-        _refuse_if_too_large(folder, sum(t.nbytes for t in tensors.values()))
+        refuse_if_too_large(folder, sum(t.nbytes for t in tensors.values()))
         temporary.mkdir()
-        _write(temporary / "config.json", dict(component_config))
+        write_json(temporary / "config.json", dict(component_config))
         _write_shards(temporary, tensors, max_shard_bytes)
-        _replace_folder(temporary, folder)
+        replace_folder(temporary, folder)
     except OSError as error:
         raise OutputError(f"cannot write {folder}: {error.strerror}; choose another folder") from None
     finally:
@@ -209,12 +208,6 @@ def _refuse_foreign_files(folder: Path) -> None:
         raise OutputError(f"{folder} holds {foreign[0]!r}, which would be lost; give a new or empty folder")
 
 
-def _refuse_if_too_large(folder: Path, need: int) -> None:
-    have = shutil.disk_usage(folder.parent).free
-    if need > have:
-        raise OutputError(f"{folder} needs {need / 1e9:.1f} GB, its disk has {have / 1e9:.1f} GB free; choose another")
-
-
 def _write_shards(folder: Path, tensors: Mapping[str, Tensor], max_shard_bytes: int) -> None:
     shards: list[list[str]] = [[]]
     size = 0
@@ -229,39 +222,15 @@ def _write_shards(folder: Path, tensors: Mapping[str, Tensor], max_shard_bytes: 
         files = [f"{_STEM}.safetensors"]
     for file, names in zip(files, shards, strict=True):
         save_file({n: _owned(tensors[n]) for n in names}, folder / file, metadata={"format": "pt"})
-        _sync(folder / file)
+        sync(folder / file)
     if len(shards) > 1:
         weight_map = {name: file for file, names in zip(files, shards, strict=True) for name in names}
         total = sum(t.nbytes for t in tensors.values())
         index = {"metadata": {"total_size": total}, "weight_map": weight_map}
-        _write(folder / f"{_STEM}.safetensors.index.json", index)
+        write_json(folder / f"{_STEM}.safetensors.index.json", index)
 
 
 def _owned(tensor: Tensor) -> Tensor:
     """On the CPU, contiguous, with a storage of its own: safetensors refuses slices of a shared one."""
     tensor = tensor.cpu().contiguous()
     return tensor if tensor.untyped_storage().nbytes() == tensor.nbytes else tensor.clone()
-
-
-def _write(path: Path, values: Mapping[str, Any]) -> None:
-    path.write_text(json.dumps(values, indent=2, sort_keys=True) + "\n", encoding="utf-8")
-    _sync(path)
-
-
-def _sync(path: Path) -> None:
-    handle = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
-
-
-def _replace_folder(new: Path, folder: Path) -> None:
-    """Rename ``new`` to ``folder``; for an instant between two renames neither name exists, never a half."""
-    _sync(new)
-    old = new.with_suffix(".old")
-    if folder.exists():
-        folder.rename(old)
-    new.rename(folder)
-    _sync(folder.parent)
-    shutil.rmtree(old, ignore_errors=True)
