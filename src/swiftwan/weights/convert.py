@@ -292,9 +292,10 @@ def _config(part: Part, dtype: str | None) -> dict[str, Any]:
 
 
 def _pipeline(layout: Layout) -> str:
-    told = (check.read_json(layout.folder / "model_index.json") or {}).get("_class_name")
+    if "scheduler" in layout.configs:  # from a diffusers folder, which says it itself
+        return str((check.read_json(layout.folder / "model_index.json") or {})["_class_name"])
     reads_image = layout.transformer.in_channels != layout.transformer.out_channels
-    return told or ("WanImageToVideoPipeline" if reads_image else "WanPipeline")
+    return "WanImageToVideoPipeline" if reads_image else "WanPipeline"
 
 
 def _tokenizer_class(layout: Layout) -> str:
