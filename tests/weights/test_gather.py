@@ -339,6 +339,15 @@ def test_experts_in_two_files(
     assert Path(text.rpartition("expected ")[2]).name == files["transformer"].name.replace("Low", "High")
 
 
+def test_linked_files_keep_their_names(pair, original_pair: Path, original_names, tmp_path: Path, monkeypatch) -> None:
+    publish(monkeypatch, read(original_pair), "tiny-a14b", boundary_ratio=0.875)
+    (tmp_path / "blobs").mkdir()
+    for component, side in (("transformer", "high"), ("transformer_2", "low")):
+        save_file(original_names.dit(pair.state(component)), tmp_path / "blobs" / side[0])
+        (original_pair / f"wan_{side}_noise.safetensors").symlink_to(tmp_path / "blobs" / side[0])
+    assert_parts(read(original_pair / "wan_high_noise.safetensors"), pair, components=("transformer", "transformer_2"))
+
+
 @pytest.mark.parametrize("name", ["wan-flow", "slow_motion", "wan_follow_highres", "yellow"])
 def test_words_that_are_no_side(
     pair, original_pair: Path, original_names, tmp_path: Path, monkeypatch, name: str

@@ -249,27 +249,31 @@ class _Reader:
 
 def _expected(component: str, part: Part) -> dict[str, check.Shape]:
     """Name -> shape of the module that will load this component; tied parameters once."""
-    import transformers
-
-    config = dict(part.config)
-    module: nn.Module
     with torch.device("meta"):
         if component.startswith("transformer"):
-            module = WanTransformer(TransformerConfig.from_json(config))
+            module: nn.Module = WanTransformer(TransformerConfig.from_json(part.config))
         elif component == "vae":
-            module = WanVAE(VAEConfig.from_json(config))
-        elif component == "image_encoder":
-            module = getattr(transformers, part.kind)(transformers.CLIPVisionConfig(**config))
-        elif part.kind == "T5EncoderModel":
-            module = transformers.T5EncoderModel(transformers.T5Config(**config))
+            module = WanVAE(VAEConfig.from_json(part.config))
         else:
-            module = transformers.UMT5EncoderModel(transformers.UMT5Config(**config))
+            module = _encoder(part)
     found = {name: tuple(tensor.shape) for name, tensor in module.state_dict().items()}
     found.pop("encoder.embed_tokens.weight", None)  # the same tensor as shared.weight
     if component == "image_encoder" and "embeddings.class_embedding" in found:
         # transformers 5 dropped the stem that files have.
         found = {f"vision_model.{name}": shape for name, shape in found.items()}
     return found
+
+
+def _encoder(part: Part) -> nn.Module:
+    import transformers  # seconds, which a transformer or a VAE alone need not spend
+
+    configs = {
+        "UMT5EncoderModel": transformers.UMT5Config,
+        "T5EncoderModel": transformers.T5Config,
+        "CLIPVisionModel": transformers.CLIPVisionConfig,
+        "CLIPVisionModelWithProjection": transformers.CLIPVisionConfig,
+    }
+    return getattr(transformers, part.kind)(configs[part.kind](**part.config))
 
 
 def _type(component: str, name: str, stored: str, dtype: str | None) -> str:

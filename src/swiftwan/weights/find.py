@@ -59,6 +59,7 @@ def locate(model: str, *, revision: str | None = None) -> Source:
     if (path / "model_index.json").is_file():
         return _checked(Folder(path.resolve(), model))
     if model and is_original(path):
+        check.verify(path.resolve(), check.hub_digests(path.resolve()))
         return OriginalFolder(path.resolve(), model)
     if path.suffix in WEIGHTS_SUFFIXES and path.is_file():
         return WeightsFile(path.absolute(), model)
@@ -127,10 +128,20 @@ def read_layout(source: Folder | OriginalFolder | WeightsFile, model: KnownModel
     Raises WeightsError: parts that are missing, damaged or of another model.
     """
     if isinstance(source, OriginalFolder):
-        return read_original(source, model)
-    if isinstance(source, WeightsFile):
-        return read_file(source, model)
-    return read_folder(source)
+        layout = read_original(source)
+    elif isinstance(source, WeightsFile):
+        layout = read_file(source, model)
+    else:
+        layout = read_folder(source)
+    if model is None:
+        return layout
+    if _sizes(layout.transformer) != _sizes(model.transformer):
+        like = " or ".join(m.name for m in shapes.published(layout.transformer)) or "a Wan of unpublished size"
+        raise WeightsError(f"{source.path} looks like {like}, not {model.name}; take the files of {model.name}")
+    if (layout.transformer_2 is None) != (model.boundary_ratio is None):
+        found, wanted = ("one", "two") if layout.transformer_2 is None else ("two", "one")
+        raise WeightsError(f"{source.path} has {found} transformer(s), {model.name} has {wanted}; take its own files")
+    return layout
 
 
 def published_file(source: WeightsFile) -> KnownModel | None:

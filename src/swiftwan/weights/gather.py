@@ -43,7 +43,11 @@ _TOLD = {
     "image_encoder": "a CLIP vision encoder (models_clip_open-clip-xlm-roberta-large-vit-huge-14.pth)",
     "tokenizer": "a tokenizer (google/umt5-xxl)",
 }
-_SIDE = re.compile(r"(?:(?<![A-Za-z])|(?<=[a-z\d])(?=[HL]))(high|low)(?:[ _-]?noise)?(?![a-z])", re.IGNORECASE)
+_SIDE = re.compile(
+    r"(?:(?<![A-Za-z])(high|low|High|Low|HIGH|LOW)|(?<=[a-z\d])(High|Low|HIGH|LOW))"
+    r"(?:[ _-]?[Nn](?:oise|OISE))?(?![a-z])"
+)
+"""The word of an expert, as a word: not in ``flow``, ``slow`` or ``highres``."""
 _TWO_EXPERTS = re.compile(r"a14b|wan[ _-]?2[._]?2", re.IGNORECASE)
 _COMFY_TRANSFORMERS = ("diffusion_models", "unet")
 _COMFY = ("vae", "text_encoders", "clip", "clip_vision", "tokenizer")
@@ -66,7 +70,7 @@ def is_original(folder: Path) -> bool:
     )
 
 
-def read_original(source: OriginalFolder, model: KnownModel | None = None) -> Layout:
+def read_original(source: OriginalFolder) -> Layout:
     """Read a folder in the original layout of Wan2.1 or Wan2.2.
 
     Raises WeightsError: an expert or another part is missing (all at once), damaged, or of another model.
@@ -94,7 +98,7 @@ def read_original(source: OriginalFolder, model: KnownModel | None = None) -> La
         raise WeightsError(f"{folder}: {'; '.join(problems)}; complete the folder or download the model again")
     assert tokenizer is not None
     files = {name: tensors for name, (tensors, _) in experts.items()} | {name: parts[name] for name in needed}
-    return _layout(folder, source.name, files, configs, tokenizer, model)
+    return _layout(folder, source.name, files, configs, tokenizer)
 
 
 def _transformer_config(tensors: Tensors, told: Mapping[str, Any] | None) -> TransformerConfig:
@@ -128,7 +132,7 @@ def read_file(source: WeightsFile, model: KnownModel | None = None) -> Layout:
     Raises WeightsError: not a transformer (saying what it looks like), an expert is missing (saying which
     file), or a part that is nowhere; OutputError when parts from the hub do not fit on the disk.
     """
-    path = source.path.resolve()
+    path = source.path  # not resolved: the hub's cache and ComfyUI's users link files under their true names
     experts = {name: open_transformer(file) for name, file in expert_files(path, source.name, model).items()}
     configs = {name: shapes.transformer_config(tensors) for name, tensors in experts.items()}
     if len(set(configs.values())) > 1:
@@ -154,7 +158,7 @@ def read_file(source: WeightsFile, model: KnownModel | None = None) -> Layout:
             their_configs[name], parts[name] = read_component(folder, name)
     assert tokenizer is not None
     files = {**experts, **{name: parts[name] for name in needed}}
-    return _layout(path.parent, source.name, files, configs, tokenizer, known, their_configs)
+    return _layout(path.parent, source.name, files, configs, tokenizer, their_configs)
 
 
 def published(path: Path, name: str, config: TransformerConfig) -> KnownModel | None:
@@ -230,13 +234,13 @@ def _side(path: Path) -> str | None:
     """``high`` or ``low``, from the file's name, else from its folder's."""
     for text in (path.stem, path.parent.name):
         if found := _SIDE.search(text):
-            return found[1].lower()
+            return (found[1] or found[2]).lower()
     return None
 
 
 def _other_side(text: str) -> str:
     def swap(match: re.Match[str]) -> str:
-        word = match[1]
+        word = match[1] or match[2]
         other = "low" if word.lower() == "high" else "high"
         cased = other.upper() if word.isupper() else other.capitalize() if word[0].isupper() else other
         return cased + match[0][len(word) :]
@@ -310,15 +314,11 @@ def _layout(
     files: Mapping[str, Tensors],
     transformers: Mapping[str, TransformerConfig],
     tokenizer: Path,
-    known: KnownModel | None,
     configs: Mapping[str, Mapping[str, Any]] | None = None,
 ) -> Layout:
     """``configs`` are those that parts brought with them; the others come from shapes."""
     if len(set(transformers.values())) > 1:
         raise WeightsError(f"{folder}: the two experts differ in size; take two of one model")
-    if known and transformers["transformer"] != known.transformer:
-        like = " or ".join(m.name for m in shapes.published(transformers["transformer"]))
-        raise WeightsError(f"{folder} looks like {like or 'a Wan of unpublished size'}, not {known.name}")
     all_configs: dict[str, Mapping[str, Any]] = {n: config.to_json() for n, config in transformers.items()}
     of = {"vae": lambda t: shapes.vae_config(t).to_json(), "text_encoder": shapes.text_config}
     of["image_encoder"] = shapes.image_config
