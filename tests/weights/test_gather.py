@@ -21,6 +21,7 @@ from swiftwan.weights.convert import convert
 from swiftwan.weights.find import locate, read_layout
 from swiftwan.weights.gather import expert_files
 from swiftwan.weights.layout import Layout, OriginalFolder, WeightsFile
+from swiftwan.weights.sources import open_file
 
 
 def read(path: Path) -> Layout:
@@ -221,6 +222,20 @@ def test_comfy_files(peer, write_parts, original_names, tmp_path: Path, prefix: 
     assert layout.tokenizer == tmp_path / "models" / "text_encoders"
 
 
+def test_a_scaled_text_encoder(peer, write_parts, original_names, tmp_path: Path) -> None:
+    folder = comfy(peer, tmp_path, write_parts)
+    save_file(original_names.dit(peer.state("transformer")), folder / "wan.safetensors")
+    texts = folder.parent / "text_encoders"
+    (texts / "umt5.safetensors").unlink()
+    state = {n: t for n, t in peer.state("text_encoder").items() if n != "encoder.embed_tokens.weight"}
+    marker = {"scaled_fp8": torch.zeros(0, dtype=torch.float8_e4m3fn)}
+    save_file(fp8_scaled(state, "scale_weight") | marker, texts / "umt5_xxl_fp8_e4m3fn_scaled.safetensors")
+    found = read(folder / "wan.safetensors").files["text_encoder"]
+    assert set(found.shapes) == set(state)
+    for name, tensor in state.items():
+        assert (found.read(name) - tensor).abs().max() <= (2**-4 + 2**-9) * tensor.abs().max(), name
+
+
 def test_scaled_weights_are_value_times_scale(peer, write_parts, original_names, tmp_path: Path) -> None:
     folder = comfy(peer, tmp_path, write_parts)
     packed = fp8_scaled(original_names.dit(peer.state("transformer")), "scale_weight")
@@ -284,8 +299,6 @@ def cut(path: Path) -> Path:
 
 @pytest.mark.parametrize("kind", ["Q4_K", "Q5_K", "Q6_K"])
 def test_gguf_types_that_only_llama_cpp_writes(tmp_path: Path, kind: str) -> None:
-    from swiftwan.weights.sources import open_file
-
     block, nbytes = gguf.GGML_QUANT_SIZES[gguf.GGMLQuantizationType[kind]]
     data = torch.randint(0, 256, (4, nbytes), dtype=torch.uint8) & 0x3B  # keeps the float16 scales finite
     writer = gguf.GGUFWriter(tmp_path / "w.gguf", "wan")
@@ -300,6 +313,13 @@ def test_gguf_types_that_only_llama_cpp_writes(tmp_path: Path, kind: str) -> Non
     assert torch.equal(source.read("a.weight"), expected)
     source.close()
     assert torch.equal(source.read("a.weight"), expected)
+
+
+def test_an_unknown_gguf_type_is_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    write_gguf(tmp_path / "w.gguf", {"a.weight": torch.randn(4, 32)}, "Q8_0")
+    monkeypatch.delitem(gguf.quants._type_traits, gguf.GGMLQuantizationType.Q8_0)
+    source = open_file(tmp_path / "w.gguf")
+    assert "a.weight is stored as Q8_0, unknown to gguf" in refused(lambda: source.read("a.weight"))
 
 
 def test_without_the_gguf_package(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -235,10 +235,8 @@ def compare(
     if component.startswith("transformer"):
         file_like, config_like = looks_like(found), looks_like(expected)
         if file_like and file_like != config_like:
-            hint = f"; the file looks like {file_like}" + (
-                f", its config.json like {config_like}" if config_like else ""
-            )
-    raise WeightsError(f"{component}: weights and config.json do not belong together: {'; '.join(problems)}{hint}")
+            hint = f"; the file looks like {file_like}" + (f", its config like {config_like}" if config_like else "")
+    raise WeightsError(f"{component}: weights and config do not belong together: {'; '.join(problems)}{hint}")
 
 
 def looks_like(shapes: Mapping[str, Shape]) -> str | None:

@@ -37,7 +37,7 @@ def download(hub_id: str, revision: str | None = None, *, components: Sequence[s
     Raises OutputError before the first byte when the files do not fit on the disk; WeightsError when the
     hub cannot be reached, has no such model or revision, wants an agreement first, or holds another layout.
     """
-    for complete in {(), tuple(components)}:
+    for complete in dict.fromkeys(((), tuple(components))):
         if folder := _complete_here(hub_id, revision, complete):
             return folder
     try:
