@@ -147,7 +147,7 @@ def read_layout(source: Folder | OriginalFolder | WeightsFile, model: KnownModel
 def published_file(source: WeightsFile) -> KnownModel | None:
     """Which published model a file is of, its other expert being there; None for sizes that are nobody's."""
     config = shapes.transformer_config(open_transformer(source.path))
-    expert_files(source.path, source.name)
+    expert_files(source.path)
     return published(source.path, source.name, config)
 
 

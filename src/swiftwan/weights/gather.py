@@ -48,6 +48,7 @@ _SIDE = re.compile(
     r"(?:[ _-]?[Nn](?:oise|OISE))?(?![a-z])"
 )
 """The word of an expert, as a word: not in ``flow``, ``slow`` or ``highres``."""
+_SIDE_FOLDER = re.compile(_SIDE.pattern + "(?:[ _-]?[Mm]odel)?")
 _TWO_EXPERTS = re.compile(r"a14b|wan[ _-]?2[._]?2", re.IGNORECASE)
 _COMFY_TRANSFORMERS = ("diffusion_models", "unet")
 _COMFY = ("vae", "text_encoders", "clip", "clip_vision", "tokenizer")
@@ -85,13 +86,16 @@ def read_original(source: OriginalFolder) -> Layout:
             problems.append(f"{what} is missing")
         elif paths := weights_files(folder, side, problems):
             experts[component] = (_one(Shards(paths), "transformer"), check.read_json(folder / side / "config.json"))
-    loose = (p for p in _weights_in(folder) if not p.name.startswith("diffusion_pytorch_model"))
+    loose = [p for p in _weights_in(folder) if not p.name.startswith("diffusion_pytorch_model")]
     configs = {name: _transformer_config(tensors, told) for name, (tensors, told) in experts.items()}
     parts = _choose(loose, next(iter(configs.values()), None))
     tokenizer = _tokenizer_in(folder)
     reads_image = any(config.image_dim for config in configs.values())
     needed = ("vae", "text_encoder", *(("image_encoder",) if reads_image else ()))
-    problems += [f"{_TOLD[name]} is missing" for name in needed if name not in parts]
+    for name in (name for name in needed if name not in parts):
+        other = _choose(loose, None).get(name)
+        unfit = f"{other.origin} looks like {shapes.looks_like(other)}, made for another model" if other else None
+        problems.append(unfit or f"{_TOLD[name]} is missing")
     if tokenizer is None:
         problems.append(f"{_TOLD['tokenizer']} is missing")
     if problems:
@@ -133,7 +137,7 @@ def read_file(source: WeightsFile, model: KnownModel | None = None) -> Layout:
     file), or a part that is nowhere; OutputError when parts from the hub do not fit on the disk.
     """
     path = source.path  # not resolved: the hub's cache and ComfyUI's users link files under their true names
-    experts = {name: open_transformer(file) for name, file in expert_files(path, source.name, model).items()}
+    experts = {name: open_transformer(file) for name, file in expert_files(path, model).items()}
     configs = {name: shapes.transformer_config(tensors) for name, tensors in experts.items()}
     if len(set(configs.values())) > 1:
         told = " and ".join(f"{t.origin} ({check.looks_like(t.shapes)})" for t in experts.values())
@@ -173,7 +177,7 @@ def published(path: Path, name: str, config: TransformerConfig) -> KnownModel | 
     return next(iter(by_name or fits), None)
 
 
-def expert_files(path: Path, name: str, model: KnownModel | None = None) -> dict[str, Path]:
+def expert_files(path: Path, model: KnownModel | None = None) -> dict[str, Path]:
     """The file of each expert, high-noise first, of the model that a transformer's file belongs to.
 
     Raises WeightsError: the file is no transformer or not one of ``model``; the other expert is not there.
@@ -200,14 +204,13 @@ def expert_files(path: Path, name: str, model: KnownModel | None = None) -> dict
     other = next((p for p in others if p != path and p.is_file()), None)
     if other is None:
         expected = next(p for p in others if p != path)
+        single = [m.name for m in fits if m.boundary_ratio is None]
+        hint = f"; if it is {single[0]}, take the word '{side}' out of its name" if single else ""
         raise WeightsError(
-            f"{path} is the {side}-noise expert of {pairs[0].name}; the other one is missing: expected {expected}"
+            f"{path} is the {side}-noise expert of {pairs[0].name}; the other one is missing: expected {expected}{hint}"
         )
-    return (
-        {"transformer": path, "transformer_2": other}
-        if side == "high"
-        else {"transformer": other, "transformer_2": path}
-    )
+    high, low = (path, other) if side == "high" else (other, path)
+    return {"transformer": high, "transformer_2": low}
 
 
 def open_transformer(path: Path) -> Tensors:
@@ -223,19 +226,18 @@ def model_named(name: str) -> KnownModel:
 
 
 def _one(source: Tensors, component: str) -> Tensors:
-    like = shapes.looks_like(source)
     found = components(source).get(component)
-    if found is None or "cannot run" in like or "LoRA" in like:
-        raise WeightsError(f"{source.origin} looks like {like}; a {component.replace('_', ' ')} is needed here")
+    if found is None or shapes.not_a_model(source):
+        raise WeightsError(
+            f"{source.origin} looks like {shapes.looks_like(source)}; a {component.replace('_', ' ')} is needed here"
+        )
     return found
 
 
 def _side(path: Path) -> str | None:
-    """``high`` or ``low``, from the file's name, else from its folder's."""
-    for text in (path.stem, path.parent.name):
-        if found := _SIDE.search(text):
-            return (found[1] or found[2]).lower()
-    return None
+    """``high`` or ``low``, from the file's name, else from its folder's if that says nothing else."""
+    found = _SIDE.search(path.stem) or _SIDE_FOLDER.fullmatch(path.parent.name)
+    return (found[1] or found[2]).lower() if found else None
 
 
 def _other_side(text: str) -> str:

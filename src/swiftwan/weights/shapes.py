@@ -27,14 +27,21 @@ _LORA = re.compile(r"\.(lora_[AB]|lora_(up|down)|lokr_\w+|hada_\w+|diff(_[bm])?)
 _NAMES = {"vae": "a Wan VAE", "text_encoder": "a UMT5 text encoder", "image_encoder": "a CLIP vision encoder"}
 
 
-def looks_like(source: Tensors) -> str:
-    """What a weights file holds, in words: ``a Wan transformer (wan2.1-t2v-1.3b)``, ``a LoRA``, ..."""
-    shapes = source.shapes
-    if any(_LORA.search(name) for name in shapes):
+def not_a_model(source: Tensors) -> str | None:
+    """What a file is that has Wan's names but is no model of ours: a LoRA, VACE and the like; else None."""
+    if any(_LORA.search(name) for name in source.shapes):
         return "a LoRA, which goes on top of a model"
     for fragment, kind in _OTHER_WANS.items():
-        if any(fragment in name for name in shapes):
+        if any(fragment in name for name in source.shapes):
             return f"{kind}, which swiftwan cannot run"
+    return None
+
+
+def looks_like(source: Tensors) -> str:
+    """What a weights file holds, in words: ``a Wan transformer (wan2.1-t2v-1.3b)``, ``a LoRA``, ..."""
+    if other := not_a_model(source):
+        return other
+    shapes = source.shapes
     kinds = []
     for component, tensors in components(source).items():
         if component == "transformer":
