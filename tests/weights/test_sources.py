@@ -103,4 +103,6 @@ def test_pth_files_that_are_not_tensors(tmp_path: Path, content: object) -> None
     torch.save(content, tmp_path / "w.pth")
     text = refused(lambda: open_file(tmp_path / "w.pth"))
     assert str(tmp_path / "w.pth") in text
+    if "Malice" in str(content) or isinstance(content, Malice):
+        assert "cannot be read as tensors alone (it asks for posix.system)" in text
     assert not Path("/tmp/swiftwan-was-here").exists()

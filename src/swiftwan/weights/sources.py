@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import math
 import os
+import re
 import zipfile
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -109,7 +110,8 @@ class PthFile:
         try:
             content = torch.load(path, map_location="cpu", mmap=True, weights_only=True)  # noqa: TID251
         except Exception as error:  # the file decides what goes wrong in there
-            why = next(iter(str(error).splitlines()), "").partition(". ")[0][:160] or type(error).__name__
+            asked = re.search(r"GLOBAL (\S+)", str(error))
+            why = f"it asks for {asked[1]}" if asked else type(error).__name__
             raise WeightsError(
                 f"{path} cannot be read as tensors alone ({why}); swiftwan runs no code from a file: "
                 "take the model as safetensors"
