@@ -19,7 +19,8 @@ from swiftwan.techniques import TECHNIQUES
 from swiftwan.techniques.base import Settings, Technique
 from swiftwan.techniques.precision import Dtype
 from swiftwan.weights.build import UMT5_XXL, parameter_count, text_parameter_count
-from swiftwan.weights.find import Folder, identify, known_model, locate, read_layout
+from swiftwan.weights.find import identify, known_model, locate, published_file, read_layout
+from swiftwan.weights.layout import RandomModel, WeightsFile
 
 RECIPES = ("auto", "none")
 TEXT_TOKENS = 512
@@ -146,7 +147,10 @@ def describe(model: str) -> Facts:
     if known := known_model(model):
         return Facts(model, known, text_parameter_count(UMT5_XXL))
     source = locate(model)
-    assert isinstance(source, Folder)
+    assert not isinstance(source, RandomModel)
+    if isinstance(source, WeightsFile) and (known := published_file(source)):
+        # Its other parts are the published ones: no need to bring them to know their sizes.
+        return Facts(model, known, text_parameter_count(UMT5_XXL))
     layout = read_layout(source)
     text_sizes = {k: v for k, v in layout.configs["text_encoder"].items() if k in UMT5_XXL}
     family = identify(layout) or _family(layout.boundary_ratio, layout.expand_timesteps, layout.transformer.in_channels)

@@ -14,7 +14,8 @@ from swiftwan.models.dit import KEEP_FP32, WanTransformer
 from swiftwan.models.text import TextEncoder
 from swiftwan.models.vae import WanVAE
 from swiftwan.weights import check
-from swiftwan.weights.find import Folder, Layout, Source, locate, read_layout
+from swiftwan.weights.find import locate, read_layout
+from swiftwan.weights.layout import Folder, Layout, RandomModel, Source
 from swiftwan.weights.load import load_weights, randomize
 
 UMT5_XXL = {
@@ -60,9 +61,9 @@ def build(
     Raises:
         WeightsError: files are missing, damaged or of another model.
     """
-    if isinstance(source, Folder):
-        return _load(read_layout(source), device, dtype, transformers_on or device)
-    return _random(source.known, device, dtype, transformers_on or device)
+    if isinstance(source, RandomModel):
+        return _random(source.known, device, dtype, transformers_on or device)
+    return _load(read_layout(source), device, dtype, transformers_on or device)
 
 
 def _load(layout: Layout, device: torch.device, dtype: torch.dtype, transformers_on: torch.device) -> Parts:
@@ -87,10 +88,9 @@ def _load(layout: Layout, device: torch.device, dtype: torch.dtype, transformers
         load_weights(model, layout.files["text_encoder"], device=device, dtype=dtype, component="text_encoder")
         return model
 
-    tokenizer = layout.folder / "tokenizer"
-    identity = check.fingerprint((*layout.files["text_encoder"], *sorted(tokenizer.iterdir())))
+    identity = check.fingerprint((*layout.files["text_encoder"].paths, *_files_in(layout.tokenizer)))
     return Parts(
-        text=TextEncoder(_tokenizer(tokenizer), encoder, identity=identity, device=device, dtype=dtype),
+        text=TextEncoder(_tokenizer(layout.tokenizer), encoder, identity=identity, device=device, dtype=dtype),
         transformer=transformer("transformer", layout.transformer),
         transformer_2=transformer("transformer_2", layout.transformer_2) if layout.transformer_2 else None,
         vae=vae.prepare(device),
@@ -122,6 +122,10 @@ def _random(known: KnownModel, device: torch.device, dtype: torch.dtype, transfo
         vae=vae.prepare(device),
         boundary_ratio=known.boundary_ratio,
     )
+
+
+def _files_in(folder: Path) -> list[Path]:
+    return sorted(path for path in folder.iterdir() if path.is_file())
 
 
 def _on_meta(kind: Any, *sizes: Any) -> Any:
