@@ -11,6 +11,7 @@ of a prompt has to name its thing's other words, and the biases learn thirty tim
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -75,7 +76,7 @@ def train(
     reader = Reader(model.text.config.d_model).to(device)
     biases = [p for name, p in model.text.named_parameters() if "relative_attention_bias" in name]
     others = [p for name, p in model.text.named_parameters() if "relative_attention_bias" not in name]
-    groups = [
+    groups: list[dict[str, Any]] = [
         {"params": [*others, *reader.parameters()], "lr": learning_rate},
         {"params": biases, "lr": BIAS_RATE * learning_rate},
     ]
