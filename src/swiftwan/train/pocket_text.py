@@ -11,7 +11,6 @@ of a prompt has to name its thing's other words, and the biases learn thirty tim
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -76,14 +75,11 @@ def train(
     reader = Reader(model.text.config.d_model).to(device)
     biases = [p for name, p in model.text.named_parameters() if "relative_attention_bias" in name]
     others = [p for name, p in model.text.named_parameters() if "relative_attention_bias" not in name]
-    groups: list[dict[str, Any]] = [
-        {"params": [*others, *reader.parameters()], "lr": learning_rate},
-        {"params": biases, "lr": BIAS_RATE * learning_rate},
-    ]
+    rates = [learning_rate, BIAS_RATE * learning_rate]
+    members = ([*others, *reader.parameters()], biases)
+    groups = [{"params": each, "lr": rate} for each, rate in zip(members, rates, strict=True)]
     optimizer = torch.optim.AdamW(groups, betas=(0.9, 0.99), weight_decay=0.01)
-    fall = torch.optim.lr_scheduler.OneCycleLR(
-        optimizer, [group["lr"] for group in groups], total_steps=steps, pct_start=0.1, cycle_momentum=False
-    )
+    fall = torch.optim.lr_scheduler.OneCycleLR(optimizer, rates, total_steps=steps, pct_start=0.1, cycle_momentum=False)
     every = [part.to(device) for part in examples(EXAMPLES, seed, tokenizer)]
     log: list[dict[str, float]] = []
     for step in range(steps):
