@@ -80,7 +80,7 @@ class Engine:
     def run(self, request, on_step=None):
         import torch
 
-        from swiftwan.pipelines.request import Result, StepEvent
+        from swiftwan.pipelines.result import Result, StepEvent
 
         request = request.completed(POCKET_DEFAULTS)
         began = time.perf_counter()
@@ -493,7 +493,7 @@ def test_on_a_terminal_a_line_a_phase_remains(shell: Any) -> None:
 
 def test_an_interrupt_that_was_swallowed_stops_the_next_step() -> None:
     from swiftwan.cli.progress import PlainDisplay
-    from swiftwan.pipelines.request import StepEvent
+    from swiftwan.pipelines.result import StepEvent
 
     display = PlainDisplay()
     display.interrupted = True

@@ -15,7 +15,7 @@ from swiftwan.cli.progress import Display, cancellable, shown
 from swiftwan.errors import Cancelled
 
 if TYPE_CHECKING:
-    from swiftwan.pipelines.request import Result
+    from swiftwan.pipelines.result import Result
     from swiftwan.plan import Explanation
 
 

@@ -21,7 +21,7 @@ from rich.text import Text
 from swiftwan.errors import Cancelled, SwiftwanError
 
 if TYPE_CHECKING:
-    from swiftwan.pipelines.request import StepEvent
+    from swiftwan.pipelines.result import StepEvent
 
 _AFTER = {"load": "text", "text": "denoise", "denoise": "decode"}
 
