@@ -131,6 +131,15 @@ def read(request: Request) -> Given | None:
     return Given(torch.stack([pixels for pixels, _ in images])[:, None], tuple(given for _, given in images))
 
 
+def sha256_of(source: str | Path) -> str:
+    """Of a file's bytes.
+
+    Raises:
+        RequestError: there is no such file.
+    """
+    return hashlib.sha256(_bytes("input", source)).hexdigest()
+
+
 # Images
 
 

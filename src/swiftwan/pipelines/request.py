@@ -139,6 +139,11 @@ class Request:
         """The images that the request brings, by the name of their field."""
         return {}
 
+    @property
+    def brings_pixels(self) -> bool:
+        """Whether an image or a video comes with it."""
+        return bool(self.sources())
+
     def to_json(self) -> dict[str, Any]:
         """Return the task's name and every field that is set; of an image in memory its hash."""
         told = {f.name: _plain(value) for f in fields(self) if (value := getattr(self, f.name)) is not None}
@@ -291,6 +296,10 @@ class VideoToVideo(_FromPixels):
     def __post_init__(self) -> None:
         if not isinstance(self.video, str | Path):
             object.__setattr__(self, "video", tuple(self.video))
+
+    @property
+    def brings_pixels(self) -> bool:
+        return True
 
 
 TASKS: dict[str, type[Request]] = {
