@@ -23,8 +23,14 @@ def info(
     for name, value in record.items():
         if isinstance(value, dict):
             rows |= {f"{name}.{inner}": told for inner, told in value.items()}
+        elif name == "inputs":
+            rows |= {f"input {number}": _told(given) for number, given in enumerate(value, 1)}
         else:
             rows[name] = (" ".join(value) or "none") if isinstance(value, list) else value
     width = max(map(len, rows))
     for name, told in rows.items():
         typer.echo(f"{name:<{width}}  {told}")
+
+
+def _told(given: dict[str, str]) -> str:
+    return f"{given['name']}: {given['fitted'] or 'used as it is'} (sha256 {given['sha256'][:16]})"
