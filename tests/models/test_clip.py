@@ -9,6 +9,7 @@ from swiftwan.errors import WeightsError
 from swiftwan.models.clip import ImageEncoder
 from swiftwan.models.config import ClipConfig
 from swiftwan.weights.build import parameter_count
+from swiftwan.weights.load import randomize
 
 SIZES = {
     "hidden_size": 32,
@@ -43,3 +44,12 @@ def test_an_unknown_activation_is_refused():
 def test_vit_h_without_its_last_layer():
     # 632 M published (huggingface.co/laion/CLIP-ViT-H-14): a layer of 19.7 M and two norms are not loaded.
     assert parameter_count(ClipConfig()) == pytest.approx(630.8e6 - 19.7e6, rel=1e-3)
+
+
+def test_random_weights_keep_their_size():
+    with torch.device("meta"):
+        encoder = ImageEncoder(ClipConfig(**SIZES)).eval()
+    randomize(encoder, device="cpu", dtype=torch.float32)
+    tokens = encoder.encode(torch.randint(0, 256, (1, 56, 56, 3), dtype=torch.uint8))
+    assert tokens.shape == (1, 17, 32)
+    assert 0.3 < tokens.std() < 30

@@ -1,5 +1,8 @@
 """Tasks that bring images, against diffusers: the same tiny random checkpoint, prompt, seed and pixels."""
 
+import json
+import shutil
+
 import numpy as np
 import pytest
 import torch
@@ -14,9 +17,11 @@ from diffusers import (
     WanVideoToVideoPipeline,
 )
 from PIL import Image
+from safetensors.torch import load_file, save_file
 from transformers import CLIPImageProcessorPil, CLIPVisionConfig, CLIPVisionModel, UMT5Config, UMT5EncoderModel
 
 import swiftwan as sw
+from swiftwan.errors import WeightsError
 from swiftwan.train.pocket_tokenizer import build
 
 FLOW = {"prediction_type": "flow_prediction", "use_flow_sigmas": True}
@@ -199,3 +204,27 @@ def test_video_to_video_equals_diffusers(pair, solver, creativity):
     error = relative(result.latents, expected)
     # At 1 diffusers keeps what its first sigma leaves of the video (0.0001 with UniPC); here it is ignored.
     assert error < (1e-2 if creativity == 1 else 1e-3), f"latents differ by {error:.1e}"
+
+
+def test_an_image_encoder_under_its_published_names(pair, tmp_path):
+    """Published files have a prefix that transformers 5 no longer writes, and numbers of positions."""
+    _, folder = pair(wan21_i2v)
+    shutil.copytree(folder, tmp_path / "old")
+    file = tmp_path / "old" / "image_encoder" / "model.safetensors"
+    tensors = {f"vision_model.{name}": tensor for name, tensor in load_file(file).items()}
+    save_file(tensors | {"vision_model.embeddings.position_ids": torch.arange(CLIP_TOKENS)[None]}, file)
+    old, new = (load(path).parts.image_encoder.state_dict() for path in (tmp_path / "old", folder))
+    assert old.keys() == new.keys()
+    assert all(torch.equal(old[name], new[name]) for name in new)
+
+
+def test_a_missing_expert_is_told(pair, tmp_path):
+    _, folder = pair(wan22_i2v)
+    shutil.copytree(folder, tmp_path / "half")
+    shutil.rmtree(tmp_path / "half" / "transformer_2")
+    with pytest.raises(WeightsError, match="transformer_2.* is missing"):
+        load(tmp_path / "half")
+    index = tmp_path / "half" / "model_index.json"
+    index.write_text(json.dumps(json.loads(index.read_text()) | {"transformer_2": [None, None]}))
+    with pytest.raises(WeightsError, match="one expert of Wan2.2-I2V-A14B.* there is no transformer_2"):
+        load(tmp_path / "half")
