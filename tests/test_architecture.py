@@ -10,7 +10,7 @@ SOURCE = Path(__file__).parents[1] / "src" / "swiftwan"
 
 LAYERS = (
     ("errors",),
-    ("device", "ops", "pocket"),
+    ("device", "ops", "pocket", "prompt_cache"),
     ("models",),
     ("sampling", "guidance", "pipelines.request"),
     ("inputs", "media", "weights"),

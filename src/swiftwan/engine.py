@@ -14,7 +14,9 @@ from swiftwan.pipelines.generate import OnStep, generate
 from swiftwan.pipelines.request import Request
 from swiftwan.pipelines.result import Result
 from swiftwan.plan import Facts, Plan, complete, describe, estimate, make_plan
+from swiftwan.prompt_cache import PromptCache
 from swiftwan.weights.build import Parts, build
+from swiftwan.weights.check import cache_folder
 from swiftwan.weights.find import locate
 
 
@@ -55,12 +57,20 @@ class Engine:
             PlanError, UnavailableError, WeightsError, OutputError, MemoryLimitError: in one line each.
         """
         where = pick_device(device)
-        chosen = make_plan(plan, where, dtype)
         facts = describe(model)
+        chosen = make_plan(plan, where, dtype, facts.known)
         torch.backends.cuda.matmul.allow_tf32 = chosen.settings.tf32
         torch.backends.cudnn.allow_tf32 = chosen.settings.tf32
         try:
-            parts = build(locate(model), device=torch.device(where.torch_device), dtype=chosen.settings.dtype)
+            parts = build(
+                locate(model),
+                device=torch.device(where.torch_device),
+                dtype=chosen.settings.dtype,
+                transformers_on=torch.device("cpu") if chosen.settings.transformers_on_host else None,
+            )
+            parts.text.cache = _prompt_cache(chosen.settings.prompt_cache)
+            for technique in chosen.techniques:
+                technique.install(parts)
         except torch.OutOfMemoryError:
             failed = True
         else:
@@ -135,6 +145,12 @@ class Engine:
             if 1.2 * estimate(smaller, self.facts, dtype).activation_bytes < budget:
                 return f"{told}; {frames} frames should fit, or the same frames at a smaller size, or vae:tiling."
         return f"{told}; free memory on the device, or take a smaller size or model."
+
+
+def _prompt_cache(place: str) -> PromptCache | None:
+    if place == "off":
+        return None
+    return PromptCache(cache_folder() / "prompts" if place == "disk" else None)
 
 
 def _free_memory() -> None:

@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, fields
-from fnmatch import fnmatchcase
-from typing import Any, get_type_hints
+from dataclasses import dataclass
+from typing import Any
 
 import torch
 
@@ -17,19 +16,14 @@ from swiftwan.models.config import KNOWN_MODELS, POCKET, ClipConfig, KnownModel
 from swiftwan.models.vae import Tiling
 from swiftwan.pipelines.request import Grid, Request
 from swiftwan.sampling import check_scheduler
+from swiftwan.techniques import TECHNIQUES
 from swiftwan.techniques.base import Settings, Technique
-from swiftwan.techniques.guidance import BatchedCfg
-from swiftwan.techniques.precision import Dtype, Tf32
-from swiftwan.techniques.vae import Vae
+from swiftwan.techniques.precision import Dtype
 from swiftwan.weights.build import UMT5_XXL, parameter_count, text_parameter_count
 from swiftwan.weights.find import Folder, identify, known_model, locate, read_layout
 
-TECHNIQUES: dict[str, type[Technique]] = {kind.name: kind for kind in (Dtype, Tf32, BatchedCfg, Vae)}
 RECIPES = ("auto", "none")
 TEXT_TOKENS = 512
-
-
-# Specs
 
 
 def parse(spec: str) -> Technique:
@@ -38,34 +32,11 @@ def parse(spec: str) -> Technique:
     Raises:
         PlanError: unknown technique or option, a value missing, left over or of the wrong type.
     """
-    name, *rest = spec.split(":")
+    name, _, rest = spec.partition(":")
     kind = TECHNIQUES.get(name)
     if kind is None:
         raise PlanError(f"unknown technique '{name}'." + did_you_mean(name, TECHNIQUES))
-    types = get_type_hints(kind)
-    known = {f.name: f for f in fields(kind)}
-    options: dict[str, Any] = {}
-    for part in rest:
-        pairs = [pair.partition("=") for pair in part.split(",")] if "=" in part else [("value", "=", part)]
-        for key, _, text in pairs:
-            if key not in known:
-                what = f"takes no value '{text}'" if key == "value" else f"has no option '{key}'"
-                raise PlanError(f"technique '{name}' {what}." + (did_you_mean(key, known) if known else ""))
-            try:
-                options[key] = types[key](text)
-            except ValueError:
-                raise PlanError(f"{name}: {key} is '{text}'; it must be {types[key].__name__}.") from None
-    if "value" in known and "value" not in options:
-        raise PlanError(f"technique '{name}' needs a value: {kind.__doc__}")
-    return kind(**options)
-
-
-def write(technique: Technique) -> str:
-    """The spec that :func:`parse` reads back."""
-    values = {f.name: getattr(technique, f.name) for f in fields(technique) if getattr(technique, f.name) != f.default}
-    value = values.pop("value", None)
-    options = ",".join(f"{key}={item}" for key, item in values.items())
-    return ":".join(part for part in (technique.name, value, options) if part)
+    return kind.read(rest)
 
 
 # Plans
@@ -80,7 +51,7 @@ class Plan:
 
     @property
     def specs(self) -> tuple[str, ...]:
-        return tuple(write(technique) for technique in self.techniques)
+        return tuple(technique.spec for technique in self.techniques)
 
     @property
     def guide(self) -> Guide:
@@ -91,13 +62,16 @@ class Plan:
         return self.settings.tiling
 
 
-def make_plan(plan: str | Sequence[str], device: Device, dtype: str | None = None) -> Plan:
+def make_plan(
+    plan: str | Sequence[str], device: Device, dtype: str | None = None, model: KnownModel | None = None
+) -> Plan:
     """Check everything, then put it in order.
 
     Args:
         plan: a recipe's name, or specs; an empty list is the plain run.
         device: where it will run.
         dtype: stands above the plan's.
+        model: which model it is for, where that is known.
 
     Raises:
         PlanError: every problem at once.
@@ -119,11 +93,13 @@ def make_plan(plan: str | Sequence[str], device: Device, dtype: str | None = Non
     for technique in techniques:
         if missing := technique.missing_on(device):
             problems.append(f"'{technique.name}' cannot run on {device.name}: {missing}")
+        if model and (unfit := technique.unfit_for(model)):
+            problems.append(f"{technique.name}: {unfit}")
     problems += _conflicts(techniques)
     if problems:
         told = "; ".join(problem.rstrip(".") for problem in problems)
         raise PlanError(told if told.endswith("?") else f"{told}.")
-    techniques.sort(key=lambda technique: technique.claim.slot)
+    techniques.sort(key=lambda technique: technique.slot)
     settings = Settings(dtype=parse_dtype(dtype) if dtype else device.dtype)
     for technique in techniques:
         settings = technique.apply(settings)
@@ -131,16 +107,12 @@ def make_plan(plan: str | Sequence[str], device: Device, dtype: str | None = Non
 
 
 def _conflicts(techniques: Sequence[Technique]) -> list[str]:
-    problems = []
-    for i, one in enumerate(techniques):
-        for other in techniques[i + 1 :]:
-            a, b = one.claim, other.claim
-            same = fnmatchcase(a.paths, b.paths) or fnmatchcase(b.paths, a.paths)
-            if a.slot is b.slot and same:
-                problems.append(
-                    f"'{write(one)}' and '{write(other)}' both decide {a.slot.name.lower()} of {a.paths}: drop one"
-                )
-    return problems
+    return [
+        f"'{one.spec}' and '{other.spec}': {why}"
+        for i, one in enumerate(techniques)
+        for other in techniques[i + 1 :]
+        if (why := one.conflict(other))
+    ]
 
 
 # What a run will take
@@ -302,7 +274,7 @@ class Explanation:
             f"{_gib(self.device.free_bytes)} free: {'fits' if self.fits else 'does not fit'}",
         ]
         for number, technique in enumerate(self.plan.techniques, 1):
-            lines.append(f"{number}. {write(technique)} ({technique.kind}): {technique.reason}")
+            lines.append(f"{number}. {technique.spec} ({technique.kind}): {technique.reason}")
         return lines if self.plan.techniques else [*lines, "plan       plain: no techniques"]
 
     def to_json(self) -> dict[str, Any]:
@@ -313,7 +285,7 @@ class Explanation:
             "request": self.request.to_json(),
             "inputs": [vars(given) for given in self.given],
             "plan": [
-                {"spec": write(t), "kind": t.kind, "reason": t.reason, "slot": t.claim.slot.name.lower()}
+                {"spec": t.spec, "kind": t.kind, "reason": t.reason, "slot": t.slot.name.lower()}
                 for t in self.plan.techniques
             ],
             "tokens": self.load.tokens,
@@ -350,8 +322,8 @@ def explain(
         RequestError, PlanError, UnavailableError, WeightsError: as the run itself would.
     """
     where = pick_device(device)
-    chosen = make_plan(plan, where, dtype)
     facts = describe(model)
+    chosen = make_plan(plan, where, dtype, facts.known)
     full = complete(request, facts)
     given = inputs.read(full)
     load = estimate(full, facts, chosen.settings.dtype)

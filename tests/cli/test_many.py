@@ -76,7 +76,7 @@ def test_it_goes_on_where_it_was(capsys, loads):
 def test_requests_of_every_kind_and_failures_at_the_end(capsys):
     Image.new("RGB", (32, 32), "red").save("a.png")
     lines = [
-        {"prompt": "a red circle moves left", "num_frames": 5, "out": "moves.mp4"},
+        {"prompt": "a red circle moves up", "num_frames": 5, "out": "moves.mp4"},
         {"task": "ImageToImage", "prompt": "a blue star", "image": "a.png", "creativity": 0.5, "out": "star.png"},
         {"task": "ImageToImage", "prompt": "a blue star", "image": "none.png"},
         {"task": "TextToVidoe", "prompt": "x"},

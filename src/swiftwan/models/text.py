@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import html
 import re
-from collections.abc import Sequence
+from collections.abc import Callable
+from functools import cached_property
 from typing import Any
 
 import ftfy
@@ -13,6 +14,7 @@ from torch import Tensor, nn
 
 from swiftwan.errors import RequestError
 from swiftwan.models.dit import TEXT_LENGTH
+from swiftwan.prompt_cache import PromptCache, digest
 
 
 def clean_prompt(prompt: str) -> str:
@@ -22,16 +24,49 @@ def clean_prompt(prompt: str) -> str:
 
 
 class TextEncoder:
-    """A tokenizer and a UMT5 encoder.
+    """A tokenizer and a UMT5 encoder, which is loaded when a prompt is not in the cache.
 
     Args:
         tokenizer: of transformers.
-        encoder: transformers' ``UMT5EncoderModel``.
+        load: makes transformers' ``UMT5EncoderModel``, on its device and in its dtype.
+        identity: names weights and tokenizer by content, for the cache.
+        device, dtype: where the embeddings go, and their format.
+
+    Attributes:
+        runs_on: where the encoder works; ``device`` unless a technique says otherwise.
+        stays_loaded: whether it waits for the next prompt in memory.
+        after_load: changes to make to a freshly loaded encoder.
     """
 
-    def __init__(self, tokenizer: Any, encoder: nn.Module) -> None:
+    def __init__(
+        self,
+        tokenizer: Any,
+        load: Callable[[torch.device], nn.Module],
+        *,
+        identity: str,
+        device: torch.device,
+        dtype: torch.dtype,
+    ) -> None:
         self.tokenizer = tokenizer
-        self.encoder = encoder
+        self.identity = identity
+        self.device = device
+        self.dtype = dtype
+        self.cache: PromptCache | None = None
+        self.after_load: list[Callable[[nn.Module], None]] = []
+        self.runs_on = device
+        self.stays_loaded = True
+        self._load = load
+
+    @cached_property
+    def encoder(self) -> nn.Module:
+        encoder = self._load(self.runs_on)
+        for change in self.after_load:
+            change(encoder)
+        return encoder
+
+    @property
+    def is_loaded(self) -> bool:
+        return "encoder" in self.__dict__
 
     def check(self, prompt: str) -> None:
         """Raise RequestError, saying what would be cut, if the prompt has more tokens than Wan attends to."""
@@ -43,11 +78,42 @@ class TextEncoder:
                 f"'{lost[:60]}{'...' if len(lost) > 60 else ''}'. Shorten it."
             )
 
+    def release(self) -> None:
+        """The prompts of a run are encoded; give the memory back unless told to wait for the next."""
+        if not self.stays_loaded and self.is_loaded:
+            del self.encoder
+            if self.runs_on.type == "cuda":
+                torch.cuda.empty_cache()
+
+    def encode(self, prompt: str) -> Tensor:
+        """Embeddings (1, S, text_dim) of a prompt's S tokens, from the cache where it has them."""
+        text = clean_prompt(prompt)
+        if self.cache is None:
+            return self._encode(text)
+        key = self._key(text)
+        found = self.cache.get(key, self.device)
+        if found is None:
+            found = self._encode(text)
+            self.cache.put(key, found)
+        return found
+
     @torch.no_grad()
-    def encode(self, prompts: Sequence[str]) -> Tensor:
-        """Embeddings (B, S, text_dim) of prompts, S the longest; zero behind the end of each shorter one."""
-        batch = self.tokenizer([clean_prompt(p) for p in prompts], padding=True, return_tensors="pt")
-        device = next(self.encoder.parameters()).device
-        mask = batch.attention_mask.to(device)
-        hidden = self.encoder(batch.input_ids.to(device), mask).last_hidden_state
-        return hidden * mask[..., None].to(hidden.dtype)
+    def _encode(self, text: str) -> Tensor:
+        batch = self.tokenizer([text], return_tensors="pt")
+        hidden: Tensor = self.encoder(
+            batch.input_ids.to(self.runs_on), batch.attention_mask.to(self.runs_on)
+        ).last_hidden_state
+        return hidden.to(self.device)
+
+    def _key(self, text: str) -> str:
+        on_gpu = self.runs_on.type == "cuda"
+        return digest(
+            {
+                "text": text,
+                "encoder": self.identity,
+                "dtype": str(self.dtype),
+                "device": torch.cuda.get_device_name(self.runs_on) if on_gpu else self.runs_on.type,
+                "torch": torch.__version__,
+                "length": TEXT_LENGTH,
+            }
+        )

@@ -36,7 +36,9 @@ def encode_text(text: TextEncoder, request: Request, image: Tensor | None) -> Em
     negative = request.negative_prompt or ""
     text.check(request.prompt)
     text.check(negative)
-    return Embeddings(text.encode([request.prompt]), text.encode([negative]) if guided else None, image)
+    embeddings = Embeddings(text.encode(request.prompt), text.encode(negative) if guided else None, image)
+    text.release()
+    return embeddings
 
 
 def encode_image(encoder: ImageEncoder | None, request: Request, given: Given | None) -> Tensor | None:

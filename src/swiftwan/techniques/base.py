@@ -1,11 +1,15 @@
-"""The vocabulary of techniques: what one claims, its kind, and how it changes a run's settings."""
+"""The vocabulary of techniques: what one claims, its kind, and how it changes a run."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import MISSING, dataclass, fields
 from enum import IntEnum
-from typing import TYPE_CHECKING, ClassVar, Literal
+from fnmatch import fnmatchcase
+from types import MappingProxyType
+from typing import TYPE_CHECKING, Any, ClassVar, Literal, Self, get_type_hints
 
+from swiftwan.errors import PlanError, did_you_mean
 from swiftwan.guidance import Guide, SequentialGuidance
 from swiftwan.models.vae import Tiling
 
@@ -13,6 +17,8 @@ if TYPE_CHECKING:
     import torch
 
     from swiftwan.device import Device
+    from swiftwan.models.config import KnownModel
+    from swiftwan.weights.build import Parts
 
 Kind = Literal["exact", "near", "approximate", "retrained"]
 """exact: the same maths; near: 8 bits and the like; approximate: skips work; retrained: few-step models."""
@@ -33,14 +39,6 @@ class Slot(IntEnum):
 
 
 @dataclass(frozen=True)
-class Claim:
-    """Module paths (a glob) in a slot; two techniques may not claim the same."""
-
-    slot: Slot
-    paths: str
-
-
-@dataclass(frozen=True)
 class Settings:
     """What techniques decide before anything loads."""
 
@@ -48,23 +46,90 @@ class Settings:
     guide: Guide = SequentialGuidance
     tiling: Tiling | None = None
     tf32: bool = False
+    prompt_cache: str = "disk"
+    transformers_on_host: bool = False
 
 
 @dataclass(frozen=True)
 class Technique:
     """One named way to run faster or in less memory.
 
-    Subclasses are frozen dataclasses; their fields are the options of ``name:value:key=value``.
+    Subclasses are frozen dataclasses; their fields are the options of ``name[:value][:key=value,...]``.
+
+    Attributes:
+        slot: what it touches, and so when it is applied.
+        claims: globs of module paths that it alone decides in its slot; () shares the slot with others.
+        makes: facts about the run that others may refuse.
+        refuses: facts it cannot work beside, each with the reason and the way out.
     """
 
     name: ClassVar[str]
     kind: ClassVar[Kind]
     reason: ClassVar[str]
-    claim: ClassVar[Claim]
+    slot: ClassVar[Slot]
+    claims: ClassVar[tuple[str, ...]] = ("*",)
+    makes: ClassVar[frozenset[str]] = frozenset()
+    refuses: ClassVar[Mapping[str, str]] = MappingProxyType({})
 
     def missing_on(self, device: Device) -> str:
         """What this machine lacks to run it, in words; empty if nothing."""
         return ""
 
+    def unfit_for(self, model: KnownModel) -> str:
+        """Why this model cannot take it, in words; empty if it can."""
+        return ""
+
+    def conflict(self, other: Technique) -> str:
+        """Why it cannot run beside ``other``, in words; empty if it can."""
+        if self.slot is other.slot and _overlap(self.claims, other.claims):
+            what = " and ".join(sorted({*self.claims, *other.claims}))
+            return f"both decide {self.slot.name.lower()} of {what}: drop one"
+        for one, two in ((self, other), (other, self)):
+            for fact in one.refuses.keys() & two.makes:
+                return f"{one.name} cannot run beside {two.name}: {one.refuses[fact]}"
+        return ""
+
     def apply(self, settings: Settings) -> Settings:
-        raise NotImplementedError
+        """Decide what is settled before loading."""
+        return settings
+
+    def install(self, parts: Parts) -> None:
+        """Change what was loaded, before the first run; techniques install in the order of their slots."""
+
+    @classmethod
+    def read(cls, text: str) -> Self:
+        """Make one from what follows ``name:`` in its spec.
+
+        Raises:
+            PlanError: an option is unknown, missing or of the wrong type.
+        """
+        types = get_type_hints(cls)
+        known = {f.name.replace("_", "-"): f for f in fields(cls)}
+        options: dict[str, Any] = {}
+        for part in text.split(":") if text else ():
+            pairs = [pair.partition("=") for pair in part.split(",")] if "=" in part else [("value", "=", part)]
+            for key, _, value in pairs:
+                key = key.replace("_", "-")
+                if key not in known:
+                    what = f"takes no value '{value}'" if key == "value" else f"has no option '{key}'"
+                    raise PlanError(f"technique '{cls.name}' {what}." + (did_you_mean(key, known) if known else ""))
+                try:
+                    options[known[key].name] = types[known[key].name](value)
+                except ValueError:
+                    wanted = types[known[key].name].__name__
+                    raise PlanError(f"{cls.name}: {key} is '{value}'; it must be {wanted}.") from None
+        if "value" in known and "value" not in options and known["value"].default is MISSING:
+            raise PlanError(f"technique '{cls.name}' needs a value: {cls.__doc__}")
+        return cls(**options)
+
+    @property
+    def spec(self) -> str:
+        """The text that :meth:`read` takes back, its name before it."""
+        said = {f.name: getattr(self, f.name) for f in fields(self) if getattr(self, f.name) != f.default}
+        value = said.pop("value", None)
+        options = ",".join(f"{key.replace('_', '-')}={item}" for key, item in said.items())
+        return ":".join(part for part in (self.name, value, options) if part)
+
+
+def _overlap(one: tuple[str, ...], other: tuple[str, ...]) -> bool:
+    return any(fnmatchcase(a, b) or fnmatchcase(b, a) for a in one for b in other)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 
 from swiftwan.guidance import BatchedGuidance
-from swiftwan.techniques.base import Claim, Settings, Slot, Technique
+from swiftwan.techniques.base import Settings, Slot, Technique
 
 
 @dataclass(frozen=True)
@@ -16,7 +16,7 @@ class BatchedCfg(Technique):
     name = "batched-cfg"
     kind = "exact"
     reason = "the same two predictions, as a batch of two"
-    claim = Claim(Slot.GUIDANCE, "*")
+    slot = Slot.GUIDANCE
 
     def apply(self, settings: Settings) -> Settings:
         return replace(settings, guide=BatchedGuidance)

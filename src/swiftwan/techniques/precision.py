@@ -6,7 +6,7 @@ from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 from swiftwan.device import parse_dtype
-from swiftwan.techniques.base import Claim, Settings, Slot, Technique
+from swiftwan.techniques.base import Settings, Slot, Technique
 
 if TYPE_CHECKING:
     from swiftwan.device import Device
@@ -21,7 +21,7 @@ class Dtype(Technique):
     name = "dtype"
     kind = "exact"
     reason = "the same maths in the format named"
-    claim = Claim(Slot.WEIGHTS, "*")
+    slot = Slot.WEIGHTS
 
     def __post_init__(self) -> None:
         parse_dtype(self.value)
@@ -37,7 +37,8 @@ class Tf32(Technique):
     name = "tf32"
     kind = "near"
     reason = "float32 products keep 10 of 23 mantissa bits"
-    claim = Claim(Slot.LINEAR, "*")
+    slot = Slot.LINEAR
+    claims = ()
 
     def missing_on(self, device: Device) -> str:
         if device.capability is None or device.capability < (8, 0):

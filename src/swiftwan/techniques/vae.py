@@ -6,7 +6,7 @@ from dataclasses import dataclass, replace
 
 from swiftwan.errors import PlanError
 from swiftwan.models.vae import Tiling
-from swiftwan.techniques.base import Claim, Settings, Slot, Technique
+from swiftwan.techniques.base import Settings, Slot, Technique
 
 
 @dataclass(frozen=True)
@@ -20,7 +20,8 @@ class Vae(Technique):
     name = "vae"
     kind = "approximate"
     reason = "a tile does not see beyond its border; overlaps are blended"
-    claim = Claim(Slot.BLOCKS, "vae")
+    slot = Slot.BLOCKS
+    claims = ("vae",)
 
     def __post_init__(self) -> None:
         if self.value != "tiling":

@@ -15,6 +15,7 @@ from swiftwan.models.config import POCKET, ClipConfig, KnownModel, TransformerCo
 from swiftwan.models.dit import KEEP_FP32, WanTransformer
 from swiftwan.models.text import TextEncoder
 from swiftwan.models.vae import WanVAE
+from swiftwan.weights import check
 from swiftwan.weights.find import Folder, Layout, Source, locate, read_layout
 from swiftwan.weights.load import load_weights, randomize
 
@@ -45,25 +46,35 @@ class Parts:
     boundary_ratio: float | None
     image_encoder: ImageEncoder | None = None
 
+    @property
+    def device(self) -> torch.device:
+        """Where latents, embeddings and frames are."""
+        return self.text.device
 
-def build(source: Source, *, device: torch.device, dtype: torch.dtype) -> Parts:
+
+def build(
+    source: Source, *, device: torch.device, dtype: torch.dtype, transformers_on: torch.device | None = None
+) -> Parts:
     """Load, or for ``random:`` models make, every part; weights go shard by shard straight to the device.
+
+    Args:
+        transformers_on: where to load the transformers, if not on the device: a technique brings them there.
 
     Raises:
         WeightsError: files are missing, damaged or of another model.
     """
     if isinstance(source, Folder):
-        return _load(read_layout(source), device, dtype)
-    return _random(source.known, device, dtype)
+        return _load(read_layout(source), device, dtype, transformers_on or device)
+    return _random(source.known, device, dtype, transformers_on or device)
 
 
-def _load(layout: Layout, device: torch.device, dtype: torch.dtype) -> Parts:
+def _load(layout: Layout, device: torch.device, dtype: torch.dtype, transformers_on: torch.device) -> Parts:
     def transformer(component: str, config: TransformerConfig) -> WanTransformer:
         model = _on_meta(WanTransformer, config)
         load_weights(
             model,
             layout.files[component],
-            device=device,
+            device=transformers_on,
             dtype=dtype,
             component=component,
             keep_fp32=KEEP_FP32,
@@ -73,10 +84,16 @@ def _load(layout: Layout, device: torch.device, dtype: torch.dtype) -> Parts:
 
     vae = _on_meta(WanVAE, layout.vae)
     load_weights(vae, layout.files["vae"], device=device, dtype=dtype, component="vae")
-    encoder = _on_meta(_encoder, layout.classes["text_encoder"], dict(layout.configs["text_encoder"]))
-    load_weights(encoder, layout.files["text_encoder"], device=device, dtype=dtype, component="text_encoder")
+
+    def encoder(device: torch.device) -> nn.Module:
+        model: nn.Module = _on_meta(_encoder, layout.classes["text_encoder"], dict(layout.configs["text_encoder"]))
+        load_weights(model, layout.files["text_encoder"], device=device, dtype=dtype, component="text_encoder")
+        return model
+
+    tokenizer = layout.folder / "tokenizer"
+    identity = check.fingerprint((*layout.files["text_encoder"], *sorted(tokenizer.iterdir())))
     return Parts(
-        text=TextEncoder(_tokenizer(layout.folder / "tokenizer"), encoder),
+        text=TextEncoder(_tokenizer(tokenizer), encoder, identity=identity, device=device, dtype=dtype),
         transformer=transformer("transformer", layout.transformer),
         transformer_2=transformer("transformer_2", layout.transformer_2) if layout.transformer_2 else None,
         vae=vae.prepare(device),
@@ -110,10 +127,10 @@ def _image_encoder(layout: Layout, device: torch.device, dtype: torch.dtype) -> 
     return model
 
 
-def _random(known: KnownModel, device: torch.device, dtype: torch.dtype) -> Parts:
+def _random(known: KnownModel, device: torch.device, dtype: torch.dtype, transformers_on: torch.device) -> Parts:
     def transformer(seed: int) -> WanTransformer:
         model = _on_meta(WanTransformer, known.transformer)
-        randomize(model, device=device, dtype=dtype, keep_fp32=KEEP_FP32, seed=seed)
+        randomize(model, device=transformers_on, dtype=dtype, keep_fp32=KEEP_FP32, seed=seed)
         return model
 
     def image_encoder() -> ImageEncoder | None:
@@ -125,13 +142,17 @@ def _random(known: KnownModel, device: torch.device, dtype: torch.dtype) -> Part
 
     vae = _on_meta(WanVAE, known.vae)
     randomize(vae, device=device, dtype=dtype)
-    encoder = _on_meta(_encoder, "UMT5EncoderModel", UMT5_XXL)
-    randomize(encoder, device=device, dtype=dtype)
+
+    def encoder(device: torch.device) -> nn.Module:
+        model: nn.Module = _on_meta(_encoder, "UMT5EncoderModel", UMT5_XXL)
+        randomize(model, device=device, dtype=dtype)
+        return model
+
     pocket = locate(POCKET.name)
     assert isinstance(pocket, Folder)
     return Parts(
         # Random weights know no words, so the embedded tokenizer serves: its ids are valid ones.
-        text=TextEncoder(_tokenizer(pocket.path / "tokenizer"), encoder),
+        text=TextEncoder(_tokenizer(pocket.path / "tokenizer"), encoder, identity="random", device=device, dtype=dtype),
         transformer=transformer(0),
         transformer_2=transformer(1) if known.boundary_ratio else None,
         vae=vae.prepare(device),

@@ -1,0 +1,144 @@
+"""Transformer blocks that rest in host memory and come to the device as they are needed.
+
+Two slots of device memory take turns: while one block computes, the next one's bytes are copied into the other
+slot on a stream of their own, from pinned memory, one copy a block. A block's parameters are views of its slot
+for good, so nothing is assigned in the loop, and the host can run ahead without taking more memory: the
+copy waits on the device for the block that used the slot before. Where a block computes longer than its copy
+takes, this costs nothing (0.7 GB of a 14B block: 13 ms at PCIe 5's 55 GB/s).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+_ALIGN = 256
+"""Bytes; what CUDA's allocator and its vector loads want."""
+
+
+class Slots:
+    """Two stretches of device memory, each with the block it holds; shared by all streamed models of a run."""
+
+    def __init__(self, size: int, device: torch.device) -> None:
+        self.memory = [torch.empty(size, dtype=torch.uint8, device=device) for _ in range(2)]
+        self.holds: list[object | None] = [None, None]
+        self.copying = torch.cuda.Stream(device) if device.type == "cuda" else None
+        self.used = [torch.cuda.Event() for _ in range(2)] if self.copying else []
+
+    def fill(self, slot: int, block: StreamedBlock) -> None:
+        """Begin to copy a block into its slot, behind whatever computes there now; no host sync."""
+        if self.holds[slot] is block:
+            return
+        self.holds[slot] = block
+        target = self.memory[slot][: block.bytes.numel()]
+        if self.copying is None:
+            target.copy_(block.bytes)
+            return
+        with torch.cuda.stream(self.copying):
+            self.copying.wait_event(self.used[slot])
+            target.copy_(block.bytes, non_blocking=True)
+            block.copied.record(self.copying)
+
+
+class StreamedBlock(nn.Module):
+    """A block whose parameters are views of a slot, filled before each use.
+
+    Args:
+        inner: the block; its parameters move to host memory, pinned where there is CUDA.
+        slots, slot: where it computes.
+    """
+
+    def __init__(self, inner: nn.Module, slots: Slots, slot: int) -> None:
+        super().__init__()
+        self.inner = inner
+        self.slots, self.slot = slots, slot
+        self.next: list[StreamedBlock] = []  # one or none; an attribute would make it a child
+        self.bytes = torch.empty(size_of(inner), dtype=torch.uint8, pin_memory=slots.copying is not None)
+        if slots.copying is not None:
+            self.copied = torch.cuda.Event()
+        _move(inner, self.bytes, slots.memory[slot])
+
+    def forward(self, *args: Any) -> Tensor:
+        return self._with_weights(self.inner, *args)
+
+    def remember(self, *args: Any) -> Any:
+        return self._with_weights(self.inner.remember, *args)
+
+    def compile(self, *args: Any, **options: Any) -> None:
+        """Compile the block alone: copies and events stay outside the graph."""
+        self.inner.compile(*args, **options)
+
+    def _with_weights(self, work: Any, *args: Any) -> Any:
+        self.slots.fill(self.slot, self)
+        if self.slots.copying is None:
+            return work(*args)
+        compute = torch.cuda.current_stream()
+        compute.wait_event(self.copied)
+        for block in self.next:
+            self.slots.fill(block.slot, block)
+        result = work(*args)
+        self.slots.used[self.slot].record(compute)
+        return result
+
+
+def stream(blocks: nn.ModuleList, resident: int, slots: Slots) -> None:
+    """Keep the first ``resident`` blocks where they are and stream the others, in a circle."""
+    streamed = [StreamedBlock(block, slots, i % 2) for i, block in enumerate(blocks[resident:])]
+    for one, other in zip(streamed, [*streamed[1:], *streamed[:1]], strict=True):
+        if other.slot != one.slot:
+            one.next.append(other)
+    for i, block in enumerate(streamed, resident):
+        blocks[i] = block
+
+
+def size_of(module: nn.Module) -> int:
+    """Bytes of its parameters and buffers, each aligned."""
+    return sum(_aligned(tensor.nbytes) for tensor in _tensors(module))
+
+
+def _aligned(size: int) -> int:
+    return -(-size // _ALIGN) * _ALIGN
+
+
+def _move(module: nn.Module, host: Tensor, slot: Tensor) -> None:
+    """Copy a module's tensors to ``host`` and make them views of ``slot``."""
+    at = 0
+    views: dict[int, Tensor] = {}
+    for tensor in _tensors(module):
+        piece = slice(at, at + tensor.nbytes)
+        host[piece].view(tensor.dtype).view(tensor.shape).copy_(tensor)
+        views[id(tensor)] = slot[piece].view(tensor.dtype).view(tensor.shape)
+        at += _aligned(tensor.nbytes)
+    for owner in module.modules():
+        for name, parameter in list(owner.named_parameters(recurse=False)):
+            owner._parameters[name] = nn.Parameter(_rebuilt(parameter, views), requires_grad=False)
+        for name, buffer in list(owner.named_buffers(recurse=False)):
+            owner._buffers[name] = _rebuilt(buffer, views)
+
+
+def _tensors(module: nn.Module) -> Iterator[Tensor]:
+    """Plain tensors, those inside a quantized one (torchao's are tensor subclasses) one by one."""
+    for tensor in (*module.parameters(), *module.buffers()):
+        yield from _plain(tensor)
+
+
+def _plain(tensor: Tensor) -> Iterator[Tensor]:
+    if not hasattr(tensor, "__tensor_flatten__"):
+        yield tensor
+        return
+    names, _ = tensor.__tensor_flatten__()
+    for name in names:
+        yield from _plain(getattr(tensor, name))
+
+
+def _rebuilt(tensor: Tensor, views: dict[int, Tensor]) -> Tensor:
+    if not hasattr(tensor, "__tensor_flatten__"):
+        return views[id(tensor)]
+    names, context = tensor.__tensor_flatten__()
+    inner = {name: _rebuilt(getattr(tensor, name), views) for name in names}
+    kind: Any = type(tensor)
+    rebuilt: Tensor = kind.__tensor_unflatten__(inner, context, tensor.shape, tensor.stride())
+    return rebuilt

@@ -1,0 +1,147 @@
+"""Linear layers in 8 or 4 bits: less memory, and with 8-bit activations less time."""
+
+from __future__ import annotations
+
+import importlib.util
+import logging
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from torch import nn
+
+from swiftwan.errors import PlanError, did_you_mean
+from swiftwan.ops.fp8 import Fp8Linear
+from swiftwan.ops.int4 import GROUP, Int4Linear
+from swiftwan.techniques.base import Slot, Technique
+
+if TYPE_CHECKING:
+    from swiftwan.device import Device
+    from swiftwan.weights.build import Parts
+
+FORMATS = ("fp8", "int8", "int4", "nf4")
+_CHOICES = {
+    "value": FORMATS,
+    "on": ("transformer", "text"),
+    "activations": ("", "dynamic", "none"),
+    "scale": ("row", "tensor"),
+}
+
+
+@dataclass(frozen=True)
+class Quantize(Technique):
+    """``quantize:fp8``, ``int8``, ``int4`` or ``nf4``: the linear layers of all blocks, by torchao (8 bits),
+    bitsandbytes (nf4), ``ops/int4`` or ``ops/fp8``. Norms, embeddings and the last projection keep their format.
+
+    Args:
+        value: format of the weights.
+        on: ``transformer`` (both experts) or ``text``.
+        activations: ``dynamic`` multiplies in 8 bits, ``none`` expands the weights for each product. Unset:
+            dynamic for fp8 where the GPU can, else none.
+        scale: of dynamic fp8: one a ``row`` (token), or one a ``tensor``.
+        keep: so many blocks at either end stay as they are; they hurt most (xDiT found the same of attention).
+    """
+
+    value: str
+    on: str = "transformer"
+    activations: str = ""
+    scale: str = "row"
+    keep: int = 0
+
+    name = "quantize"
+    kind = "near"
+    reason = "linear layers hold their weights in fewer bits"
+    slot = Slot.LINEAR
+
+    def __post_init__(self) -> None:
+        for option, allowed in _CHOICES.items():
+            if (said := getattr(self, option)) not in allowed:
+                raise PlanError(f"quantize: {option} is '{said}'." + did_you_mean(said, filter(None, allowed)))
+        if self.keep < 0:
+            raise PlanError(f"quantize: keep is {self.keep}; it is a number of blocks, 0 or more.")
+        if self.activations == "dynamic" and self.value in ("int4", "nf4"):
+            raise PlanError(f"quantize:{self.value} has no 8-bit activations; leave 'activations' out.")
+
+    @property
+    def claims(self) -> tuple[str, ...]:  # type: ignore[override]
+        return (self.on,)
+
+    @property
+    def makes(self) -> frozenset[str]:  # type: ignore[override]
+        return frozenset({"quantized", "scales beside weights"} if self.value == "nf4" else {"quantized"})
+
+    @property
+    def is_dynamic(self) -> bool:
+        return self.activations == "dynamic" or (self.activations == "" and self.value == "fp8")
+
+    def missing_on(self, device: Device) -> str:
+        package = {"fp8": "torchao", "int8": "torchao", "nf4": "bitsandbytes"}.get(self.value)
+        if package and importlib.util.find_spec(package) is None:
+            return f"{package} is not installed; pip install 'swiftwan[quantize]'"
+        if self.value == "fp8" and self.is_dynamic and (device.capability or (0, 0)) < (8, 9):
+            return "8-bit float products need compute capability 8.9 or more; take quantize:fp8:activations=none"
+        return ""
+
+    def install(self, parts: Parts) -> None:
+        if self.on == "text":
+            parts.text.identity += f" {self.spec}"  # other bits, so another entry in the cache
+            parts.text.after_load.append(self._quantize)
+            return
+        for transformer in filter(None, (parts.transformer, parts.transformer_2)):
+            blocks = transformer.blocks
+            for block in blocks[self.keep : len(blocks) - self.keep]:
+                self._quantize(block)
+
+    def _quantize(self, module: nn.Module) -> None:
+        for parent in list(module.modules()):
+            for name, child in parent.named_children():
+                if type(child) is nn.Linear:
+                    setattr(parent, name, self.linear(child))
+
+    def linear(self, linear: nn.Linear) -> nn.Module:
+        """The layer in its new format, on the device where it lies."""
+        match self.value:
+            case "int4":
+                return Int4Linear(linear) if linear.in_features % GROUP == 0 else linear
+            case "nf4":
+                return _nf4(linear)
+            case "fp8" if self.is_dynamic and self.scale == "row" and _by_16(linear):
+                return Fp8Linear(linear)
+            case _:
+                return self._by_torchao(linear)
+
+    def _by_torchao(self, linear: nn.Linear) -> nn.Module:
+        # Its wheel warns of each GPU's kernels that this machine cannot load, and of torch 2.13's new registry.
+        for name in ("torchao", "torch.utils._pytree"):
+            logging.getLogger(name).setLevel(logging.ERROR)
+        from torchao import quantization as ao
+
+        config: Any
+        match self.value, self.is_dynamic:
+            case "int8", False:
+                config = ao.Int8WeightOnlyConfig()
+            case "int8", True:
+                config = ao.Int8DynamicActivationInt8WeightConfig()
+            case _, False:
+                config = ao.Float8WeightOnlyConfig()
+            case _:
+                rows = {"row": ao.PerRow, "tensor": ao.PerTensor}[self.scale]()
+                config = ao.Float8DynamicActivationFloat8WeightConfig(granularity=rows)
+        ao.quantize_(holder := nn.Sequential(linear), config)
+        return holder[0]
+
+
+def _by_16(linear: nn.Linear) -> bool:
+    return linear.in_features % 16 == 0 and linear.out_features % 16 == 0
+
+
+def _nf4(linear: nn.Linear) -> nn.Module:
+    import bitsandbytes
+
+    device, has_bias = linear.weight.device, linear.bias is not None
+    small = bitsandbytes.nn.Linear4bit(
+        linear.in_features, linear.out_features, has_bias, compute_dtype=linear.weight.dtype, quant_type="nf4"
+    )
+    small.weight = bitsandbytes.nn.Params4bit(linear.weight.detach(), requires_grad=False, quant_type="nf4")
+    small.bias = linear.bias
+    moved: nn.Module = small.to(device)  # bitsandbytes quantizes as it moves
+    return moved

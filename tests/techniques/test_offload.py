@@ -1,0 +1,59 @@
+import pytest
+import torch
+
+import swiftwan as sw
+from swiftwan.device import pick_device
+from swiftwan.errors import PlanError
+from swiftwan.models.streaming import StreamedBlock
+from swiftwan.plan import make_plan
+
+REQUEST = sw.TextToVideo("a red circle moves left over a blue background", seed=1, num_inference_steps=2, num_frames=5)
+
+
+def run(*plan, device="cpu", dtype="fp32"):
+    engine = sw.Engine.load("pocket", plan=list(plan), device=device, dtype=dtype)
+    return engine, engine.run(REQUEST).latents
+
+
+@pytest.mark.parametrize("more", [(), ("batched-cfg",), ("quantize:int8",), ("quantize:int4",)])
+@pytest.mark.parametrize("resident", [0, 3, 9])
+def test_streamed_blocks_give_the_same_bits(resident, more):
+    _, expected = run(*more)
+    engine, latents = run(f"offload:blocks:resident={resident}", *more)
+    assert torch.equal(latents, expected)
+    kinds = [isinstance(block, StreamedBlock) for block in engine.parts.transformer.blocks]
+    assert kinds == [i >= resident for i in range(7)]
+
+
+def test_streamed_blocks_share_two_slots():
+    engine, _ = run("offload:blocks")
+    homes = {
+        parameter.untyped_storage().data_ptr()
+        for block in engine.parts.transformer.blocks
+        for parameter in block.parameters()
+    }
+    assert len(homes) == 2
+
+
+@pytest.mark.parametrize(
+    ("specs", "words"),
+    [
+        (["offload:blocs"], "offload is 'blocs'. Did you mean 'blocks'"),
+        (["offload:blocks:resident=-2"], "resident is -2"),
+        (["offload:blocks", "quantize:nf4"], "offload cannot run beside quantize: bitsandbytes"),
+    ],
+)
+def test_bad_plans_say_what_and_how(specs, words):
+    with pytest.raises(PlanError, match=words):
+        make_plan(specs, pick_device("cpu"))
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@pytest.mark.parametrize("more", [(), ("quantize:int8",), ("quantize:int4",)])
+@pytest.mark.parametrize("resident", [0, 2, 3])
+def test_streamed_blocks_give_the_same_bits_on_a_gpu(resident, more):
+    for _ in range(3):
+        _, expected = run(*more, device="cuda", dtype="bf16")
+        _, latents = run(f"offload:blocks:resident={resident}", *more, device="cuda", dtype="bf16")
+        assert torch.equal(latents, expected)

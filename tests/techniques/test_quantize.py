@@ -1,0 +1,90 @@
+import importlib.util
+
+import pytest
+import torch
+from torch import nn
+
+import swiftwan as sw
+from swiftwan.device import pick_device
+from swiftwan.errors import PlanError
+from swiftwan.plan import make_plan, parse
+
+REQUEST = sw.TextToVideo("a red circle moves left over a blue background", seed=1, num_inference_steps=2, num_frames=5)
+
+
+def run(*plan):
+    engine = sw.Engine.load("pocket", plan=["prompt-cache:off", *plan], device="cpu", dtype="fp32")
+    return engine, engine.run(REQUEST).latents
+
+
+@pytest.fixture(scope="module")
+def plain():
+    return run()[1]
+
+
+@pytest.mark.parametrize(
+    ("spec", "limit"),
+    [
+        ("quantize:int8", 0.05),
+        ("quantize:int8:activations=dynamic", 0.1),
+        ("quantize:fp8:activations=none", 0.12),
+        ("quantize:int4", 0.6),
+        ("quantize:nf4", 0.6),
+        ("quantize:int8:on=text", 0.02),
+    ],
+)
+def test_fewer_bits_stay_near(spec, limit, plain):
+    engine, latents = run(spec)
+    error = (latents - plain).norm() / plain.norm()
+    assert 0 < error < limit
+    assert spec in engine.plan.specs
+
+
+def test_the_ends_can_be_kept():
+    engine, _ = run("quantize:int4:keep=2")
+    kinds = [type(block.attn1.to_q) is nn.Linear for block in engine.parts.transformer.blocks]
+    assert kinds == [True, True, False, False, False, True, True]
+
+
+def test_weights_take_less_memory():
+    layer = nn.Linear(256, 256).bfloat16()
+    bits = {
+        spec: sum(t.nbytes for t in parse(spec).linear(layer).buffers()) * 8 / 256**2 for spec in ("quantize:int4",)
+    }
+    assert bits["quantize:int4"] == pytest.approx(5.0)
+
+
+def test_both_models_can_be_quantized_and_each_only_once():
+    plan = make_plan(["quantize:int8", "quantize:int8:on=text"], pick_device("cpu"))
+    assert len(plan.techniques) == 2
+    with pytest.raises(PlanError, match="both decide linear of transformer"):
+        make_plan(["quantize:int8", "quantize:nf4"], pick_device("cpu"))
+
+
+@pytest.mark.parametrize(
+    ("spec", "words"),
+    [
+        ("quantize", "needs a value"),
+        ("quantize:int9", "value is 'int9'. Did you mean 'int"),
+        ("quantize:int8:on=txet", "Did you mean 'text'"),
+        ("quantize:int8:keep=-1", "keep is -1"),
+        ("quantize:nf4:activations=dynamic", "no 8-bit activations"),
+        ("quantize:fp8", "capability 8.9 or more; take quantize:fp8:activations=none"),
+    ],
+)
+def test_bad_plans_say_what_and_how(spec, words):
+    with pytest.raises(PlanError, match=words):
+        make_plan([spec], pick_device("cpu"))
+
+
+def test_a_missing_package_is_told_with_its_install_line(monkeypatch):
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    with pytest.raises(PlanError, match=r"pip install 'swiftwan\[quantize\]'"):
+        make_plan(["quantize:int8"], pick_device("cpu"))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_the_text_encoder_of_another_format_has_another_place_in_the_cache(dtype):
+    one, _ = run()
+    other, _ = run("quantize:int8:on=text")
+    assert one.parts.text._key("a") != other.parts.text._key("a")
