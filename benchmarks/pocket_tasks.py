@@ -1,6 +1,6 @@
 """`pocket-tasks`: what the embedded model does with images and videos, counted by the judge of `swiftwan.pocket`.
 
-    python benchmarks/pocket_tasks.py [--scenes 32] [--steps 20] [--device cpu] >> benchmarks/pocket_tasks.jsonl
+    python benchmarks/pocket_tasks.py [--scenes 32] [--steps 20] [--task blend] >> benchmarks/pocket_tasks.jsonl
 
 One row a task. Scenes have one thing each, drawn by the world, half of them with a combination of colour, shape and
 motion that training never saw. `psnr` is in dB against the given pixels: the smallest, the median and the mean.
@@ -33,12 +33,15 @@ def main() -> None:
     parser.add_argument("--scenes", type=int, default=32)
     parser.add_argument("--steps", type=int, default=20)
     parser.add_argument("--device")
+    parser.add_argument("--task", choices=[measure.__name__ for measure in MEASURES], action="append")
     options = parser.parse_args()
     engine = sw.Engine.load("pocket", device=options.device)
     half = options.scenes // 2
     scenes = [*one_thing(half, "held-out"), *one_thing(half, "train")]
     settings = {"num_inference_steps": options.steps}
-    for measure in (image_to_video, video_to_video, image_to_image, blend):
+    for measure in MEASURES:
+        if options.task and measure.__name__ not in options.task:
+            continue
         row = {"case": "pocket-tasks", "rung": "exact", "plan": [], "task": measure.__name__, "scenes": len(scenes)}
         row |= measure(engine, scenes, settings)
         row |= {
@@ -170,6 +173,8 @@ def shows_both(
     seen = {thing.colour for thing in read_clip(result.frames).things}
     return seen >= {scene.things[0].colour for scene in pair}
 
+
+MEASURES = (image_to_video, video_to_video, image_to_image, blend)
 
 if __name__ == "__main__":
     main()
