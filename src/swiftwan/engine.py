@@ -15,6 +15,7 @@ from swiftwan.pipelines.request import Request
 from swiftwan.pipelines.result import Result
 from swiftwan.plan import Facts, Plan, complete, describe, estimate, make_plan
 from swiftwan.prompt_cache import PromptCache
+from swiftwan.techniques.lora import find_loras, labels
 from swiftwan.weights.build import Parts, build
 from swiftwan.weights.check import cache_folder
 from swiftwan.weights.find import locate
@@ -104,6 +105,28 @@ class Engine:
             request.height // vae.scale_factor_spatial,
             request.width // vae.scale_factor_spatial,
         )
+
+    @property
+    def loras(self) -> dict[str, float]:
+        """Strength by name: the file's without its ending, or its path where two files share a name."""
+        return {label: lora.strength for label, lora in labels(self.plan.techniques).items()}
+
+    def set_lora(self, name: str, strength: float) -> None:
+        """Change a live LoRA's strength for the requests to come: nothing is reloaded or compiled anew.
+
+        Args:
+            name: as in :attr:`loras`, or its path.
+            strength: 0 gives bit for bit the model without it.
+
+        Raises:
+            PlanError: there is no such LoRA, it is merged into the weights, or the strength is not finite.
+        """
+        changed = {}
+        for lora in find_loras(self.plan.techniques, name):
+            changed[id(lora)] = replace(lora, strength=strength)
+            changed[id(lora)].change(self.parts)
+        techniques = tuple(changed.get(id(technique), technique) for technique in self.plan.techniques)
+        self.plan = replace(self.plan, techniques=techniques)
 
     def run(self, request: Request, *, on_step: OnStep | None = None) -> Result:
         """Run one request.

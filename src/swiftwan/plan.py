@@ -20,7 +20,8 @@ from swiftwan.techniques import TECHNIQUES
 from swiftwan.techniques.base import Settings, Technique
 from swiftwan.techniques.precision import Dtype
 from swiftwan.weights.build import UMT5_XXL, parameter_count, text_parameter_count
-from swiftwan.weights.find import Folder, identify, known_model, locate, read_layout
+from swiftwan.weights.find import identify, known_model, locate, published_file, read_layout
+from swiftwan.weights.layout import RandomModel, WeightsFile
 
 RECIPES = ("auto", "none")
 TEXT_TOKENS = 512
@@ -147,7 +148,10 @@ def describe(model: str) -> Facts:
     if known := known_model(model):
         return Facts(model, known, text_parameter_count(UMT5_XXL))
     source = locate(model)
-    assert isinstance(source, Folder)
+    assert not isinstance(source, RandomModel)
+    if isinstance(source, WeightsFile) and (known := published_file(source)):
+        # Its other parts are the published ones: no need to bring them to know their sizes.
+        return Facts(model, known, text_parameter_count(UMT5_XXL))
     layout = read_layout(source)
     text_sizes = {k: v for k, v in layout.configs["text_encoder"].items() if k in UMT5_XXL}
     family = identify(layout) or _family(layout.boundary_ratio, layout.expand_timesteps, layout.transformer.in_channels)
@@ -275,6 +279,7 @@ class Explanation:
         ]
         for number, technique in enumerate(self.plan.techniques, 1):
             lines.append(f"{number}. {technique.spec} ({technique.kind}): {technique.reason}")
+            lines += [f"   {line}" for line in technique.tell(self.facts.known)]
         return lines if self.plan.techniques else [*lines, "plan       plain: no techniques"]
 
     def to_json(self) -> dict[str, Any]:
@@ -285,7 +290,13 @@ class Explanation:
             "request": self.request.to_json(),
             "inputs": [vars(given) for given in self.given],
             "plan": [
-                {"spec": t.spec, "kind": t.kind, "reason": t.reason, "slot": t.slot.name.lower()}
+                {
+                    "spec": t.spec,
+                    "kind": t.kind,
+                    "reason": t.reason,
+                    "slot": t.slot.name.lower(),
+                    "told": t.tell(self.facts.known),
+                }
                 for t in self.plan.techniques
             ],
             "tokens": self.load.tokens,

@@ -302,9 +302,8 @@ class WanTransformer(nn.Module):
         text_bias = None
         if padding > 0:
             text = F.pad(text, (0, 0, 0, 1))
-            text_bias = torch.zeros(text.shape[1], dtype=self.dtype, device=text.device)
-            text_bias[-1] = math.log(padding)
-            text_bias = text_bias.view(1, 1, 1, -1)
+            real = torch.zeros(1, 1, 1, text.shape[1] - 1, dtype=self.dtype, device=text.device)
+            text_bias = F.pad(real, (0, 1), value=math.log(padding))
         embedder = self.condition_embedder
         text = embedder.text_embedder(text.to(self.dtype))
         if image is not None and embedder.image_embedder is not None:

@@ -3,6 +3,7 @@
 from swiftwan.techniques.base import Technique
 from swiftwan.techniques.caches import DeepCache, StepCache
 from swiftwan.techniques.guidance import BatchedCfg
+from swiftwan.techniques.lora import Lora
 from swiftwan.techniques.offload import Offload
 from swiftwan.techniques.precision import Dtype, Tf32
 from swiftwan.techniques.prompts import PromptCaching, TextEncoderHome
@@ -14,6 +15,7 @@ _ALL: tuple[type[Technique], ...] = (
     BatchedCfg,
     DeepCache,
     Dtype,
+    Lora,
     Offload,
     PromptCaching,
     Quantize,

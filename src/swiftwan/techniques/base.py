@@ -89,6 +89,10 @@ class Technique:
                 return f"{one.name} cannot run beside {two.name}: {one.refuses[fact]}"
         return ""
 
+    def tell(self, model: KnownModel) -> list[str]:
+        """What it will do to a model that can take it, a line each, beyond its reason."""
+        return []
+
     def apply(self, settings: Settings) -> Settings:
         """Decide what is settled before loading."""
         return settings

@@ -7,7 +7,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import safe_open
 from torch import nn
 
 from swiftwan.models.clip import ImageEncoder
@@ -16,7 +15,8 @@ from swiftwan.models.dit import KEEP_FP32, WanTransformer
 from swiftwan.models.text import TextEncoder
 from swiftwan.models.vae import WanVAE
 from swiftwan.weights import check
-from swiftwan.weights.find import Folder, Layout, Source, locate, read_layout
+from swiftwan.weights.find import locate, read_layout
+from swiftwan.weights.layout import Folder, Layout, RandomModel, Source
 from swiftwan.weights.load import load_weights, randomize
 
 UMT5_XXL = {
@@ -63,9 +63,9 @@ def build(
     Raises:
         WeightsError: files are missing, damaged or of another model.
     """
-    if isinstance(source, Folder):
-        return _load(read_layout(source), device, dtype, transformers_on or device)
-    return _random(source.known, device, dtype, transformers_on or device)
+    if isinstance(source, RandomModel):
+        return _random(source.known, device, dtype, transformers_on or device)
+    return _load(read_layout(source), device, dtype, transformers_on or device)
 
 
 def _load(layout: Layout, device: torch.device, dtype: torch.dtype, transformers_on: torch.device) -> Parts:
@@ -90,10 +90,9 @@ def _load(layout: Layout, device: torch.device, dtype: torch.dtype, transformers
         load_weights(model, layout.files["text_encoder"], device=device, dtype=dtype, component="text_encoder")
         return model
 
-    tokenizer = layout.folder / "tokenizer"
-    identity = check.fingerprint((*layout.files["text_encoder"], *sorted(tokenizer.iterdir())))
+    identity = check.fingerprint((*layout.files["text_encoder"].paths, *_files_in(layout.tokenizer)))
     return Parts(
-        text=TextEncoder(_tokenizer(tokenizer), encoder, identity=identity, device=device, dtype=dtype),
+        text=TextEncoder(_tokenizer(layout.tokenizer), encoder, identity=identity, device=device, dtype=dtype),
         transformer=transformer("transformer", layout.transformer),
         transformer_2=transformer("transformer_2", layout.transformer_2) if layout.transformer_2 else None,
         vae=vae.prepare(device),
@@ -108,8 +107,7 @@ def _image_encoder(layout: Layout, device: torch.device, dtype: torch.dtype) -> 
     files = layout.files["image_encoder"]
     sizes = transformers.CLIPVisionConfig(**layout.configs["image_encoder"]).to_dict()
     model = _on_meta(ImageEncoder, ClipConfig.from_json(sizes))
-    with safe_open(files[0], framework="pt") as file:
-        prefixed = any(name.startswith("vision_model.") for name in file.keys())  # noqa: SIM118, it is no dict
+    prefixed = any(name.startswith("vision_model.") for name in files.shapes)
     load_weights(
         # Published files have the prefix; those that transformers 5 writes have not.
         torch.nn.ModuleDict({"vision_model": model}) if prefixed else model,
@@ -159,6 +157,10 @@ def _random(known: KnownModel, device: torch.device, dtype: torch.dtype, transfo
         boundary_ratio=known.boundary_ratio,
         image_encoder=image_encoder(),
     )
+
+
+def _files_in(folder: Path) -> list[Path]:
+    return sorted(path for path in folder.iterdir() if path.is_file())
 
 
 def _on_meta(kind: Any, *sizes: Any) -> Any:
