@@ -13,7 +13,7 @@ LAYERS = (
     ("device", "ops", "pocket", "prompt_cache"),
     ("models",),
     ("sampling", "guidance", "pipelines.request"),
-    ("media", "weights"),
+    ("inputs", "media", "weights"),
     ("techniques",),
     ("plan", "recipes"),
     ("pipelines",),
@@ -29,7 +29,6 @@ LAYERS = (
 names on one line do not know each other."""
 
 UPWARD = {
-    ("pipelines.request", "media"): "Result.save writes the file",
     ("pipelines", "engine"): "a pipeline runs on an engine, and names its type",
 }
 """Imports against the order, each inside a function or for type checking only, with its reason."""

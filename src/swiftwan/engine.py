@@ -10,8 +10,9 @@ import torch
 
 from swiftwan.device import Device, pick_device
 from swiftwan.errors import MemoryLimitError
-from swiftwan.pipelines.generate import OnStep, text_to_video
-from swiftwan.pipelines.request import Request, Result
+from swiftwan.pipelines.generate import OnStep, generate
+from swiftwan.pipelines.request import Request
+from swiftwan.pipelines.result import Result
 from swiftwan.plan import Facts, Plan, complete, describe, estimate, make_plan
 from swiftwan.prompt_cache import PromptCache
 from swiftwan.techniques.lora import find_loras, labels
@@ -26,7 +27,7 @@ class Engine:
     Attributes:
         model_name: as the user called it.
         device, plan: where and how it runs.
-        parts: text encoder, transformers and VAE.
+        parts: text encoder, transformers, VAE, and an image encoder where the model has one.
     """
 
     def __init__(self, facts: Facts, parts: Parts, plan: Plan, device: Device) -> None:
@@ -135,14 +136,14 @@ class Engine:
             on_step: told after each unit of work; what it raises ends the run within a step.
 
         Raises:
-            RequestError: a value that the model cannot take.
+            RequestError: a task or a value that the model cannot take, or an input that cannot be read.
             MemoryLimitError: the device's memory ran out; says which settings would fit.
         """
         request = complete(request, self.facts)
         if self.torch_device.type == "cuda":
             torch.cuda.reset_peak_memory_stats(self.torch_device)
         try:
-            return text_to_video(self, request, on_step)
+            return generate(self, request, on_step)
         except torch.OutOfMemoryError:
             pass
         _free_memory()

@@ -13,14 +13,25 @@ from swiftwan.models.dit import WanTransformer
 
 @dataclass(frozen=True)
 class Embeddings:
-    """(1, S, text_dim) each; ``negative`` is None where guidance is off everywhere."""
+    """What a run's cross-attention reads.
+
+    Attributes:
+        prompt, negative: (1, S, text_dim) each; ``negative`` is None where guidance is off everywhere.
+        image: CLIP tokens (1, 257, image_dim), or (2, 257, image_dim) of a first and a last image; both predictions
+            see them. None for models without CLIP.
+    """
 
     prompt: Tensor
     negative: Tensor | None
+    image: Tensor | None = None
 
 
 class Guidance(Protocol):
-    """Predicts the flow of latents (1, C, f, h, w) at a timestep (1,); made once an expert and run."""
+    """Predicts the flow; made once an expert and run.
+
+    Takes latents (1, C, f, h, w) with all the channels that the transformer reads, and a timestep (1,), or (1, 2) where
+    the first latent frame has one of its own.
+    """
 
     def __call__(self, latents: Tensor, timestep: Tensor) -> Tensor: ...
 
@@ -30,7 +41,7 @@ class Unguided:
 
     def __init__(self, transformer: WanTransformer, text: Embeddings, shape: tuple[int, ...]) -> None:
         self.transformer = transformer
-        self.condition = transformer.condition(text.prompt, shape)
+        self.condition = transformer.condition(text.prompt, shape, text.image)
 
     def __call__(self, latents: Tensor, timestep: Tensor) -> Tensor:
         return self.transformer(latents, timestep, self.condition)
@@ -42,8 +53,8 @@ class SequentialGuidance:
     def __init__(self, transformer: WanTransformer, text: Embeddings, shape: tuple[int, ...], scale: float) -> None:
         assert text.negative is not None
         self.transformer, self.scale = transformer, scale
-        self.condition = transformer.condition(text.prompt, shape)
-        self.negative = transformer.condition(text.negative, shape)
+        self.condition = transformer.condition(text.prompt, shape, text.image)
+        self.negative = transformer.condition(text.negative, shape, text.image)
 
     def __call__(self, latents: Tensor, timestep: Tensor) -> Tensor:
         conditional = self.transformer(latents, timestep, self.condition)
@@ -58,10 +69,12 @@ class BatchedGuidance:
         assert text.negative is not None
         self.transformer, self.scale = transformer, scale
         pair = torch.nn.utils.rnn.pad_sequence([text.prompt[0], text.negative[0]], batch_first=True)
-        self.condition = transformer.condition(pair, shape)
+        image = None if text.image is None else text.image.repeat(2, 1, 1)
+        self.condition = transformer.condition(pair, shape, image)
 
     def __call__(self, latents: Tensor, timestep: Tensor) -> Tensor:
-        flow = self.transformer(latents.expand(2, *latents.shape[1:]), timestep.expand(2), self.condition)
+        latents, timestep = (x.expand(2, *x.shape[1:]) for x in (latents, timestep))
+        flow = self.transformer(latents, timestep, self.condition)
         conditional, unconditional = flow.chunk(2)
         return unconditional + self.scale * (conditional - unconditional)
 

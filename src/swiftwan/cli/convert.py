@@ -30,7 +30,7 @@ def convert(
 ) -> None:
     """Convert a model to safetensors in diffusers layout, tensor by tensor."""
     from swiftwan.cli.progress import cancellable, shown
-    from swiftwan.pipelines.request import StepEvent
+    from swiftwan.pipelines.result import StepEvent
     from swiftwan.weights.convert import convert as write
     from swiftwan.weights.gather import model_named
 

@@ -56,5 +56,8 @@ def _rows(facts: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
     for name, value in facts.items():
         if isinstance(value, dict):
             yield from _rows(value, "" if name in ("record", "lora") else f"{prefix}{name}.")
+        elif isinstance(value, list) and value and isinstance(value[0], dict):
+            for number, item in enumerate(value, 1):
+                yield from _rows(item, f"{prefix}{name}.{number}.")
         else:
             yield f"{prefix}{name}", (" ".join(map(str, value)) or "none") if isinstance(value, list) else value

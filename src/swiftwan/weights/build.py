@@ -9,7 +9,8 @@ from typing import Any
 import torch
 from torch import nn
 
-from swiftwan.models.config import POCKET, KnownModel, TransformerConfig, VAEConfig
+from swiftwan.models.clip import ImageEncoder
+from swiftwan.models.config import POCKET, ClipConfig, KnownModel, TransformerConfig, VAEConfig
 from swiftwan.models.dit import KEEP_FP32, WanTransformer
 from swiftwan.models.text import TextEncoder
 from swiftwan.models.vae import WanVAE
@@ -43,6 +44,7 @@ class Parts:
     transformer_2: WanTransformer | None
     vae: WanVAE
     boundary_ratio: float | None
+    image_encoder: ImageEncoder | None = None
 
     @property
     def device(self) -> torch.device:
@@ -95,13 +97,45 @@ def _load(layout: Layout, device: torch.device, dtype: torch.dtype, transformers
         transformer_2=transformer("transformer_2", layout.transformer_2) if layout.transformer_2 else None,
         vae=vae.prepare(device),
         boundary_ratio=layout.boundary_ratio,
+        image_encoder=_image_encoder(layout, device, dtype) if layout.transformer.image_dim else None,
     )
+
+
+def _image_encoder(layout: Layout, device: torch.device, dtype: torch.dtype) -> ImageEncoder:
+    import transformers
+
+    files = layout.files["image_encoder"]
+    sizes = transformers.CLIPVisionConfig(**layout.configs["image_encoder"]).to_dict()
+    model = _on_meta(ImageEncoder, ClipConfig.from_json(sizes))
+    prefixed = any(name.startswith("vision_model.") for name in files.shapes)
+    load_weights(
+        # Published files have the prefix; those that transformers 5 writes have not.
+        torch.nn.ModuleDict({"vision_model": model}) if prefixed else model,
+        files,
+        device=device,
+        dtype=dtype,
+        component="image_encoder",
+        ignore=(
+            f"*encoder.layers.{sizes['num_hidden_layers'] - 1}.*",
+            "*post_layernorm.*",
+            "visual_projection.*",
+            "*position_ids",
+        ),
+    )
+    return model
 
 
 def _random(known: KnownModel, device: torch.device, dtype: torch.dtype, transformers_on: torch.device) -> Parts:
     def transformer(seed: int) -> WanTransformer:
         model = _on_meta(WanTransformer, known.transformer)
         randomize(model, device=transformers_on, dtype=dtype, keep_fp32=KEEP_FP32, seed=seed)
+        return model
+
+    def image_encoder() -> ImageEncoder | None:
+        if known.transformer.image_dim is None:
+            return None
+        model = _on_meta(ImageEncoder, ClipConfig())
+        randomize(model, device=device, dtype=dtype)
         return model
 
     vae = _on_meta(WanVAE, known.vae)
@@ -121,6 +155,7 @@ def _random(known: KnownModel, device: torch.device, dtype: torch.dtype, transfo
         transformer_2=transformer(1) if known.boundary_ratio else None,
         vae=vae.prepare(device),
         boundary_ratio=known.boundary_ratio,
+        image_encoder=image_encoder(),
     )
 
 
@@ -147,9 +182,12 @@ def _tokenizer(folder: Path) -> Any:
     return AutoTokenizer.from_pretrained(folder, local_files_only=True)
 
 
-def parameter_count(config: TransformerConfig | VAEConfig) -> int:
-    """How many weights a transformer or VAE of these sizes has; nothing is allocated."""
-    model: nn.Module = _on_meta(WanTransformer if isinstance(config, TransformerConfig) else WanVAE, config)
+_KINDS: dict[type, type[nn.Module]] = {TransformerConfig: WanTransformer, VAEConfig: WanVAE, ClipConfig: ImageEncoder}
+
+
+def parameter_count(config: TransformerConfig | VAEConfig | ClipConfig) -> int:
+    """How many weights a transformer, VAE or image encoder of these sizes has; nothing is allocated."""
+    model: nn.Module = _on_meta(_KINDS[type(config)], config)
     return _count(model.parameters())
 
 

@@ -122,6 +122,12 @@ def read_folder(source: Folder) -> Layout:
     boundary = index.get("boundary_ratio")
     if "transformer_2" in experts and not isinstance(boundary, float):
         raise WeightsError(f"{folder}/model_index.json has two transformers but no boundary_ratio between them")
+    first = experts["transformer"]
+    if "transformer_2" not in experts and first.in_channels > first.out_channels and first.image_dim is None:
+        raise WeightsError(
+            f"{folder} is one expert of Wan2.2-I2V-A14B: its transformer takes an image without CLIP, and there is no "
+            "transformer_2; complete the folder or download the model again"
+        )
     return Layout(
         folder=folder,
         name=source.name,
