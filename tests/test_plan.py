@@ -25,7 +25,7 @@ def test_listing_order_does_not_matter():
     one, other = make_plan(specs, CPU), make_plan(specs[::-1], CPU)
     assert one == other
     assert one.specs == ("dtype:bf16", "vae:tiling", "batched-cfg")
-    assert one.guide is BatchedGuidance
+    assert one.guide.kind is BatchedGuidance
     assert one.settings.dtype is torch.bfloat16
 
 
@@ -39,7 +39,7 @@ def test_an_explicit_dtype_stands_above_the_plan():
 def test_an_empty_plan_is_the_plain_run():
     plan = make_plan([], CPU)
     assert plan.techniques == ()
-    assert plan.guide is SequentialGuidance
+    assert plan.guide.kind is SequentialGuidance
 
 
 @pytest.mark.parametrize(

@@ -12,6 +12,11 @@ from swiftwan.prompt_cache import PromptCache, digest
 CPU = torch.device("cpu")
 
 
+@pytest.fixture(autouse=True)
+def _empty_cache(tmp_path, monkeypatch):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "user"))
+
+
 def embedding(seed=0, tokens=7):
     return torch.randn(1, tokens, 16, generator=torch.Generator().manual_seed(seed)).bfloat16()
 
@@ -104,11 +109,10 @@ def test_a_known_prompt_needs_no_text_encoder(monkeypatch):
 
 
 @pytest.mark.parametrize("place", ["memory", "off"])
-def test_nothing_reaches_the_disk_unless_asked(place, tmp_path, monkeypatch):
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+def test_nothing_reaches_the_disk_unless_asked(place, tmp_path):
     engine = sw.Engine.load("pocket", plan=[f"prompt-cache:{place}"], device="cpu")
     engine.parts.text.encode("a blue star")
-    assert not (tmp_path / "swiftwan" / "prompts").exists()
+    assert not (tmp_path / "user" / "swiftwan" / "prompts").exists()
     assert (engine.parts.text.cache is None) == (place == "off")
 
 

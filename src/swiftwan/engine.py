@@ -68,6 +68,7 @@ class Engine:
                 device=torch.device(where.torch_device),
                 dtype=chosen.settings.dtype,
                 transformers_on=torch.device("cpu") if chosen.settings.transformers_on_host else None,
+                as_loaded=chosen.settings.as_loaded,
             )
             parts.text.cache = _prompt_cache(chosen.settings.prompt_cache)
             for technique in chosen.techniques:

@@ -124,31 +124,33 @@ def _move(module: nn.Module, host: Tensor, slot: Tensor) -> None:
         at += _aligned(tensor.nbytes)
     for owner in module.modules():
         for name, parameter in list(owner.named_parameters(recurse=False)):
-            owner._parameters[name] = nn.Parameter(_rebuilt(parameter, views), requires_grad=False)
+            owner._parameters[name] = nn.Parameter(rebuilt(parameter, views), requires_grad=False)
         for name, buffer in list(owner.named_buffers(recurse=False)):
-            owner._buffers[name] = _rebuilt(buffer, views)
+            owner._buffers[name] = rebuilt(buffer, views)
 
 
 def _tensors(module: nn.Module) -> Iterator[Tensor]:
     """Plain tensors, those inside a quantized one (torchao's are tensor subclasses) one by one."""
     for tensor in (*module.parameters(), *module.buffers()):
-        yield from _plain(tensor)
+        yield from plain_tensors(tensor)
 
 
-def _plain(tensor: Tensor) -> Iterator[Tensor]:
+def plain_tensors(tensor: Tensor) -> Iterator[Tensor]:
+    """The tensor itself, or those that a quantized one (a tensor subclass of torchao) is made of."""
     if not hasattr(tensor, "__tensor_flatten__"):
         yield tensor
         return
     names, _ = tensor.__tensor_flatten__()
     for name in names:
-        yield from _plain(getattr(tensor, name))
+        yield from plain_tensors(getattr(tensor, name))
 
 
-def _rebuilt(tensor: Tensor, views: dict[int, Tensor]) -> Tensor:
+def rebuilt(tensor: Tensor, views: dict[int, Tensor]) -> Tensor:
+    """The same tensor made of others: ``views`` has one for the id of each of its plain tensors."""
     if not hasattr(tensor, "__tensor_flatten__"):
         return views[id(tensor)]
     names, context = tensor.__tensor_flatten__()
-    inner = {name: _rebuilt(getattr(tensor, name), views) for name in names}
+    inner = {name: rebuilt(getattr(tensor, name), views) for name in names}
     kind: Any = type(tensor)
     rebuilt: Tensor = kind.__tensor_unflatten__(inner, context, tensor.shape, tensor.stride())
     return rebuilt

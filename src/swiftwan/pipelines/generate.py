@@ -32,17 +32,20 @@ def generate(engine: Engine, request: Request, on_step: OnStep | None) -> Result
     noise = draw_noise(engine.latent_shape(request), request.seed, engine.torch_device)
 
     given = read(request)
+    parts.enter("vae")
     start = begin(Material(parts, request, given, noise, scheduler, plan.tiling))
     image = encode_image(parts.image_encoder, request, given)
     if given is not None:
         progress.tell("image", 1)
 
+    parts.enter("text_encoder")
     text = encode_text(parts.text, request, image)
     progress.tell("text", 1)
 
     latents = denoise(
         parts, plan.guide, scheduler, request, text, start, lambda: progress.tell("denoise", len(start.timesteps))
     )
+    parts.enter("vae")
     frames = decode(parts.vae, latents, plan.tiling, lambda: progress.tell("decode", latents.shape[2]))
 
     return Result(

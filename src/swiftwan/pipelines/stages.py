@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from swiftwan.guidance import Embeddings, Guidance, Guide, Unguided
+from swiftwan.guidance import Embeddings, Guide
 from swiftwan.inputs import Given
 from swiftwan.models.clip import ImageEncoder
 from swiftwan.models.dit import WanTransformer
@@ -79,13 +79,16 @@ def experts(parts: Parts, request: Request, timesteps: Tensor) -> Iterator[Exper
     if not len(timesteps):
         return
     if parts.transformer_2 is None or parts.boundary_ratio is None:
+        parts.enter("transformer")
         yield Expert(parts.transformer, request.guidance_scale, timesteps)
         return
     high = int((timesteps >= parts.boundary_ratio * TRAIN_TIMESTEPS).sum())
     low_scale = request.guidance_scale if request.guidance_scale_2 is None else request.guidance_scale_2
     if high:
+        parts.enter("transformer")
         yield Expert(parts.transformer, request.guidance_scale, timesteps[:high])
     if high < len(timesteps):
+        parts.enter("transformer_2")
         yield Expert(parts.transformer_2, low_scale, timesteps[high:])
 
 
@@ -110,11 +113,7 @@ def denoise(
     # Only the few-step solver draws noise; the others have no such argument.
     options = {"generator": noise} if request.scheduler == "lcm" else {}
     for expert in experts(parts, request, start.timesteps):
-        scale = expert.guidance_scale
-        if scale > 1:
-            predict: Guidance = guide(expert.transformer, text, shape, scale)
-        else:
-            predict = Unguided(expert.transformer, text, shape)
+        predict = guide.guidance(expert.transformer, text, shape, expert.guidance_scale, expert.timesteps.tolist())
         for timestep in expert.timesteps:
             flow = predict(*given.inputs(latents, timestep.expand(1)))
             latents = scheduler.step(flow, timestep, latents, return_dict=False, **options)[0]

@@ -2,7 +2,7 @@
 
 from swiftwan.techniques.base import Technique
 from swiftwan.techniques.caches import DeepCache, StepCache
-from swiftwan.techniques.guidance import BatchedCfg
+from swiftwan.techniques.guidance import BatchedCfg, CfgInterval, CfgSkip
 from swiftwan.techniques.lora import Lora
 from swiftwan.techniques.offload import Offload
 from swiftwan.techniques.precision import Dtype, Tf32
@@ -13,6 +13,8 @@ from swiftwan.techniques.vae import Vae
 
 _ALL: tuple[type[Technique], ...] = (
     BatchedCfg,
+    CfgInterval,
+    CfgSkip,
     DeepCache,
     Dtype,
     Lora,

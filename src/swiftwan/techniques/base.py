@@ -10,7 +10,7 @@ from types import MappingProxyType
 from typing import TYPE_CHECKING, Any, ClassVar, Literal, Self, get_type_hints
 
 from swiftwan.errors import PlanError, did_you_mean
-from swiftwan.guidance import Guide, SequentialGuidance
+from swiftwan.guidance import Guide
 from swiftwan.models.vae import Tiling
 
 if TYPE_CHECKING:
@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from swiftwan.device import Device
     from swiftwan.models.config import KnownModel
     from swiftwan.weights.build import Parts
+    from swiftwan.weights.load import AsLoaded
 
 Kind = Literal["exact", "near", "approximate", "retrained"]
 """exact: the same maths; near: 8 bits and the like; approximate: skips work; retrained: few-step models."""
@@ -40,14 +41,20 @@ class Slot(IntEnum):
 
 @dataclass(frozen=True)
 class Settings:
-    """What techniques decide before anything loads."""
+    """What techniques decide before anything loads.
+
+    ``as_loaded`` changes layers as they get their weights; ``merges`` says that something is to be added to the
+    weights first, so that they must stay as they are until then.
+    """
 
     dtype: torch.dtype
-    guide: Guide = SequentialGuidance
+    guide: Guide = Guide()
     tiling: Tiling | None = None
     tf32: bool = False
     prompt_cache: str = "disk"
     transformers_on_host: bool = False
+    as_loaded: AsLoaded | None = None
+    merges: bool = False
 
 
 @dataclass(frozen=True)
@@ -108,7 +115,7 @@ class Technique:
             PlanError: an option is unknown, missing or of the wrong type.
         """
         types = get_type_hints(cls)
-        known = {f.name.replace("_", "-"): f for f in fields(cls)}
+        known = {_word(f.name): f for f in fields(cls)}
         options: dict[str, Any] = {}
         for part in text.split(":") if text else ():
             pairs = [pair.partition("=") for pair in part.split(",")] if "=" in part else [("value", "=", part)]
@@ -131,8 +138,13 @@ class Technique:
         """The text that :meth:`read` takes back, its name before it."""
         said = {f.name: getattr(self, f.name) for f in fields(self) if getattr(self, f.name) != f.default}
         value = said.pop("value", None)
-        options = ",".join(f"{key.replace('_', '-')}={item}" for key, item in said.items())
+        options = ",".join(f"{_word(key)}={item}" for key, item in said.items())
         return ":".join(part for part in (self.name, value, options) if part)
+
+
+def _word(field: str) -> str:
+    """An option as it is written: ``dense_steps`` is dense-steps, ``from_`` from."""
+    return field.rstrip("_").replace("_", "-")
 
 
 def _overlap(one: tuple[str, ...], other: tuple[str, ...]) -> bool:

@@ -6,13 +6,13 @@ import logging
 import math
 import re
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, ClassVar, Literal, Self, cast
 
 from swiftwan.errors import PlanError, WeightsError, did_you_mean
 from swiftwan.models.adapter import Change, attach, merge, quantised, set_strength
-from swiftwan.techniques.base import Slot, Technique
+from swiftwan.techniques.base import Settings, Slot, Technique
 from swiftwan.weights.lora import PICKLES, Expert, Fit, LoraFile
 
 if TYPE_CHECKING:
@@ -191,6 +191,9 @@ class MergedLora(Lora):
     reason = "another model, on purpose; merged into the weights"
     slot = Slot.WEIGHTS
     mode = "merged"
+
+    def apply(self, settings: Settings) -> Settings:
+        return replace(settings, merges=True)
 
     def _runs_live(self, transformer: WanTransformer, changes: dict[str, Change]) -> bool:
         if packed := quantised(transformer, changes):

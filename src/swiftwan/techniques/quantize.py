@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import logging
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 from torch import nn
@@ -12,7 +12,7 @@ from torch import nn
 from swiftwan.errors import PlanError, did_you_mean
 from swiftwan.ops.fp8 import Fp8Linear
 from swiftwan.ops.int4 import GROUP, Int4Linear
-from swiftwan.techniques.base import Slot, Technique
+from swiftwan.techniques.base import Settings, Slot, Technique
 
 if TYPE_CHECKING:
     from swiftwan.device import Device
@@ -81,7 +81,20 @@ class Quantize(Technique):
             return "8-bit float products need compute capability 8.9 or more; take quantize:fp8:activations=none"
         return ""
 
+    def apply(self, settings: Settings) -> Settings:
+        if self.on == "text" or settings.merges:
+            return settings
+        return replace(settings, as_loaded=self._as_loaded)
+
+    def _as_loaded(self, model: nn.Module, path: str, layer: nn.Module) -> nn.Module:
+        """Each layer as soon as it is there, so that the model is never whole in 16 bits."""
+        head, _, rest = path.partition(".")
+        number = int(rest.partition(".")[0]) if head == "blocks" else -1
+        inside = self.keep <= number < len(model.get_submodule("blocks")) - self.keep  # type: ignore[arg-type]
+        return self.linear(layer) if inside and type(layer) is nn.Linear else layer
+
     def install(self, parts: Parts) -> None:
+        """What could not be done in loading: the text encoder, which loads later, and weights merged before."""
         if self.on == "text":
             parts.text.identity += f" {self.spec}"  # other bits, so another entry in the cache
             parts.text.after_load.append(self._quantize)
@@ -94,7 +107,7 @@ class Quantize(Technique):
     def _quantize(self, module: nn.Module) -> None:
         for parent in list(module.modules()):
             for name, child in parent.named_children():
-                if type(child) is nn.Linear:
+                if type(child) is nn.Linear and type(child.weight) is nn.Parameter:
                     setattr(parent, name, self.linear(child))
 
     def linear(self, linear: nn.Linear) -> nn.Module:

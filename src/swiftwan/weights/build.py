@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -17,7 +18,7 @@ from swiftwan.models.vae import WanVAE
 from swiftwan.weights import check
 from swiftwan.weights.find import locate, read_layout
 from swiftwan.weights.layout import Folder, Layout, RandomModel, Source
-from swiftwan.weights.load import load_weights, randomize
+from swiftwan.weights.load import AsLoaded, load_weights, randomize
 
 UMT5_XXL = {
     "vocab_size": 256_384,
@@ -35,6 +36,7 @@ UMT5_XXL = {
 class Parts:
     """What a run is made of. Techniques change it, before the first run.
 
+    ``enter`` is told which component works next, by its name here; a technique may bring it to the device then.
     ``transformer_2`` is the low-noise expert of two-expert models; it takes over below
     ``boundary_ratio`` of the 1000 training timesteps.
     """
@@ -45,6 +47,7 @@ class Parts:
     vae: WanVAE
     boundary_ratio: float | None
     image_encoder: ImageEncoder | None = None
+    enter: Callable[[str], None] = lambda component: None
 
     @property
     def device(self) -> torch.device:
@@ -53,22 +56,34 @@ class Parts:
 
 
 def build(
-    source: Source, *, device: torch.device, dtype: torch.dtype, transformers_on: torch.device | None = None
+    source: Source,
+    *,
+    device: torch.device,
+    dtype: torch.dtype,
+    transformers_on: torch.device | None = None,
+    as_loaded: AsLoaded | None = None,
 ) -> Parts:
     """Load, or for ``random:`` models make, every part; weights go shard by shard straight to the device.
 
     Args:
         transformers_on: where to load the transformers, if not on the device: a technique brings them there.
+        as_loaded: changes the transformers' layers one by one, as soon as each has its weights.
 
     Raises:
         WeightsError: files are missing, damaged or of another model.
     """
     if isinstance(source, RandomModel):
-        return _random(source.known, device, dtype, transformers_on or device)
-    return _load(read_layout(source), device, dtype, transformers_on or device)
+        return _random(source.known, device, dtype, transformers_on or device, as_loaded)
+    return _load(read_layout(source), device, dtype, transformers_on or device, as_loaded)
 
 
-def _load(layout: Layout, device: torch.device, dtype: torch.dtype, transformers_on: torch.device) -> Parts:
+def _load(
+    layout: Layout,
+    device: torch.device,
+    dtype: torch.dtype,
+    transformers_on: torch.device,
+    as_loaded: AsLoaded | None,
+) -> Parts:
     def transformer(component: str, config: TransformerConfig) -> WanTransformer:
         model = _on_meta(WanTransformer, config)
         load_weights(
@@ -79,6 +94,7 @@ def _load(layout: Layout, device: torch.device, dtype: torch.dtype, transformers
             component=component,
             keep_fp32=KEEP_FP32,
             ignore=("*.norm_added_q.*",),
+            as_loaded=as_loaded,
         )
         return model
 
@@ -125,10 +141,16 @@ def _image_encoder(layout: Layout, device: torch.device, dtype: torch.dtype) -> 
     return model
 
 
-def _random(known: KnownModel, device: torch.device, dtype: torch.dtype, transformers_on: torch.device) -> Parts:
+def _random(
+    known: KnownModel,
+    device: torch.device,
+    dtype: torch.dtype,
+    transformers_on: torch.device,
+    as_loaded: AsLoaded | None,
+) -> Parts:
     def transformer(seed: int) -> WanTransformer:
         model = _on_meta(WanTransformer, known.transformer)
-        randomize(model, device=transformers_on, dtype=dtype, keep_fp32=KEEP_FP32, seed=seed)
+        randomize(model, device=transformers_on, dtype=dtype, keep_fp32=KEEP_FP32, seed=seed, as_loaded=as_loaded)
         return model
 
     def image_encoder() -> ImageEncoder | None:

@@ -11,7 +11,8 @@ import math
 import shutil
 import time
 import uuid
-from collections.abc import Iterable, Mapping, Sequence
+from collections import Counter
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from pathlib import Path
@@ -27,6 +28,10 @@ from swiftwan.weights.sources import Shards, Tensors
 from swiftwan.weights.write import refuse_if_too_large, replace_folder, sync, write_json
 
 _STEM = "diffusion_pytorch_model"
+
+
+AsLoaded = Callable[[nn.Module, str, nn.Module], nn.Module]
+"""(the model, path of a layer in it, the layer, its weights just there) to what shall stand in its place."""
 
 
 @dataclass(frozen=True)
@@ -48,13 +53,15 @@ def load_weights(
     component: str,
     keep_fp32: Sequence[str] = (),
     ignore: Sequence[str] = (),
+    as_loaded: AsLoaded | None = None,
 ) -> LoadReport:
     """Fill a module built on meta from a source of tensors, or from safetensors shards.
 
     Floating-point tensors become ``dtype``, those whose name matches a glob of ``keep_fp32`` float32;
     integers stay as they are. Names and shapes must agree exactly, except for names in the source that match
     a glob of ``ignore``. Tied parameters need to be in it once. Afterwards ``module.reset_buffers``
-    is called if there is such a method, for buffers that are computed rather than stored.
+    is called if there is such a method, for buffers that are computed rather than stored. With ``as_loaded`` a
+    layer is changed before the next one is read: so a model that fits in 8 bits only need never be there in 16.
 
     Raises WeightsError for damaged files and for anything missing, unexpected or of another shape.
     """
@@ -72,12 +79,14 @@ def load_weights(
         ignore=ignore,
     )
     by_name = {name: slot for slot, name in stored.items()}
+    layers = _Layers(module, by_name, as_loaded)
     total = 0
     # In the order of the source: so one shard after the other is opened, read and let go of.
     for name in filter(by_name.__contains__, tensors.shapes):
         tensor = _convert(tensors.read(name, device), _dtype_of(name, dtype, keep_fp32))
         _assign(module, slots[by_name[name]], tensor)
         total += tensor.nbytes
+        layers.has(name)
     tensors.close()
     _finish(module, device)
     return LoadReport(component, len(stored), total, time.perf_counter() - started)
@@ -90,6 +99,7 @@ def randomize(
     dtype: torch.dtype,
     keep_fp32: Sequence[str] = (),
     seed: int = 0,
+    as_loaded: AsLoaded | None = None,
 ) -> None:
     """Fill a module built on meta with random weights made on the device, tensor by tensor.
 
@@ -98,7 +108,9 @@ def randomize(
     """
     device = torch.device(device)
     generator = torch.Generator(device).manual_seed(seed)
-    for slot, names in _slots(module).items():
+    slots = _slots(module)
+    layers = _Layers(module, [names[0] for names in slots.values()], as_loaded)
+    for slot, names in slots.items():
         name = names[0]
         wanted = _dtype_of(name, dtype, keep_fp32) if slot.is_floating_point() else slot.dtype
         tensor = torch.zeros(slot.shape, dtype=wanted, device=device)
@@ -110,7 +122,24 @@ def randomize(
             fan_in = math.prod(slot.shape[1:]) if leaf == "weight" else slot.shape[-1]
             tensor.normal_(0, max(fan_in, 1) ** -0.5, generator=generator)
         _assign(module, names, tensor)
+        layers.has(name)
     _finish(module, device)
+
+
+class _Layers:
+    """Counts the tensors that each layer still lacks, and changes it when it has all."""
+
+    def __init__(self, model: nn.Module, names: Iterable[str], change: AsLoaded | None) -> None:
+        self.model, self.change = model, change
+        self.lacks = Counter(name.rpartition(".")[0] for name in names)
+
+    def has(self, name: str) -> None:
+        path = name.rpartition(".")[0]
+        self.lacks[path] -= 1
+        if self.change is not None and not self.lacks[path]:
+            parent, _, leaf = path.rpartition(".")
+            layer = self.change(self.model, path, self.model.get_submodule(path))
+            setattr(self.model.get_submodule(parent), leaf, layer)
 
 
 def save_weights(
