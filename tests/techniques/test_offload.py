@@ -1,3 +1,7 @@
+import json
+import shutil
+from importlib.resources import files
+
 import pytest
 import torch
 
@@ -35,7 +39,7 @@ def test_streamed_blocks_share_two_slots():
     assert len(homes) == 2
 
 
-@pytest.mark.parametrize("more", [(), ("quantize:int8",), ("quantize:nf4",)])
+@pytest.mark.parametrize("more", [(), ("quantize:int8",), ("quantize:int4",)])
 def test_a_model_that_leaves_between_its_turns_gives_the_same_bits(more):
     more = ("prompt-cache:off", *more)
     _, expected = run(*more)
@@ -46,9 +50,22 @@ def test_a_model_that_leaves_between_its_turns_gives_the_same_bits(more):
     assert torch.equal(engine.run(REQUEST).latents, expected)
 
 
+@pytest.fixture
+def two_experts(tmp_path):
+    """The pocket model twice, as two experts."""
+    folder = tmp_path / "two"
+    shutil.copytree(str(files("swiftwan.pocket") / "model"), folder)
+    shutil.copytree(folder / "transformer", folder / "transformer_2")
+    (folder / "swiftwan.sha256.json").unlink()
+    index = json.loads((folder / "model_index.json").read_text())
+    index |= {"transformer_2": index["transformer"], "boundary_ratio": 0.9}
+    (folder / "model_index.json").write_text(json.dumps(index))
+    return folder
+
+
 def test_the_expert_that_waits_is_not_on_the_device(two_experts):
     plain = sw.Engine.load(str(two_experts), plan=[], device="cpu", dtype="fp32")
-    request = sw.TextToVideo("a", seed=1, num_inference_steps=4, num_frames=5, width=32, height=32)
+    request = sw.TextToVideo("a", seed=1, num_inference_steps=4, num_frames=5, width=64, height=64)
     engine = sw.Engine.load(str(two_experts), plan=["offload:experts"], device="cpu", dtype="fp32")
     turns = []
     enter = engine.parts.enter

@@ -14,7 +14,7 @@ class Held:
     """A source of tensors that are already in memory."""
 
     def __init__(self, state: dict[str, torch.Tensor]) -> None:
-        self.origin, self.state = "memory", state
+        self.origin, self.paths, self.state = "memory", (), state
         self.shapes = {name: tuple(tensor.shape) for name, tensor in state.items()}
         self.dtypes = dict.fromkeys(state, "F32")
 

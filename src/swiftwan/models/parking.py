@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from swiftwan.models.streaming import plain_tensors, rebuilt
+from swiftwan.models.streaming import plain_tensors, put, rebuilt
 
 
 class Parked:
@@ -36,23 +36,16 @@ class Parked:
             return
         for owner, name, host in self._host:
             copies = {id(plain): plain.to(self.device, non_blocking=True) for plain in plain_tensors(host)}
-            _put(owner, name, rebuilt(host, copies))
+            put(owner, name, rebuilt(host, copies))
         self.here = True
 
     def leave(self) -> None:
         """Give the device's memory back."""
         for owner, name, host in self._host:
-            _put(owner, name, host)
+            put(owner, name, host)
         self.here = False
 
 
 def _to_host(tensor: Tensor, pin: bool) -> Tensor:
     host = tensor.detach().cpu()
     return host.pin_memory() if pin else host
-
-
-def _put(owner: nn.Module, name: str, tensor: Tensor) -> None:
-    if name in owner._parameters:
-        owner._parameters[name] = nn.Parameter(tensor, requires_grad=False)
-    else:
-        owner._buffers[name] = tensor

@@ -104,6 +104,24 @@ def stream(blocks: nn.ModuleList, resident: int, slots: Slots) -> None:
         blocks[i] = block
 
 
+def bring(module: nn.Module, device: torch.device) -> None:
+    """Move what is elsewhere to ``device``; ``module.to`` cannot swap quantized tensors while others hold them."""
+    device = torch.empty(0, device=device).device  # "cuda" has an index, too
+    for owner in module.modules():
+        for name, tensor in (*owner.named_parameters(recurse=False), *owner.named_buffers(recurse=False)):
+            plain = list(plain_tensors(tensor))
+            if any(part.device != device for part in plain):
+                put(owner, name, rebuilt(tensor, {id(part): part.detach().to(device) for part in plain}))
+
+
+def put(owner: nn.Module, name: str, tensor: Tensor) -> None:
+    """Set a parameter or buffer that ``owner`` has."""
+    if name in owner._parameters:
+        owner._parameters[name] = nn.Parameter(tensor, requires_grad=False)
+    else:
+        owner._buffers[name] = tensor
+
+
 def size_of(module: nn.Module) -> int:
     """Bytes of its parameters and buffers, each aligned."""
     return sum(_aligned(tensor.nbytes) for tensor in _tensors(module))
@@ -123,10 +141,8 @@ def _move(module: nn.Module, host: Tensor, slot: Tensor) -> None:
         views[id(tensor)] = slot[piece].view(tensor.dtype).view(tensor.shape)
         at += _aligned(tensor.nbytes)
     for owner in module.modules():
-        for name, parameter in list(owner.named_parameters(recurse=False)):
-            owner._parameters[name] = nn.Parameter(rebuilt(parameter, views), requires_grad=False)
-        for name, buffer in list(owner.named_buffers(recurse=False)):
-            owner._buffers[name] = rebuilt(buffer, views)
+        for name, tensor in (*owner.named_parameters(recurse=False), *owner.named_buffers(recurse=False)):
+            put(owner, name, rebuilt(tensor, views))
 
 
 def _tensors(module: nn.Module) -> Iterator[Tensor]:
@@ -152,5 +168,5 @@ def rebuilt(tensor: Tensor, views: dict[int, Tensor]) -> Tensor:
     names, context = tensor.__tensor_flatten__()
     inner = {name: rebuilt(getattr(tensor, name), views) for name in names}
     kind: Any = type(tensor)
-    rebuilt: Tensor = kind.__tensor_unflatten__(inner, context, tensor.shape, tensor.stride())
-    return rebuilt
+    whole: Tensor = kind.__tensor_unflatten__(inner, context, tensor.shape, tensor.stride())
+    return whole

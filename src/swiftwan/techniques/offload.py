@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 
 from swiftwan.errors import PlanError, did_you_mean
 from swiftwan.models.parking import Parked
-from swiftwan.models.streaming import Slots, size_of, stream
+from swiftwan.models.streaming import Slots, bring, size_of, stream
 from swiftwan.techniques.base import Settings, Slot, Technique
 
 if TYPE_CHECKING:
@@ -68,7 +68,7 @@ def _stream_blocks(parts: Parts, resident: int) -> None:
     for transformer in transformers:
         blocks = transformer.blocks
         stream(blocks, min(resident, len(blocks)), slots)
-        transformer.to(parts.device)
+        bring(transformer, parts.device)
 
 
 class OneAtATime:

@@ -211,7 +211,6 @@ def _finish(module: nn.Module, device: torch.device) -> None:
         reset_buffers(device)
     left = [n for n, t in (*module.named_parameters(), *module.named_buffers()) if t.is_meta]
     assert not left, f"still on meta: {', '.join(left)}; {type(module).__name__} needs reset_buffers(device)"
-    module.to(device)
 
 
 def _unique(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
