@@ -33,7 +33,7 @@ class Silhouettes:
 
 def cut_out(covered: Tensor, x: Tensor, y: Tensor, spread_x: Tensor, spread_y: Tensor) -> Silhouettes:
     """Windows around the middles ``x``, ``y`` of coverage (F, H, W), as large as the largest spread asks for."""
-    # The point of a star is 2.8 spreads from its middle.
+    # A corner is at most 2.9 spreads from the middle: a star's.
     reach = int(3 * max(spread_x.max().item(), spread_y.max().item())) + 4
     left, top = x.int(), y.int()
     padded = pad(covered, (reach,) * 4)
@@ -64,7 +64,8 @@ def _draw_alike(seen: Silhouettes, shape: str) -> tuple[Tensor, Tensor]:
     width = seen.spread_x / unit.spread_x / radius
     sharp = _draw(shape, len(seen.covered[0]), x, y - unit.y * radius, radius, width)
     drawn = _round_corners(sharp)
-    # Rounding takes the points off, so what is rounded starts larger. Twice is enough: what is left is 0.01 pixels.
+    # Rounding takes the points off, so what is rounded starts larger. After two corrections, middle and spread
+    # are off by 0.003 pixels in the median, by 0.11 at most (960 fits).
     for _ in range(2):
         mass = drawn.sum((1, 2)).clamp(min=1)[:, None]
         middle_x, spread_x = middle_and_spread(drawn.sum(1) / mass)
