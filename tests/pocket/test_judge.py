@@ -5,6 +5,7 @@ import pytest
 import torch
 from torch.nn.functional import conv2d, pad
 
+from swiftwan.engine import Engine
 from swiftwan.errors import RequestError
 from swiftwan.pocket.judge import Observation, SeenThing, compare, judge, read_clip
 from swiftwan.pocket.world import (
@@ -75,6 +76,32 @@ def test_blurred_noisy_paled_clips_are_right():
     noise = torch.randn(clips.shape, generator=torch.Generator().manual_seed(0))
     wrong, seen = wrong_share(to_bytes(clips + 0.04 * noise), scenes)
     assert max(wrong.values()) <= 0.03, seen
+
+
+@pytest.fixture(scope="module")
+def vae():
+    return Engine.load("pocket", plan=[], device="cpu", dtype="fp32").parts.vae
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+def test_small_things_through_the_vae_keep_their_shape(vae, shape):
+    """The corners come back round: a small star is a pentagon, which the sharp shapes alone call a circle."""
+    things = (Thing("purple", shape, "stays still", "small"), Thing("orange", shape, "spins"))
+    scene = Scene(things, "green")
+    clip = draw([scene], 16, num_frames=17)
+    seen = read_clip(to_bytes(vae.decode(vae.encode(clip)))[0])
+    assert [thing.shape for thing in compare(seen, scene).things] == [True, True], str(seen)
+    for other in set(SHAPES) - {shape}:
+        lie = replace(scene, things=tuple(replace(thing, shape=other) for thing in things))
+        assert not any(thing.shape for thing in compare(seen, lie).things)
+
+
+def test_a_few_frames_with_specks_elsewhere_do_not_hide_a_shape():
+    scene = parse_prompt("a small orange triangle stays still over a night background")
+    frames = to_bytes(draw([scene], 8))[0]
+    left = not read_clip(frames[:1, :, :64]).things
+    frames[18:20, 60:70, slice(2, 6) if left else slice(122, 126)] = torch.tensor(COLOURS["orange"], dtype=torch.uint8)
+    assert read_clip(frames).things[0].shape == "triangle"
 
 
 def test_any_wrong_word_is_told():
