@@ -23,19 +23,20 @@ class Stream:
     def __init__(self) -> None:
         self.at_start = True
         """True while the chunk that holds the clip's first frame passes."""
-        self._past: dict[nn.Module, Tensor] = {}
+        self.past: dict[nn.Module, Tensor] = {}
+        """The frames that each layer saw last, laid out as whoever runs the layer wants them."""
 
     @property
     def nbytes(self) -> int:
         """Bytes held between two chunks: a few frames a layer, whatever the length of the clip."""
-        return sum(past.nbytes for past in self._past.values())
+        return sum(past.nbytes for past in self.past.values())
 
     def extend(self, layer: nn.Module, x: Tensor, frames: int) -> Tensor:
         """Put the ``frames`` frames that ``layer`` saw last in front of x; zeros where it saw none."""
-        past = self._past.get(layer)
+        past = self.past.get(layer)
         x = F.pad(x, (0, 0, 0, 0, frames, 0)) if past is None else torch.cat((past, x), dim=2)
         # A copy: a slice would keep the whole chunk alive.
-        self._past[layer] = x[:, :, -frames:].clone()
+        self.past[layer] = x[:, :, -frames:].clone()
         return x
 
 
