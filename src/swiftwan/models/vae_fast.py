@@ -32,14 +32,12 @@ from swiftwan.models.vae_blocks import (
     UpBlock,
     Upsample,
 )
-from swiftwan.ops.vae_between import Repeated, Step, Sum, Window, enter, fold_upsample, stack_taps
+from swiftwan.ops.vae_between import Repeated, Step, Sum, Window, enter, fold_upsample, gather_taps, stack_taps
 
 Layout = Callable[[int, int, int], int]
 """(channels in, channels out, frames) -> the ``group`` of a :class:`Window` for a 3x3x3 convolution."""
 
 DENSE = Window(group=1, reach=0)
-TENSOR_CORE_CHANNELS = 8
-"""cuDNN runs bfloat16 channels-last convolutions on tensor cores when channels are multiples of 8."""
 
 
 def layout(in_dim: int, out_dim: int, frames: int) -> int:
@@ -69,10 +67,9 @@ class FastDecoder:
         x = self._mid(decoder.mid_block, x, stream)
         for block in decoder.up_blocks:
             x = self._up(block, x, stream)
-        x, _ = self._causal(decoder.conv_out, x, stream, decoder.norm_out)
-        video = enter(x, Step(DENSE), None).buffer.squeeze(3)[..., : decoder.conv_out.out_channels]
+        video = self._to_pixels(decoder.conv_out, decoder.norm_out, x, stream)
         stream.at_start = False
-        return video.permute(3, 0, 1, 2).unsqueeze(0)
+        return video.unsqueeze(0)
 
     # Blocks
 
@@ -156,28 +153,34 @@ class FastDecoder:
         entered = enter(x, step, stream.past.get(conv))
         assert entered.past is not None
         stream.past[conv] = entered.past
-        weight, bias = self._padded(conv, group)
+        weight = self._laid_out(conv, group, lambda: _taps(conv.weight, group))
         if group == 0:
             y = F.conv3d(entered.buffer.permute(3, 0, 1, 2).unsqueeze(0), weight, padding=(0, 1, 1))
-            return Sum(y[0].permute(1, 2, 3, 0).unsqueeze(3), bias), entered.kept
+            return Sum(y[0].permute(1, 2, 3, 0).unsqueeze(3), conv.bias), entered.kept
         y = F.conv2d(entered.buffer.flatten(3).permute(0, 3, 1, 2), weight, padding=1)
-        return Sum(y.permute(0, 2, 3, 1).unflatten(3, (group, -1)), bias), entered.kept
+        return Sum(y.permute(0, 2, 3, 1).unflatten(3, (group, -1)), conv.bias), entered.kept
 
-    def _padded(self, conv: CausalConv3d, group: int) -> tuple[Tensor, Tensor]:
-        """Weight in the layout of ``group`` and bias, output channels filled up with zeros for the tensor cores."""
+    def _to_pixels(self, conv: CausalConv3d, norm: RMSNorm, x: Sum, stream: Stream) -> Tensor:
+        """Norm, SiLU and the convolution to few channels: (C, T, H, W)."""
+        entered = enter(x, Step(DENSE, norm.gamma, silu=True), None)
+        weight = self._laid_out(conv, 0, lambda: conv.weight.permute(2, 3, 4, 0, 1).flatten(0, 3).contiguous())
+        frames, height, width, _ = x.shape
+        products = torch.mm(weight, entered.buffer.flatten(0, 3).t()).view(-1, frames, height, width)
+        past = stream.past.get(conv)
         assert conv.bias is not None
-        more = -conv.out_channels % TENSOR_CORE_CHANNELS
-
-        def lay_out() -> Tensor:
-            weight = F.pad(conv.weight, (0,) * 9 + (more,)) if more else conv.weight
-            if group == 0:
-                return weight.contiguous(memory_format=torch.channels_last_3d)
-            return stack_taps(weight, group)
-
-        bias = F.pad(conv.bias, (0, more)) if more else conv.bias
-        return self._laid_out(conv, group, lay_out), bias
+        video = gather_taps(products, past, conv.bias)
+        latest = products if past is None else torch.cat((past, products[:, -2:]), dim=1)
+        if latest.shape[1] == 1:
+            latest = F.pad(latest, (0, 0, 0, 0, 1, 0))
+        stream.past[conv] = latest[:, -2:].clone()
+        return video
 
     def _laid_out(self, layer: nn.Module, form: int, make: Callable[[], Tensor]) -> Tensor:
         if (layer, form) not in self._weights:
             self._weights[layer, form] = make()
         return self._weights[layer, form]
+
+
+def _taps(weight: Tensor, group: int) -> Tensor:
+    """The weight of a 3x3x3 convolution as :class:`Window`'s ``group`` has it."""
+    return weight.contiguous(memory_format=torch.channels_last_3d) if group == 0 else stack_taps(weight, group)

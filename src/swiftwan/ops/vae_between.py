@@ -11,6 +11,7 @@ side by side in its channels: (T / F, H, W, F, C).
 from __future__ import annotations
 
 from dataclasses import dataclass
+from itertools import product
 
 import torch
 import torch.nn.functional as F
@@ -142,6 +143,35 @@ def _in_order(y: Tensor) -> Tensor:
     rows, columns = y.shape[1] - 1, y.shape[2] - 1
     phases = [[y[:, a : a + rows, b : b + columns, a, b] for b in (0, 1)] for a in (0, 1)]
     return torch.stack([torch.stack(row, dim=3) for row in phases], dim=2).flatten(3, 4).flatten(1, 2)
+
+
+def gather_taps(products: Tensor, past: Tensor | None, bias: Tensor) -> Tensor:
+    """The sums of a 3x3x3 convolution whose products were made position by position: (O, T, H, W).
+
+    A convolution to 3 channels leaves most of a tensor core idle. As one matrix product with all 27 taps in the rows,
+    and this sum of shifted planes behind it, it costs one pass over the input and one over the products.
+
+    Args:
+        products: (27 O, T, H, W), rows in the order frame, row, column, output channel.
+        past: (27 O, 2, H, W), the same of the two frames before; None counts as zeros.
+        bias: (O,).
+    """
+    if not products.is_cuda:
+        return gather_taps_plain(products, past, bias)
+    from swiftwan.ops import vae_between_triton
+
+    return vae_between_triton.gather_taps(products, past, bias)
+
+
+def gather_taps_plain(products: Tensor, past: Tensor | None, bias: Tensor) -> Tensor:
+    """The reference of :func:`gather_taps`."""
+    _, frames, height, width = products.shape
+    before = products.new_zeros(products.shape[0], 2, height, width) if past is None else past
+    planes = F.pad(torch.cat((before, products), dim=1).float(), (1, 1, 1, 1)).unflatten(0, (3, 3, 3, -1))
+    total = bias.float().view(-1, 1, 1, 1).expand(-1, frames, height, width)
+    for t, i, j in product(range(3), repeat=3):
+        total = total + planes[t, i, j, :, t : t + frames, i : i + height, j : j + width]
+    return total.to(products.dtype)
 
 
 # Weights

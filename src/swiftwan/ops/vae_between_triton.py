@@ -150,3 +150,63 @@ def enter(total: Sum, step: Step, past: Tensor | None) -> Entered:
             GROUP=window.group,
         )
     return Entered(buffer, new_past, kept)
+
+
+@triton.jit(do_not_specialize=["frames", "height", "width"])
+def _gather_taps(  # type: ignore[no-untyped-def]
+    products,
+    past,
+    bias,
+    out,
+    frames,
+    height,
+    width,
+    CHANNELS: tl.constexpr,
+    POSITIONS: tl.constexpr,
+    HAS_PAST: tl.constexpr,
+):
+    area = height * width
+    position = tl.program_id(0) * POSITIONS + tl.arange(0, POSITIONS)
+    frame = tl.program_id(1)
+    channel = tl.program_id(2)
+    row = position // width
+    column = position % width
+    inside = position < area
+    total = tl.zeros((POSITIONS,), tl.float32) + tl.load(bias + channel).to(tl.float32)
+    for t in tl.static_range(3):
+        source = frame + t - 2
+        for i in tl.static_range(3):
+            for j in tl.static_range(3):
+                near = inside & (row + i >= 1) & (row + i <= height) & (column + j >= 1) & (column + j <= width)
+                plane = ((t * 3 + i) * 3 + j) * CHANNELS + channel
+                place = position + (i - 1) * width + (j - 1)
+                if source >= 0:
+                    start = (plane * frames + source) * area.to(tl.int64)
+                    total += tl.load(products + start + place, near, other=0.0).to(tl.float32)
+                elif HAS_PAST:
+                    start = (plane * 2 + source + 2) * area.to(tl.int64)
+                    total += tl.load(past + start + place, near, other=0.0).to(tl.float32)
+    tl.store(out + (channel * frames + frame) * area.to(tl.int64) + position, total, inside)
+
+
+def gather_taps(products: Tensor, past: Tensor | None, bias: Tensor) -> Tensor:
+    """:func:`swiftwan.ops.vae_between.gather_taps` on a GPU."""
+    _, frames, height, width = products.shape
+    assert products.is_contiguous() and (past is None or past.is_contiguous())
+    out = products.new_empty(bias.shape[0], frames, height, width)
+    positions = 256
+    grid = (triton.cdiv(height * width, positions), frames, bias.shape[0])
+    with torch.cuda.device(products.device) if products.is_cuda else torch.no_grad():
+        _gather_taps[grid](
+            products,
+            products if past is None else past,
+            bias,
+            out,
+            frames,
+            height,
+            width,
+            CHANNELS=bias.shape[0],
+            POSITIONS=positions,
+            HAS_PAST=past is not None,
+        )
+    return out
