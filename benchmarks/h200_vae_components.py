@@ -96,7 +96,12 @@ def convolutions(say: Callable[..., None]) -> dict[str, Any]:
                     rate = 2 * 27 * c * o * t * h * w / ms / 1e9
                     say("conv", f"{c}->{o} {t}x{h}x{w} {group} benchmark={benchmark}", ms=ms, tflops=rate)
                     key = f"{c},{o},{t}"
-                    if isinstance(group, int) and group < 4 and not benchmark and (key not in best or ms < best[key][0]):
+                    if (
+                        isinstance(group, int)
+                        and group < 4
+                        and not benchmark
+                        and (key not in best or ms < best[key][0])
+                    ):
                         best[key] = (ms, group)
         for c, o, h, w, t in UPSAMPLES:
             weight = randn(o, c, 3, 3) / (9 * c) ** 0.5
@@ -124,7 +129,7 @@ def kernels(say: Callable[..., None]) -> None:
                 for kept in (False, True):
                     total = Sum(y, bias, residual if kept else None)
                     step = Step(Window(group, 2), gamma, silu=True, keep=kept)
-                    ms = milliseconds(lambda total=total, step=step: enter(total, step, past))
+                    ms = milliseconds(lambda total=total, step=step, past=past: enter(total, step, past))
                     made = enter(total, step, past)
                     moved = y.nbytes + made.buffer.nbytes + 2 * past.nbytes + (2 * residual.nbytes if kept else 0)
                     what = f"enter {c} {t}x{h}x{w} from {source} to {group} {'with residual' if kept else ''}"
