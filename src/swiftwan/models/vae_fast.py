@@ -32,17 +32,29 @@ from swiftwan.models.vae_blocks import (
     UpBlock,
     Upsample,
 )
-from swiftwan.ops.vae_between import Repeated, Step, Sum, Window, enter, fold_upsample, gather_taps, stack_taps
+from swiftwan.ops.vae_between import (
+    POINT,
+    STACKED,
+    VOLUME,
+    Products,
+    Repeated,
+    Step,
+    Sum,
+    Window,
+    enter,
+    fold_upsample,
+    gather_taps,
+    stack_taps,
+    winograd_taps,
+)
 
-Layout = Callable[[int, int, int], int]
-"""(channels in, channels out, frames) -> the ``group`` of a :class:`Window` for a 3x3x3 convolution."""
-
-DENSE = Window(group=1, reach=0)
+Layout = Callable[[int, int, int], Window]
+"""(channels in, channels out, frames) -> the window of a 3x3x3 convolution."""
 
 
-def layout(in_dim: int, out_dim: int, frames: int) -> int:
-    """What was fastest on an H200 in bfloat16 (benchmarks/h200_vae.py components)."""
-    return 0 if in_dim > 128 else 1
+def layout(in_dim: int, out_dim: int, frames: int) -> Window:
+    """What was fastest on an H200 in bfloat16 (benchmarks/h200_vae_components.py)."""
+    return VOLUME if in_dim > 128 else STACKED
 
 
 class FastDecoder:
@@ -50,7 +62,7 @@ class FastDecoder:
 
     def __init__(self, decoder: nn.Module, layout: Layout = layout) -> None:
         self.decoder, self.layout = decoder, layout
-        self._weights: dict[tuple[nn.Module, int], Tensor] = {}
+        self._weights: dict[tuple[nn.Module, object], tuple[Tensor, ...]] = {}
 
     @torch.no_grad()
     def __call__(self, z: Tensor, stream: Stream) -> Tensor:
@@ -107,7 +119,7 @@ class FastDecoder:
         return replace(h, residual=shortcut), shortcut
 
     def _attention(self, block: Attention, x: Sum) -> Sum:
-        entered = enter(x, Step(DENSE, block.norm.gamma, keep=True), None)
+        entered = enter(x, Step(POINT, block.norm.gamma, keep=True), None)
         tokens = entered.buffer.flatten(1, 3)  # (T, H W, C)
         qkv = F.linear(tokens, block.to_qkv.weight.flatten(1), block.to_qkv.bias)
         q, k, v = qkv.unsqueeze(1).chunk(3, dim=-1)
@@ -119,12 +131,11 @@ class FastDecoder:
         conv = block.resample[1]
         assert isinstance(conv, nn.Conv2d)
         if block.time_conv is None or stream.at_start:
-            images = enter(x, Step(DENSE), None).buffer.squeeze(3)
+            images = enter(x, Step(POINT), None).buffer.squeeze(3)
         else:
             images = self._double_frames(block.time_conv, x, stream)
-        weight = self._laid_out(conv, 2, lambda: fold_upsample(conv.weight))
-        y = F.conv2d(images.permute(0, 3, 1, 2), weight, padding=1).permute(0, 2, 3, 1)
-        return Sum(y.unflatten(3, (2, 2, conv.out_channels)), conv.bias)
+        (weight,) = self._laid_out(conv, "folded", lambda: (fold_upsample(conv.weight),))
+        return Sum(_images(images, weight).unflatten(3, (2, 2, conv.out_channels)), conv.bias)
 
     def _double_frames(self, conv: CausalConv3d, x: Sum, stream: Stream) -> Tensor:
         """(T, H, W, C) -> (2 T, H, W, C): a convolution over time alone is a matrix product of stacked frames."""
@@ -133,11 +144,11 @@ class FastDecoder:
         assert entered.past is not None and conv.bias is not None
         stream.past[conv] = entered.past
         stacked = entered.buffer.flatten(3).flatten(1, 2)
-        halves = self._laid_out(conv, 1, lambda: stack_taps(conv.weight, 1)).flatten(1).chunk(2)
-        doubled = x.y.new_empty(frames, 2, height * width, channels)
+        (weights,) = self._laid_out(conv, "rows", lambda: (stack_taps(conv.weight, 1).flatten(1),))
+        doubled = stacked.new_empty(frames, 2, height * width, channels)
         # Frame by frame, since a product cannot leave gaps between rows for the frame in between.
         for frame in range(frames):
-            for half, (weight, bias) in enumerate(zip(halves, conv.bias.chunk(2), strict=True)):
+            for half, (weight, bias) in enumerate(zip(weights.chunk(2), conv.bias.chunk(2), strict=True)):
                 torch.addmm(bias, stacked[frame], weight.t(), out=doubled[frame, half])
         return doubled.view(2 * frames, height, width, channels)
 
@@ -147,23 +158,28 @@ class FastDecoder:
         self, conv: CausalConv3d, x: Sum, stream: Stream, norm: RMSNorm | None = None, keep: bool = False
     ) -> tuple[Sum, Tensor | None]:
         """(Norm, SiLU and) a 3x3x3 convolution: its sum, and, if kept, x added up."""
-        group = self.layout(conv.in_channels, conv.out_channels, x.shape[0])
-        window = Window(group, conv.kernel_size[0] - 1)
+        window = self.layout(conv.in_channels, conv.out_channels, x.shape[0])
         step = Step(window, None if norm is None else norm.gamma, silu=norm is not None, keep=keep)
         entered = enter(x, step, stream.past.get(conv))
         assert entered.past is not None
         stream.past[conv] = entered.past
-        weight = self._laid_out(conv, group, lambda: _taps(conv.weight, group))
-        if group == 0:
-            y = F.conv3d(entered.buffer.permute(3, 0, 1, 2).unsqueeze(0), weight, padding=(0, 1, 1))
-            return Sum(y[0].permute(1, 2, 3, 0).unsqueeze(3), conv.bias), entered.kept
-        y = F.conv2d(entered.buffer.flatten(3).permute(0, 3, 1, 2), weight, padding=1)
-        return Sum(y.permute(0, 2, 3, 1).unflatten(3, (group, -1)), conv.bias), entered.kept
+        return Sum(self._convolve(conv, window, entered.buffer), conv.bias), entered.kept
+
+    def _convolve(self, conv: CausalConv3d, window: Window, buffer: Tensor) -> Tensor | Products:
+        if window.winograd:
+            planes = self._laid_out(conv, window, lambda: winograd_taps(conv.weight))
+            return Products(*(_images(part, plane) for part, plane in zip(buffer, planes, strict=True)))
+        if window.group == 0:
+            (volume,) = self._laid_out(conv, window, lambda: (_last(conv.weight),))
+            y = F.conv3d(buffer.permute(3, 0, 1, 2).unsqueeze(0), volume, padding=(0, 1, 1))
+            return y[0].permute(1, 2, 3, 0).unsqueeze(3)
+        (stacked,) = self._laid_out(conv, window, lambda: (stack_taps(conv.weight, window.group),))
+        return _images(buffer.flatten(3), stacked).unflatten(3, (window.group, -1))
 
     def _to_pixels(self, conv: CausalConv3d, norm: RMSNorm, x: Sum, stream: Stream) -> Tensor:
         """Norm, SiLU and the convolution to few channels: (C, T, H, W)."""
-        entered = enter(x, Step(DENSE, norm.gamma, silu=True), None)
-        weight = self._laid_out(conv, 0, lambda: conv.weight.permute(2, 3, 4, 0, 1).flatten(0, 3).contiguous())
+        entered = enter(x, Step(POINT, norm.gamma, silu=True), None)
+        (weight,) = self._laid_out(conv, "rows", lambda: (conv.weight.permute(2, 3, 4, 0, 1).flatten(0, 3),))
         frames, height, width, _ = x.shape
         products = torch.mm(weight, entered.buffer.flatten(0, 3).t()).view(-1, frames, height, width)
         past = stream.past.get(conv)
@@ -175,12 +191,16 @@ class FastDecoder:
         stream.past[conv] = latest[:, -2:].clone()
         return video
 
-    def _laid_out(self, layer: nn.Module, form: int, make: Callable[[], Tensor]) -> Tensor:
+    def _laid_out(self, layer: nn.Module, form: object, make: Callable[[], tuple[Tensor, ...]]) -> tuple[Tensor, ...]:
         if (layer, form) not in self._weights:
             self._weights[layer, form] = make()
         return self._weights[layer, form]
 
 
-def _taps(weight: Tensor, group: int) -> Tensor:
-    """The weight of a 3x3x3 convolution as :class:`Window`'s ``group`` has it."""
-    return weight.contiguous(memory_format=torch.channels_last_3d) if group == 0 else stack_taps(weight, group)
+def _images(x: Tensor, weight: Tensor) -> Tensor:
+    """A 2D convolution, padded by 1, of (N, H, W, C)."""
+    return F.conv2d(x.permute(0, 3, 1, 2), weight, padding=1).permute(0, 2, 3, 1)
+
+
+def _last(weight: Tensor) -> Tensor:
+    return weight.contiguous(memory_format=torch.channels_last_3d)

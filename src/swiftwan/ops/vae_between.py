@@ -12,6 +12,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from itertools import product
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -22,18 +23,38 @@ from torch import Tensor
 class Window:
     """How a convolution reads frames: ``reach`` frames of the past, and how many frames it makes at once.
 
-    ``group`` 0 is a 3D convolution over the chunk, (reach + T, H, W, C). Any other is a 2D one over
-    ``group + reach`` frames stacked in the channels, (T / group, H, W, group + reach, C).
+    - ``group`` 0: a 3D convolution over the chunk, (reach + T, H, W, C).
+    - ``group`` 1 or more: a 2D one over frames stacked in the channels, (T / group, H, W, group + reach, C).
+    - ``winograd``: four 2D ones that make two frames, where plain ones take six (arXiv 1509.09308, F(2, 3) over
+      time): sums and differences of the frames d0 to d3, (4, T / 2, H, W, C) of d0 - d2, d1 + d2, d2 - d1, d1 - d3.
     """
 
     group: int
     reach: int
+    winograd: bool = False
 
     def shape(self, frames: int, height: int, width: int, channels: int) -> tuple[int, ...]:
         if self.group == 0:
             return frames + self.reach, height, width, channels
         assert frames % self.group == 0
+        if self.winograd:
+            return 4, frames // 2, height, width, channels
         return frames // self.group, height, width, self.group + self.reach, channels
+
+
+VOLUME, STACKED, PAIRS, WINOGRAD = Window(0, 2), Window(1, 2), Window(2, 2), Window(2, 2, winograd=True)
+"""The windows of a 3x3x3 convolution."""
+POINT = Window(1, 0)
+"""The window of a convolution that reads its own frame only."""
+
+
+class Products(NamedTuple):
+    """What the four convolutions of a Winograd window made, each (T / 2, H, W, C)."""
+
+    first: Tensor
+    total: Tensor
+    difference: Tensor
+    last: Tensor
 
 
 @dataclass(frozen=True)
@@ -59,17 +80,25 @@ class Repeated:
 class Sum:
     """What a convolution left behind: ``y`` plus ``bias`` plus ``residual``, not yet added up.
 
-    y is (T / F, H, W, F, C), contiguous; or, behind a folded upsampling (:func:`fold_upsample`),
-    (T, H / 2 + 1, W / 2 + 1, 2, 2, C), where the value of row 2 i + a and column 2 j + b stands at [i + a, j + b, a, b].
+    y is (T / F, H, W, F, C), contiguous; or four products; or, behind a folded upsampling (:func:`fold_upsample`),
+    (T, H / 2 + 1, W / 2 + 1, 2, 2, C), where the value of row 2 i + a, column 2 j + b stands at [i + a, j + b, a, b].
     """
 
-    y: Tensor
+    y: Tensor | Products
     bias: Tensor | None = None
     residual: Tensor | Repeated | None = None
 
     @property
+    def tensor(self) -> Tensor:
+        """y, or the first of its products."""
+        return self.y.first if isinstance(self.y, Products) else self.y
+
+    @property
     def shape(self) -> tuple[int, int, int, int]:
         """(T, H, W, C) of the sum."""
+        if isinstance(self.y, Products):
+            groups, height, width, channels = self.y.first.shape
+            return 2 * groups, height, width, channels
         if self.y.ndim == 6:
             frames, rows, columns, _, _, channels = self.y.shape
             return frames, 2 * (rows - 1), 2 * (columns - 1), channels
@@ -103,7 +132,7 @@ def enter(total: Sum, step: Step, past: Tensor | None) -> Entered:
     Sums and norms are float32; what is stored is rounded once. ``past`` None counts as zeros.
     CUDA tensors go through a Triton kernel, all others through :func:`enter_plain`.
     """
-    if not total.y.is_cuda:
+    if not total.tensor.is_cuda:
         return enter_plain(total, step, past)
     from swiftwan.ops import vae_between_triton  # triton is there only where CUDA is
 
@@ -113,7 +142,7 @@ def enter(total: Sum, step: Step, past: Tensor | None) -> Entered:
 def enter_plain(total: Sum, step: Step, past: Tensor | None) -> Entered:
     """The reference of :func:`enter`."""
     frames, _, _, channels = total.shape
-    dtype, window = total.y.dtype, step.window
+    dtype, window = total.tensor.dtype, step.window
     x = _in_order(total.y).float()
     if total.bias is not None:
         x = x + total.bias.float()
@@ -125,10 +154,13 @@ def enter_plain(total: Sum, step: Step, past: Tensor | None) -> Entered:
         x = x * x.square().mean(dim=3, keepdim=True).clamp_min(1e-24).rsqrt() * step.gamma.float().flatten()
     if step.silu:
         x = F.silu(x)
-    x = x.to(dtype)
     if window.reach:
-        x = torch.cat((x.new_zeros(window.reach, *x.shape[1:]) if past is None else past, x))
-        past = x[-window.reach :].clone()
+        x = torch.cat((x.new_zeros(window.reach, *x.shape[1:]) if past is None else past.float(), x))
+        past = x[-window.reach :].to(dtype)
+    if window.winograd:
+        d0, d1, d2, d3 = x[:-2:2], x[1:-1:2], x[2::2], x[3::2]
+        return Entered(torch.stack((d0 - d2, d1 + d2, d2 - d1, d1 - d3)).to(dtype), past, kept)
+    x = x.to(dtype)
     if window.group == 0:
         return Entered(x, past, kept)
     # (T / group, H, W, C, group + reach)
@@ -136,8 +168,11 @@ def enter_plain(total: Sum, step: Step, past: Tensor | None) -> Entered:
     return Entered(stacked.transpose(3, 4).contiguous(), past, kept)
 
 
-def _in_order(y: Tensor) -> Tensor:
+def _in_order(y: Tensor | Products) -> Tensor:
     """Any y of a :class:`Sum` -> (T, H, W, C)."""
+    if isinstance(y, Products):
+        first, total, difference, last = (part.float() for part in y)
+        return torch.stack((first + total + difference, total - difference - last), dim=1).flatten(0, 1)
     if y.ndim == 5:
         return y.permute(0, 3, 1, 2, 4).flatten(0, 1)
     rows, columns = y.shape[1] - 1, y.shape[2] - 1
@@ -187,6 +222,13 @@ def stack_taps(weight: Tensor, group: int) -> Tensor:
     for frame in range(group):
         wide[frame, :, frame : frame + taps] = weight.transpose(1, 2)
     return wide.flatten(2, 3).flatten(0, 1).contiguous(memory_format=torch.channels_last)
+
+
+def winograd_taps(weight: Tensor) -> tuple[Tensor, ...]:
+    """(O, I, 3, h, w) -> the four (O, I, h, w) of :class:`Products`; sums are taken in float32 and rounded once."""
+    early, present, late = weight.float().unbind(2)
+    planes = (early, (early + present + late) / 2, (early - present + late) / 2, late)
+    return tuple(plane.to(weight.dtype).contiguous(memory_format=torch.channels_last) for plane in planes)
 
 
 def fold_upsample(weight: Tensor) -> Tensor:
