@@ -141,7 +141,8 @@ class FastDecoder:
         """(T, H, W, C) -> (2 T, H, W, C): a convolution over time alone is a matrix product of stacked frames."""
         frames, height, width, channels = x.shape
         entered = enter(x, Step(Window(1, conv.kernel_size[0] - 1)), stream.past.get(conv))
-        assert entered.past is not None and conv.bias is not None
+        assert entered.past is not None
+        assert conv.bias is not None
         stream.past[conv] = entered.past
         stacked = entered.buffer.flatten(3).flatten(1, 2)
         (weights,) = self._laid_out(conv, "rows", lambda: (stack_taps(conv.weight, 1).flatten(1),))

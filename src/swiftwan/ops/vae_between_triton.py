@@ -1,4 +1,7 @@
-"""The kernel of :mod:`swiftwan.ops.vae_between`. Imported only where Triton is."""
+"""The kernels of :mod:`swiftwan.ops.vae_between`. Imported only where Triton is.
+
+A program takes a few positions of all channels. Offsets within a frame fit 32 bits, those of frames do not.
+"""
 
 from __future__ import annotations
 
@@ -7,14 +10,98 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from swiftwan.ops.vae_between import Entered, Repeated, Step, Sum
+from swiftwan.ops.vae_between import Entered, Products, Repeated, Step, Sum
 
 ELEMENTS = 4096  # of one program: 32 positions of 96 channels, 4 of 1024
+SIZES = ["frames", "height", "width"]
+NONE, SAME, REPEATED = 0, 1, 2  # kinds of residual
+GROUPED, FOLDED, PRODUCTS = 0, 1, 2  # kinds of y
 
 
-@triton.jit(do_not_specialize=["frames", "height", "width"])
+@triton.jit
+def _sum(  # type: ignore[no-untyped-def]
+    y,
+    y1,
+    y2,
+    y3,
+    bias,
+    residual,
+    kept,
+    frame,
+    position,
+    channel,
+    mask,
+    height,
+    width,
+    CHANNELS: tl.constexpr,
+    SOURCE: tl.constexpr,
+    Y_GROUP: tl.constexpr,
+    HAS_BIAS: tl.constexpr,
+    RESIDUAL: tl.constexpr,
+    FACTOR_T: tl.constexpr,
+    REPEATS: tl.constexpr,
+    SKIP: tl.constexpr,
+    KEEP: tl.constexpr,
+):
+    """One frame's sum at some positions, float32; stored too if kept."""
+    area = height * width
+    frame_size = (area * CHANNELS).to(tl.int64)
+    dense = position[:, None] * CHANNELS + channel[None, :]
+    row = position // width
+    column = position % width
+    if SOURCE == 2:
+        place = (frame // 2) * frame_size + dense
+        value = tl.load(y1 + place, mask, other=0.0).to(tl.float32)
+        difference = tl.load(y2 + place, mask, other=0.0).to(tl.float32)
+        if frame % 2 == 0:
+            value = value + difference + tl.load(y + place, mask, other=0.0).to(tl.float32)
+        else:
+            value = value - difference - tl.load(y3 + place, mask, other=0.0).to(tl.float32)
+    else:
+        if SOURCE == 1:
+            across = width // 2 + 1
+            place = (row // 2 + row % 2) * across + column // 2 + column % 2
+            place = place * 4 + (row % 2) * 2 + column % 2
+            start = frame * ((height // 2 + 1) * across * (4 * CHANNELS)).to(tl.int64)
+        else:
+            place = position * Y_GROUP
+            start = (frame // Y_GROUP) * (frame_size * Y_GROUP) + (frame % Y_GROUP) * CHANNELS
+        value = tl.load(y + start + place[:, None] * CHANNELS + channel[None, :], mask, other=0.0).to(tl.float32)
+    if HAS_BIAS:
+        value += tl.load(bias + channel, channel < CHANNELS, other=0.0).to(tl.float32)[None, :]
+    if RESIDUAL == 1:
+        value += tl.load(residual + frame * frame_size + dense, mask, other=0.0).to(tl.float32)
+    if RESIDUAL == 2:
+        copy = frame + SKIP
+        small = (row // 2) * (width // 2) + column // 2
+        inner = ((copy % FACTOR_T) * 2 + row % 2) * 2 + column % 2
+        source = (channel[None, :] * (FACTOR_T * 4) + inner[:, None]) // REPEATS
+        width_in: tl.constexpr = CHANNELS * FACTOR_T * 4 // REPEATS
+        start = (copy // FACTOR_T) * ((area // 4) * width_in).to(tl.int64)
+        value += tl.load(residual + start + small[:, None] * width_in + source, mask, other=0.0).to(tl.float32)
+    if KEEP:
+        tl.store(kept + frame * frame_size + dense, value, mask)
+    return value
+
+
+@triton.jit
+def _activate(value, gamma, channel, CHANNELS: tl.constexpr, NORM: tl.constexpr, SILU: tl.constexpr):  # type: ignore[no-untyped-def]
+    if NORM:
+        # Lanes beyond the channels hold zeros.
+        scale = tl.rsqrt(tl.maximum(tl.sum(value * value, 1) / CHANNELS, 1e-24))
+        gain = tl.load(gamma + channel, channel < CHANNELS, other=0.0).to(tl.float32)
+        value = value * scale[:, None] * gain[None, :]
+    if SILU:
+        value = value * tl.sigmoid(value)
+    return value
+
+
+@triton.jit(do_not_specialize=SIZES)
 def _enter(  # type: ignore[no-untyped-def]
     y,
+    y1,
+    y2,
+    y3,
     bias,
     residual,
     gamma,
@@ -28,10 +115,10 @@ def _enter(  # type: ignore[no-untyped-def]
     CHANNELS: tl.constexpr,
     PADDED: tl.constexpr,
     POSITIONS: tl.constexpr,
+    SOURCE: tl.constexpr,
     Y_GROUP: tl.constexpr,
-    FOLDED: tl.constexpr,
     HAS_BIAS: tl.constexpr,
-    RESIDUAL: tl.constexpr,  # 0 none, 1 of the same shape, 2 repeated
+    RESIDUAL: tl.constexpr,
     FACTOR_T: tl.constexpr,
     REPEATS: tl.constexpr,
     SKIP: tl.constexpr,
@@ -42,10 +129,11 @@ def _enter(  # type: ignore[no-untyped-def]
     REACH: tl.constexpr,
     GROUP: tl.constexpr,
 ):
+    """One program a frame, those of the past too."""
     area = height * width
     position = tl.program_id(0) * POSITIONS + tl.arange(0, POSITIONS)
     channel = tl.arange(0, PADDED)
-    step = tl.program_id(1)  # counts the past too
+    step = tl.program_id(1)
     mask = (position < area)[:, None] & (channel < CHANNELS)[None, :]
     dense = position[:, None] * CHANNELS + channel[None, :]
     frame_size = (area * CHANNELS).to(tl.int64)
@@ -56,42 +144,14 @@ def _enter(  # type: ignore[no-untyped-def]
         else:
             value = tl.zeros((POSITIONS, PADDED), tl.float32)
     else:
-        frame = step - REACH
-        row = position // width
-        column = position % width
-        if FOLDED:
-            across = width // 2 + 1
-            place = (row // 2 + row % 2) * across + column // 2 + column % 2
-            place = place * 4 + (row % 2) * 2 + column % 2
-            start = frame * ((height // 2 + 1) * across * (4 * CHANNELS)).to(tl.int64)
-        else:
-            place = position * Y_GROUP
-            start = (frame // Y_GROUP) * (frame_size * Y_GROUP) + (frame % Y_GROUP) * CHANNELS
-        value = tl.load(y + start + place[:, None] * CHANNELS + channel[None, :], mask, other=0.0).to(tl.float32)
-        if HAS_BIAS:
-            value += tl.load(bias + channel, channel < CHANNELS, other=0.0).to(tl.float32)[None, :]
-        if RESIDUAL == 1:
-            value += tl.load(residual + frame * frame_size + dense, mask, other=0.0).to(tl.float32)
-        if RESIDUAL == 2:
-            copy = frame + SKIP
-            small = (row // 2) * (width // 2) + column // 2
-            inner = ((copy % FACTOR_T) * 2 + row % 2) * 2 + column % 2
-            source = (channel[None, :] * (FACTOR_T * 4) + inner[:, None]) // REPEATS
-            width_in: tl.constexpr = CHANNELS * FACTOR_T * 4 // REPEATS
-            start = (copy // FACTOR_T) * ((area // 4) * width_in).to(tl.int64)
-            value += tl.load(residual + start + small[:, None] * width_in + source, mask, other=0.0).to(tl.float32)
-        if KEEP:
-            tl.store(kept + frame * frame_size + dense, value, mask)
-        if NORM:
-            # Lanes beyond the channels hold zeros.
-            scale = tl.rsqrt(tl.maximum(tl.sum(value * value, 1) / CHANNELS, 1e-24))
-            value = value * scale[:, None] * tl.load(gamma + channel, channel < CHANNELS, other=0.0).to(tl.float32)
-        if SILU:
-            value = value * tl.sigmoid(value)
+        value = _sum(
+            y, y1, y2, y3, bias, residual, kept, step - REACH, position, channel, mask, height, width,
+            CHANNELS, SOURCE, Y_GROUP, HAS_BIAS, RESIDUAL, FACTOR_T, REPEATS, SKIP, KEEP,
+        )  # fmt: skip
+        value = _activate(value, gamma, channel, CHANNELS, NORM, SILU)
 
-    if REACH > 0:
-        if step >= frames:
-            tl.store(new_past + (step - frames) * frame_size + dense, value, mask)
+    if REACH > 0 and step >= frames:
+        tl.store(new_past + (step - frames) * frame_size + dense, value, mask)
     if GROUP == 0:
         tl.store(buffer + step * frame_size + dense, value, mask)
     else:
@@ -104,24 +164,95 @@ def _enter(  # type: ignore[no-untyped-def]
             tl.store(buffer + group * (frame_size * slots) + slot * CHANNELS + stacked, value, mask & fits)
 
 
+@triton.jit(do_not_specialize=SIZES)
+def _enter_winograd(  # type: ignore[no-untyped-def]
+    y,
+    y1,
+    y2,
+    y3,
+    bias,
+    residual,
+    gamma,
+    past,
+    buffer,
+    new_past,
+    kept,
+    frames,
+    height,
+    width,
+    CHANNELS: tl.constexpr,
+    PADDED: tl.constexpr,
+    POSITIONS: tl.constexpr,
+    SOURCE: tl.constexpr,
+    Y_GROUP: tl.constexpr,
+    HAS_BIAS: tl.constexpr,
+    RESIDUAL: tl.constexpr,
+    FACTOR_T: tl.constexpr,
+    REPEATS: tl.constexpr,
+    SKIP: tl.constexpr,
+    NORM: tl.constexpr,
+    SILU: tl.constexpr,
+    KEEP: tl.constexpr,
+    HAS_PAST: tl.constexpr,
+    REACH: tl.constexpr,
+    GROUP: tl.constexpr,
+):
+    """One program all frames, two at a time: each pair meets the one before it in registers."""
+    area = height * width
+    position = tl.program_id(0) * POSITIONS + tl.arange(0, POSITIONS)
+    channel = tl.arange(0, PADDED)
+    mask = (position < area)[:, None] & (channel < CHANNELS)[None, :]
+    dense = position[:, None] * CHANNELS + channel[None, :]
+    frame_size = (area * CHANNELS).to(tl.int64)
+    pairs = frames // 2
+
+    if HAS_PAST:
+        d0 = tl.load(past + dense, mask, other=0.0).to(tl.float32)
+        d1 = tl.load(past + frame_size + dense, mask, other=0.0).to(tl.float32)
+    else:
+        d0 = tl.zeros((POSITIONS, PADDED), tl.float32)
+        d1 = tl.zeros((POSITIONS, PADDED), tl.float32)
+    for pair in range(pairs):
+        d2 = _sum(
+            y, y1, y2, y3, bias, residual, kept, 2 * pair, position, channel, mask, height, width,
+            CHANNELS, SOURCE, Y_GROUP, HAS_BIAS, RESIDUAL, FACTOR_T, REPEATS, SKIP, KEEP,
+        )  # fmt: skip
+        d3 = _sum(
+            y, y1, y2, y3, bias, residual, kept, 2 * pair + 1, position, channel, mask, height, width,
+            CHANNELS, SOURCE, Y_GROUP, HAS_BIAS, RESIDUAL, FACTOR_T, REPEATS, SKIP, KEEP,
+        )  # fmt: skip
+        d2 = _activate(d2, gamma, channel, CHANNELS, NORM, SILU)
+        d3 = _activate(d3, gamma, channel, CHANNELS, NORM, SILU)
+        tl.store(buffer + pair * frame_size + dense, d0 - d2, mask)
+        tl.store(buffer + (pairs + pair) * frame_size + dense, d1 + d2, mask)
+        tl.store(buffer + (2 * pairs + pair) * frame_size + dense, d2 - d1, mask)
+        tl.store(buffer + (3 * pairs + pair) * frame_size + dense, d1 - d3, mask)
+        d0 = d2
+        d1 = d3
+    tl.store(new_past + dense, d0, mask)
+    tl.store(new_past + frame_size + dense, d1, mask)
+
+
 def enter(total: Sum, step: Step, past: Tensor | None) -> Entered:
     """:func:`swiftwan.ops.vae_between.enter` on a GPU."""
     frames, height, width, channels = total.shape
-    y, window, residual = total.y, step.window, total.residual
-    assert y.is_contiguous()
+    y, window, residual = total.tensor, step.window, total.residual
+    parts = tuple(total.y) if isinstance(total.y, Products) else (y,) * 4
+    assert all(part.is_contiguous() for part in parts)
     buffer = y.new_empty(window.shape(frames, height, width, channels))
     kept = y.new_empty(frames, height, width, channels) if step.keep else None
     new_past = y.new_empty(window.reach, height, width, channels) if window.reach else None
-    repeated = isinstance(residual, Repeated)
+    copies = residual if isinstance(residual, Repeated) else None
     source = residual.x if isinstance(residual, Repeated) else residual
     assert source is None or source.is_contiguous()
-    factor_t = residual.factor_t if isinstance(residual, Repeated) else 1
+    factor_t = copies.factor_t if copies else 1
     padded = triton.next_power_of_2(channels)
     positions = max(1, ELEMENTS // padded)
-    grid = (triton.cdiv(height * width, positions), frames + window.reach)
-    with torch.cuda.device(y.device) if y.is_cuda else torch.no_grad():
-        _enter[grid](
-            y,
+    across = triton.cdiv(height * width, positions)
+    kernel, grid = (_enter_winograd, (across,)) if window.winograd else (_enter, (across, frames + window.reach))
+    with torch.cuda.device_of(y):
+        kernel[grid](
+            *parts,
             y if total.bias is None else total.bias,
             y if source is None else source,
             y if step.gamma is None else step.gamma,
@@ -135,13 +266,13 @@ def enter(total: Sum, step: Step, past: Tensor | None) -> Entered:
             CHANNELS=channels,
             PADDED=padded,
             POSITIONS=positions,
-            Y_GROUP=1 if y.ndim == 6 else y.shape[3],
-            FOLDED=y.ndim == 6,
+            SOURCE=PRODUCTS if isinstance(total.y, Products) else FOLDED if y.ndim == 6 else GROUPED,
+            Y_GROUP=y.shape[3] if y.ndim == 5 else 1,
             HAS_BIAS=total.bias is not None,
-            RESIDUAL=0 if source is None else 2 if repeated else 1,
+            RESIDUAL=NONE if source is None else REPEATED if copies else SAME,
             FACTOR_T=factor_t,
-            REPEATS=residual.repeats if isinstance(residual, Repeated) else 1,
-            SKIP=source.shape[0] * factor_t - frames if repeated and source is not None else 0,
+            REPEATS=copies.repeats if copies else 1,
+            SKIP=copies.x.shape[0] * factor_t - frames if copies else 0,
             NORM=step.gamma is not None,
             SILU=step.silu,
             KEEP=step.keep,
@@ -152,7 +283,7 @@ def enter(total: Sum, step: Step, past: Tensor | None) -> Entered:
     return Entered(buffer, new_past, kept)
 
 
-@triton.jit(do_not_specialize=["frames", "height", "width"])
+@triton.jit(do_not_specialize=SIZES)
 def _gather_taps(  # type: ignore[no-untyped-def]
     products,
     past,
@@ -192,11 +323,12 @@ def _gather_taps(  # type: ignore[no-untyped-def]
 def gather_taps(products: Tensor, past: Tensor | None, bias: Tensor) -> Tensor:
     """:func:`swiftwan.ops.vae_between.gather_taps` on a GPU."""
     _, frames, height, width = products.shape
-    assert products.is_contiguous() and (past is None or past.is_contiguous())
+    assert products.is_contiguous()
+    assert past is None or past.is_contiguous()
     out = products.new_empty(bias.shape[0], frames, height, width)
     positions = 256
     grid = (triton.cdiv(height * width, positions), frames, bias.shape[0])
-    with torch.cuda.device(products.device) if products.is_cuda else torch.no_grad():
+    with torch.cuda.device_of(products):
         _gather_taps[grid](
             products,
             products if past is None else past,
