@@ -31,7 +31,8 @@ from torch import Tensor, nn
 
 from swiftwan.models.config import WAN21_VAE, WAN22_VAE, VAEConfig
 from swiftwan.models.vae import WanVAE
-from swiftwan.models.vae_fast import FastDecoder
+from swiftwan.models.vae_fast import FastDecoder, Layout
+from swiftwan.ops.vae_between import PAIRS, STACKED, VOLUME, WINOGRAD, Window
 
 CASES = {
     "vae-832x480x81": (WAN21_VAE, 81, 480, 832),
@@ -39,7 +40,8 @@ CASES = {
     "vae22-1280x704x121": (WAN22_VAE, 121, 704, 1280),
 }
 CEILING = 705e12  # the largest bf16 product measured in DESIGN.md, for ceiling_fraction
-CHUNK = 4
+CHUNK = 4  # latent frames at once, where variants has not found a better number
+WINDOWS = {"volume": VOLUME, "stacked": STACKED, "pairs": PAIRS, "winograd": WINOGRAD}
 PREFIX = 5  # latent frames that errors are taken over
 
 
@@ -125,7 +127,7 @@ def row(case: str, **values: Any) -> dict[str, Any]:
 
 
 @torch.no_grad()
-def bench(case: str, repeats: int) -> Iterator[dict[str, Any]]:
+def bench(case: str, repeats: int, out: Path) -> Iterator[dict[str, Any]]:
     config, *size = CASES[case]
     z = latents_of(config, *size)
     theirs = diffusers_vae(config)
@@ -137,12 +139,32 @@ def bench(case: str, repeats: int) -> Iterator[dict[str, Any]]:
     fast, plain = our_vae(config, theirs, torch.bfloat16), our_vae(config, theirs, torch.bfloat16, fast=False)
     wide = theirs
     low = diffusers_vae(config).bfloat16()
-    runs["vae:fast"] = lambda: frames_of(fast, z)
+    fast_wide = our_vae(config, theirs, torch.float32)
+    chunk = settle(fast, out)
+    settle(fast_wide, out)
+    benchmark = torch.backends.cudnn.benchmark
+
+    def alone(run: Callable[[], Any]) -> Callable[[], Any]:
+        """Only ours runs as variants settled it; the peer as it comes."""
+
+        def scoped() -> Any:
+            torch.backends.cudnn.benchmark = benchmark
+            try:
+                return run()
+            finally:
+                torch.backends.cudnn.benchmark = False
+
+        return scoped
+
+    torch.backends.cudnn.benchmark = False
+    runs["vae:fast"] = alone(lambda: frames_of(fast, z, chunk))
+    runs["vae:fast fp32"] = alone(lambda: frames_of(fast_wide, z, 1))
     runs["plain"] = lambda: frames_of(plain, z, 1)
     runs["diffusers bf16"] = lambda: to_uint8(low.decode(z.bfloat16()).sample)
     runs["diffusers fp32"] = lambda: to_uint8(wide.decode(z).sample)
     decoded = {
-        "vae:fast": fast.decode(fast.normalize(start), CHUNK),
+        "vae:fast": fast.decode(fast.normalize(start), chunk),
+        "vae:fast fp32": fast_wide.decode(fast_wide.normalize(start), 1),
         "plain": plain.decode(plain.normalize(start), 1),
         "diffusers bf16": low.decode(start.bfloat16()).sample,
         "diffusers fp32": wide.decode(start).sample,
@@ -156,18 +178,21 @@ def bench(case: str, repeats: int) -> Iterator[dict[str, Any]]:
     peaks: dict[str, int] = {}
     for repeat in range(repeats + 1):  # the first round warms up and is not counted
         for name, run in runs.items():
-            if name == "diffusers fp32" and repeat not in (1, 2):  # slow, and the reference has warmed it
+            if "fp32" in name and repeat not in (1, 2):  # slow
                 continue
             taken, peaks[name] = timed(run)
             if repeat:
                 seconds[name].append(taken)
     median = {name: statistics.median(times) for name, times in seconds.items()}
     operations = arithmetic(config, z)
-    for ours in ("vae:fast", "plain"):
+    for ours in ("vae:fast", "plain", "vae:fast fp32"):
         for peer in ("diffusers bf16", "diffusers fp32"):
+            if ours.endswith("fp32") and not peer.endswith("fp32"):
+                continue
             yield row(
                 case,
-                plan=[ours] if ours != "plain" else [],
+                plan=[] if ours == "plain" else ours.split(),
+                latent_frames_per_chunk=chunk if ours == "vae:fast" else 1,
                 shape=f"latents {tuple(z.shape)} to uint8 frames on the device",
                 seconds=round(median[ours], 4),
                 spread=[round(min(seconds[ours]), 4), round(max(seconds[ours]), 4)],
@@ -204,43 +229,62 @@ def check() -> Iterator[dict[str, Any]]:
                 for chunk in (1, 2, None):
                     name = f"{'fast' if fast else 'plain'} {dtype} chunk {chunk}"
                     found[name] = relative(vae.decode(vae.normalize(z), chunk), reference)
-            for group in (0, 1, 2):
-                vae.make_decoder = lambda d, group=group: FastDecoder(d, lambda i, o, t: group if t % 2 == 0 else 1)
-                found[f"fast {dtype} group {group}"] = relative(vae.decode(vae.normalize(z), CHUNK), reference)
+            for name, layout in layouts(Path("nowhere")).items():
+                vae.make_decoder = lambda d, layout=layout: FastDecoder(d, layout)
+                found[f"fast {dtype} {name}"] = relative(vae.decode(vae.normalize(z), CHUNK), reference)
         for name, error in found.items():
             yield {"check": "wan2.2" if config.is_residual else "wan2.1", "what": name, "error": error}
 
 
+def layouts(out: Path) -> dict[str, Layout]:
+    """Each window wherever it divides, and the fastest of each shape where components have been measured."""
+
+    def all_in(window: Window) -> Layout:
+        return lambda i, o, t: window if not window.group or t % window.group == 0 else VOLUME
+
+    found = {name: all_in(window) for name, window in WINDOWS.items()}
+    file = out / "layout.json"
+    if file.exists():
+        measured: dict[str, str] = json.loads(file.read_text())
+
+        def fastest(i: int, o: int, t: int) -> Window:
+            near = [(abs(int(key.split(",")[2]) - t), g) for key, g in measured.items() if key.startswith(f"{i},{o},")]
+            window = WINDOWS[min(near)[1]] if near else VOLUME
+            return window if not window.group or t % window.group == 0 else VOLUME
+
+        found["components"] = fastest
+    return found
+
+
 @torch.no_grad()
 def variants(out: Path) -> Iterator[dict[str, Any]]:
+    """Every layout and chunk length; the fastest goes to best.json, which bench and profile run."""
     config, *size = CASES["vae-832x480x81"]
     z = latents_of(config, *size)
     vae = our_vae(config, diffusers_vae(config), torch.bfloat16)
-    measured: dict[str, int] = {}
-    if (out / "layout.json").exists():
-        measured = json.loads((out / "layout.json").read_text())
-
-    def from_components(i: int, o: int, t: int) -> int:
-        near = [(abs(int(key.split(",")[2]) - t), g) for key, g in measured.items() if key.startswith(f"{i},{o},")]
-        group = min(near)[1] if near else 1
-        return group if not group or t % group == 0 else 1
-
-    layouts = {
-        "3d": lambda i, o, t: 0,
-        "stacked": lambda i, o, t: 1,
-        "pairs": lambda i, o, t: 2 - t % 2,
-        "pairs at 96": lambda i, o, t: (2 - t % 2) if i == 96 else 0,
-        "components": from_components,
-    }
+    results = []
     for benchmark in (False, True):
         torch.backends.cudnn.benchmark = benchmark
-        for name, layout in layouts.items():
+        for name, layout in layouts(out).items():
             vae.make_decoder = lambda d, layout=layout: FastDecoder(d, layout)
-            for chunk in (1, 2, 4, 10) if name in ("3d", "components") else (1, 4):
+            for chunk in (1, 2, 4, 10) if name in ("winograd", "components") else (1, 4):
                 taken = [timed(lambda chunk=chunk: frames_of(vae, z, chunk)) for _ in range(3)]
                 seconds, peak = min(taken[1:])
                 what = {"layout": name, "chunk": chunk, "benchmark": benchmark}
+                results.append((seconds, what))
                 yield {"variant": what, "seconds": seconds, "peak_gb": peak / 1e9}
+    (out / "best.json").write_text(json.dumps(min(results, key=lambda result: result[0])[1]))
+
+
+def settle(vae: WanVAE, out: Path) -> int:
+    """Make ``vae`` decode as variants found best; the chunk length."""
+    file = out / "best.json"
+    if not file.exists():
+        return CHUNK
+    best = json.loads(file.read_text())
+    torch.backends.cudnn.benchmark = best["benchmark"]
+    vae.make_decoder = lambda d: FastDecoder(d, layouts(out)[best["layout"]])
+    return int(best["chunk"])
 
 
 @torch.no_grad()
@@ -271,10 +315,11 @@ def profile(out: Path) -> Iterator[dict[str, Any]]:
     config, *size = CASES["vae-832x480x81"]
     z = latents_of(config, *size)
     vae = our_vae(config, diffusers_vae(config), torch.bfloat16)
-    frames_of(vae, z)
+    chunk = settle(vae, out)
+    frames_of(vae, z, chunk)
     kinds = [torch.profiler.ProfilerActivity.CUDA, torch.profiler.ProfilerActivity.CPU]
     with torch.profiler.profile(activities=kinds) as seen:
-        frames_of(vae, z)
+        frames_of(vae, z, chunk)
         torch.cuda.synchronize()
     table = seen.key_averages().table(sort_by="self_cuda_time_total", row_limit=40, max_name_column_width=110)
     (out / "profile.txt").write_text(table)
@@ -284,15 +329,15 @@ def profile(out: Path) -> Iterator[dict[str, Any]]:
 def run_all(out: Path) -> None:
     me = [sys.executable, "-W", "ignore", __file__]
     parts = [
-        (["check"], 90),
-        (["bench", "vae-832x480x81"], 90),
-        ([str(Path(__file__).with_name("h200_vae_components.py"))], 110),
-        (["variants"], 80),
-        (["profile"], 40),
-        (["bench", "vae22-1280x704x121", "--repeats", "2"], 80),
-        (["bench", "vae-1280x720x81", "--repeats", "2"], 80),
-        (["compiled", "peer"], 100),
-        (["compiled", "ours"], 100),
+        (["check"], 80),
+        ([str(Path(__file__).with_name("h200_vae_components.py"))], 120),
+        (["variants"], 90),
+        (["bench", "vae-832x480x81"], 70),
+        (["profile"], 30),
+        (["bench", "vae-1280x720x81", "--repeats", "2"], 60),
+        (["bench", "vae22-1280x704x121", "--repeats", "2"], 90),
+        (["compiled", "peer"], 90),
+        (["compiled", "ours"], 90),
     ]
     for part, limit in parts:
         command = (me if not part[0].endswith(".py") else me[:-1]) + part + ["--out", str(out)]
@@ -314,7 +359,7 @@ def main() -> None:
     if options.mode == "all":
         return run_all(options.out)
     modes: dict[str, Callable[[], Iterator[dict[str, Any]]]] = {
-        "bench": lambda: bench(options.what, options.repeats),
+        "bench": lambda: bench(options.what, options.repeats, options.out),
         "check": check,
         "variants": lambda: variants(options.out),
         "compiled": lambda: compiled(options.what),

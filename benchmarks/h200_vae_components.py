@@ -13,13 +13,25 @@ import json
 import statistics
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from swiftwan.ops.vae_between import Step, Sum, Window, enter, fold_upsample, gather_taps, stack_taps
+from swiftwan.ops.vae_between import (
+    PAIRS,
+    STACKED,
+    VOLUME,
+    WINOGRAD,
+    Products,
+    Step,
+    Sum,
+    enter,
+    fold_upsample,
+    gather_taps,
+    stack_taps,
+    winograd_taps,
+)
 
 SHAPES = [  # (channels in, out, height, width, frames per latent frame), Wan2.1 at 832 x 480
     (96, 96, 480, 832, 4),
@@ -54,55 +66,48 @@ def randn(*shape: int) -> Tensor:
     return torch.randn(shape, device="cuda", dtype=torch.bfloat16)
 
 
-def convolution(group: int | str, c: int, o: int, t: int, h: int, w: int) -> Callable[[], object] | None:
+WINDOWS = {"volume": VOLUME, "stacked": STACKED, "pairs": PAIRS, "winograd": WINOGRAD}
+
+
+def convolution(name: str, c: int, o: int, t: int, h: int, w: int) -> Callable[[], object] | None:
+    """The layout's convolutions alone; None where the frames do not divide."""
     weight = randn(o, c, 3, 3, 3) / (27 * c) ** 0.5
-    if group == "contiguous":
+    if name == "contiguous":
         x = randn(1, c, t + 2, h, w)
         return lambda: F.conv3d(x, weight, padding=(0, 1, 1))
-    if group == 0:
-        buffer = randn(t + 2, h, w, c).permute(3, 0, 1, 2).unsqueeze(0)
-        last = weight.contiguous(memory_format=torch.channels_last_3d)
-        return lambda: F.conv3d(buffer, last, padding=(0, 1, 1))
-    if group == "winograd":  # four products for two frames, instead of six
-        if t % 2:
-            return None
-        images = [randn(t // 2, h, w, c).permute(0, 3, 1, 2) for _ in range(4)]
-        planes = [weight[:, :, 0].contiguous(memory_format=torch.channels_last) for _ in range(4)]
-        return lambda: [F.conv2d(i, p, padding=1) for i, p in zip(images, planes, strict=True)]
-    assert isinstance(group, int)
-    if t % group:
+    window = WINDOWS[name]
+    if window.group and t % window.group:
         return None
-    stacked = randn(t // group, h, w, (group + 2) * c).permute(0, 3, 1, 2)
-    wide = stack_taps(weight, group)
+    buffer = randn(*window.shape(t, h, w, c))
+    if name == "volume":
+        volume, last = buffer.permute(3, 0, 1, 2).unsqueeze(0), weight.contiguous(memory_format=torch.channels_last_3d)
+        return lambda: F.conv3d(volume, last, padding=(0, 1, 1))
+    if name == "winograd":
+        images, planes = buffer.permute(0, 1, 4, 2, 3).unbind(), winograd_taps(weight)
+        return lambda: [F.conv2d(i, p, padding=1) for i, p in zip(images, planes, strict=True)]
+    stacked, wide = buffer.flatten(3).permute(0, 3, 1, 2), stack_taps(weight, window.group)
     return lambda: F.conv2d(stacked, wide, padding=1)
 
 
-def convolutions(say: Callable[..., None]) -> dict[str, Any]:
-    best: dict[str, tuple[float, Any]] = {}
+def convolutions(say: Callable[..., None]) -> dict[str, str]:
+    best: dict[str, tuple[float, str]] = {}
     for benchmark in (False, True):
         torch.backends.cudnn.benchmark = benchmark
         for c, o, h, w, per in SHAPES + WAN22:
-            for latent_frames in (1, 4) if (c, h) != (512, 176) else (1,):
+            for latent_frames in (1, 4) if c < 512 and c != 256 else (1,):
                 t = per * latent_frames
-                for group in ("contiguous", 0, 1, 2, 4, "winograd"):
-                    if group == "contiguous" and (not benchmark or latent_frames > 1):
+                for name in ("contiguous", *WINDOWS):
+                    if name == "contiguous" and (not benchmark or latent_frames > 1):
                         continue
-                    if group == 4 and (t < 4 or c > 96):
-                        continue
-                    run = convolution(group, c, o, t, h, w)
+                    run = convolution(name, c, o, t, h, w)
                     if run is None:
                         continue
                     ms = milliseconds(run)
                     rate = 2 * 27 * c * o * t * h * w / ms / 1e9
-                    say("conv", f"{c}->{o} {t}x{h}x{w} {group} benchmark={benchmark}", ms=ms, tflops=rate)
+                    say("conv", f"{c}->{o} {t}x{h}x{w} {name} benchmark={benchmark}", ms=ms, tflops=rate)
                     key = f"{c},{o},{t}"
-                    if (
-                        isinstance(group, int)
-                        and group < 4
-                        and not benchmark
-                        and (key not in best or ms < best[key][0])
-                    ):
-                        best[key] = (ms, group)
+                    if name in WINDOWS and not benchmark and (key not in best or ms < best[key][0]):
+                        best[key] = (ms, name)
         for c, o, h, w, t in UPSAMPLES:
             weight = randn(o, c, 3, 3) / (9 * c) ** 0.5
             large, small = randn(t, 2 * h, 2 * w, c).permute(0, 3, 1, 2), randn(t, h, w, c).permute(0, 3, 1, 2)
@@ -113,26 +118,27 @@ def convolutions(say: Callable[..., None]) -> dict[str, Any]:
                 what = f"upsample {c}->{o} {t}x{h}x{w} {name} benchmark={benchmark}"
                 say("conv", what, ms=ms, tflops=useful / ms / 1e9)
     torch.backends.cudnn.benchmark = False
-    return {key: group for key, (_, group) in best.items()}
+    return {key: name for key, (_, name) in best.items()}
 
 
 def kernels(say: Callable[..., None]) -> None:
     for c, h, w, t in ((96, 480, 832, 4), (192, 240, 416, 4), (384, 120, 208, 2), (384, 60, 104, 1)):
         bias, gamma, past, residual = randn(c), randn(c), randn(2, h, w, c), randn(t, h, w, c)
-        for source in (1, 2):
-            if t % source:
-                continue
-            y = randn(t // source, h, w, source, c)
-            for group in (0, 1, 2):
-                if group and t % group:
+        sources: dict[str, Tensor | Products] = {"frames": randn(t, h, w, 1, c)}
+        if t % 2 == 0:
+            sources |= {"pairs": randn(t // 2, h, w, 2, c), "winograd": Products(*randn(4, t // 2, h, w, c))}
+        for name, y in sources.items():
+            for into, window in WINDOWS.items():
+                if window.group and t % window.group:
                     continue
                 for kept in (False, True):
                     total = Sum(y, bias, residual if kept else None)
-                    step = Step(Window(group, 2), gamma, silu=True, keep=kept)
+                    step = Step(window, gamma, silu=True, keep=kept)
                     ms = milliseconds(lambda total=total, step=step, past=past: enter(total, step, past))
-                    made = enter(total, step, past)
-                    moved = y.nbytes + made.buffer.nbytes + 2 * past.nbytes + (2 * residual.nbytes if kept else 0)
-                    what = f"enter {c} {t}x{h}x{w} from {source} to {group} {'with residual' if kept else ''}"
+                    size = residual.nbytes * (2 if name == "winograd" else 1)
+                    moved = size + enter(total, step, past).buffer.nbytes + 2 * past.nbytes
+                    moved += 2 * residual.nbytes if kept else 0
+                    what = f"enter {c} {t}x{h}x{w} from {name} to {into} {'with residual' if kept else ''}"
                     say("kernel", what, ms=ms, gbs=moved / ms / 1e6)
     t, h, w = 4, 480, 832
     x, weight, bias = randn(t * h * w, 96), randn(81, 96), randn(3)
