@@ -14,8 +14,9 @@ It takes no weights of its own and keeps no state: weights are laid out anew for
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import replace
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -48,6 +49,11 @@ from swiftwan.ops.vae_between import (
     winograd_taps,
 )
 
+FRAMES, POSITIONS = 4, 64
+"""What the last convolution sees for each latent frame and position."""
+MOST_ELEMENTS = 2**30
+"""Of the last level at once, 2 GiB in bfloat16; cuDNN counts to 2**31. Longer chunks are cut."""
+
 Layout = Callable[[int, int, int], Window]
 """(channels in, channels out, frames) -> the window of a 3x3x3 convolution."""
 
@@ -60,17 +66,24 @@ def layout(in_dim: int, out_dim: int, frames: int) -> Window:
 class FastDecoder:
     """Decode one clip: (1, z, T, h, w) -> (1, C, T', H, W), as ``Decoder`` does, stream and all. No gradients."""
 
-    def __init__(self, decoder: nn.Module, layout: Layout = layout) -> None:
+    def __init__(self, decoder: Any, layout: Layout = layout) -> None:
         self.decoder, self.layout = decoder, layout
         self._weights: dict[tuple[nn.Module, object], tuple[Tensor, ...]] = {}
 
     @torch.no_grad()
     def __call__(self, z: Tensor, stream: Stream) -> Tensor:
         assert z.shape[0] == 1
-        # The clip's first frame goes alone: it stays single where others double, so all later counts are even.
-        parts = [z[:, :, :1], z[:, :, 1:]] if stream.at_start and z.shape[2] > 1 else [z]
-        frames = [self._chunk(part[0], stream) for part in parts]
+        frames = [self._chunk(part[0], stream) for part in self._parts(z, stream.at_start)]
         return frames[0] if len(frames) == 1 else torch.cat(frames, dim=2)
+
+    def _parts(self, z: Tensor, at_start: bool) -> list[Tensor]:
+        """The clip's first frame goes alone: it stays single where others double, so all later counts are even."""
+        height, width = z.shape[3:]
+        each = FRAMES * POSITIONS * height * width * self.decoder.conv_out.in_channels
+        most = max(1, MOST_ELEMENTS // each)
+        if not at_start or z.shape[2] == 1:
+            return list(z.split(most, dim=2))
+        return [z[:, :, :1], *z[:, :, 1:].split(most, dim=2)]
 
     def _chunk(self, z: Tensor, stream: Stream) -> Tensor:
         decoder = self.decoder
@@ -86,8 +99,7 @@ class FastDecoder:
     # Blocks
 
     def _mid(self, block: MidBlock, x: Sum, stream: Stream) -> Sum:
-        first, second = block.resnets
-        (attention,) = block.attentions
+        (first, second), (attention,) = _layers(block.resnets), _layers(block.attentions)
         x, _ = self._residual(first, x, stream)
         x = self._attention(attention, x)
         x, _ = self._residual(second, x, stream)
@@ -95,11 +107,11 @@ class FastDecoder:
 
     def _up(self, block: UpBlock | ResidualUpBlock, x: Sum, stream: Stream) -> Sum:
         block_input: Tensor | None = None
-        for resnet in block.resnets:
+        for resnet in _layers(block.resnets):
             x, entered = self._residual(resnet, x, stream)
             block_input = entered if block_input is None else block_input
         if isinstance(block, UpBlock):
-            for upsampler in block.upsamplers:
+            for upsampler in _layers(block.upsamplers):
                 x = self._upsample(upsampler, x, stream)
             return x
         if block.upsampler is None or block.avg_shortcut is None:
@@ -196,6 +208,11 @@ class FastDecoder:
         if (layer, form) not in self._weights:
             self._weights[layer, form] = make()
         return self._weights[layer, form]
+
+
+def _layers(modules: nn.ModuleList) -> Iterator[Any]:
+    """As their own types, which ModuleList forgets."""
+    return iter(modules)
 
 
 def _images(x: Tensor, weight: Tensor) -> Tensor:
