@@ -156,7 +156,7 @@ def enter_plain(total: Sum, step: Step, past: Tensor | None) -> Entered:
         x = F.silu(x)
     if window.reach:
         x = torch.cat((x.new_zeros(window.reach, *x.shape[1:]) if past is None else past.float(), x))
-        past = x[-window.reach :].to(dtype)
+        past = x[-window.reach :].to(dtype, copy=True)
     if window.winograd:
         d0, d1, d2, d3 = x[:-2:2], x[1:-1:2], x[2::2], x[3::2]
         return Entered(torch.stack((d0 - d2, d1 + d2, d2 - d1, d1 - d3)).to(dtype), past, kept)
