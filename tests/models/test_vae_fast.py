@@ -10,7 +10,7 @@ from swiftwan.models import vae_fast
 from swiftwan.models.config import WAN22_VAE, VAEConfig
 from swiftwan.models.vae import Tiling, WanVAE
 from swiftwan.models.vae_blocks import Stream
-from swiftwan.models.vae_fast import FastDecoder
+from swiftwan.models.vae_fast import FastDecoder, latent_frames_at_once
 from swiftwan.ops.vae_between import PAIRS, STACKED, VOLUME, WINOGRAD
 
 SMALL_21 = VAEConfig(base_dim=8, num_res_blocks=1)
@@ -134,3 +134,13 @@ def test_new_weights_are_used_and_gradients_still_flow():
     plain.load_state_dict(vae.state_dict())
     assert relative_error(vae.decode(latents), plain.decode(latents)) < 1e-4
     assert relative_error(vae.decode(latents), before) > 1e-2
+
+
+def test_chunk_length_follows_the_device():
+    gib = 2**30
+    # channels, latent height and width, bytes of an element: Wan2.1 at 832 x 480 and 1280 x 720
+    assert [latent_frames_at_once(96, 60, 104, 2, n * gib) for n in (8, 24, 80, 141)] == [1, 1, 5, 7]
+    assert [latent_frames_at_once(96, 90, 160, 2, n * gib) for n in (24, 80, 141)] == [1, 2, 3]
+    vae = random_vae(SMALL_21)
+    assert vae.latent_frames_at_once(torch.zeros(1, 16, 5, 4, 4)) == 1
+    assert vae.run_fast().latent_frames_at_once(torch.zeros(1, 16, 5, 4, 4)) == 1

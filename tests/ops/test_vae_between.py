@@ -1,6 +1,6 @@
 """Weights and layouts against PyTorch's own convolutions, and the kernels against their plain forms."""
 
-from itertools import product
+import random
 
 import pytest
 import torch
@@ -144,22 +144,24 @@ def random_sum(source: str, residual: str, frames: int, channels: int, dtype: to
 
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize("channels", [3, 96, 384])
-def test_kernels_equal_their_plain_forms(dtype, channels):
-    limit = 1e-5 if dtype == torch.float32 else 3e-3
-    for source, residual, window, start in product(
-        SOURCES, ["none", "same", "repeated"], [*WINDOWS, POINT], (True, False)
-    ):
+@pytest.mark.parametrize("source", SOURCES)
+@pytest.mark.parametrize("window", [*WINDOWS, POINT], ids=str)
+def test_kernels_equal_their_plain_forms(source, window):
+    # Each combination compiles a kernel of its own, so the remaining choices are drawn: 6 of 144.
+    draw = random.Random(f"{source} {window}")
+    for _ in range(6):
+        dtype, limit = draw.choice([(torch.float32, 1e-5), (torch.bfloat16, 3e-3)])
+        channels, residual = draw.choice([3, 96, 384]), draw.choice(["none", "same", "repeated"])
         total = random_sum(source, residual, 4, channels, dtype)
-        past = None if start or not window.reach else torch.randn(2, 10, 14, channels, device="cuda").to(dtype)
-        for gamma in (None, torch.randn(channels, 1, 1, 1, device="cuda").to(dtype)):
-            step = Step(window, gamma, silu=gamma is not None, keep=True)
-            ours, plain = enter(total, step, past), enter_plain(total, step, past)
-            for name in ("buffer", "past", "kept"):
-                mine, expected = getattr(ours, name), getattr(plain, name)
-                if expected is not None:
-                    assert relative_error(mine, expected) < limit, (source, residual, window, name)
+        past = torch.randn(2, 10, 14, channels, device="cuda").to(dtype)
+        gamma = draw.choice([None, torch.randn(channels, 1, 1, 1, device="cuda").to(dtype)])
+        past = past if window.reach and draw.random() < 0.5 else None
+        step = Step(window, gamma, silu=gamma is not None, keep=draw.random() < 0.5)
+        ours, plain = enter(total, step, past), enter_plain(total, step, past)
+        for name in ("buffer", "past", "kept"):
+            mine, expected = getattr(ours, name), getattr(plain, name)
+            if expected is not None:
+                assert relative_error(mine, expected) < limit, (residual, channels, dtype, name)
 
 
 @pytest.mark.gpu

@@ -29,7 +29,7 @@ from swiftwan.models.vae_blocks import (
     conv_stacked,
     conv_volume,
 )
-from swiftwan.models.vae_fast import FastDecoder
+from swiftwan.models.vae_fast import FastDecoder, latent_frames_at_once
 from swiftwan.models.vae_tiles import Tiles, Tiling
 
 
@@ -127,6 +127,15 @@ class WanVAE(nn.Module):
         self.make_decoder = FastDecoder
         return self
 
+    def latent_frames_at_once(self, latents: Tensor) -> int:
+        """The chunk length for these latents on this device: fast decoding gains by longer chunks, as memory allows."""
+        weight = self.decoder.conv_out.weight
+        if self.make_decoder is not FastDecoder or not weight.is_cuda:
+            return 1
+        total = torch.cuda.get_device_properties(weight.device).total_memory
+        height, width = latents.shape[3:]
+        return latent_frames_at_once(weight.shape[1], height, width, weight.element_size(), total)
+
     def prepare(self, device: torch.device | str) -> Self:
         """Move to ``device``, and choose how convolutions run there. Call once, when the weights are loaded.
 
@@ -195,7 +204,7 @@ class WanVAE(nn.Module):
 
         (B, z, f, h, w), not normalised -> (B, 3, F, H, W), not clamped.
         """
-        return _unpatchify(self.decoder(self._quantless(z), Stream()), self.patch)
+        return _unpatchify(self.decoder(self._before_decoder(z), Stream()), self.patch)
 
     @torch.no_grad()
     def decode(self, latents: Tensor, latent_frames_per_chunk: int | None = 1, tiling: Tiling | None = None) -> Tensor:
@@ -250,10 +259,10 @@ class WanVAE(nn.Module):
             raise RequestError(f"latent_frames_per_chunk is {frames}; it must be at least 1.")
         cut, paste = self._grids(tiling)
         tiles = Tiles(self.make_decoder(self.decoder), cut, paste)
-        for chunk in self._quantless(z).split(frames or z.shape[2], dim=2):
+        for chunk in self._before_decoder(z).split(frames or z.shape[2], dim=2):
             yield _unpatchify(tiles(chunk), self.patch)
 
-    def _quantless(self, z: Tensor) -> Tensor:
+    def _before_decoder(self, z: Tensor) -> Tensor:
         """Latents as the encoder made them, in the weights' dtype; a product of few channels, so of a clip at once."""
         return self.post_quant_conv(z.to(self.post_quant_conv.weight.dtype))
 

@@ -116,7 +116,8 @@ class Attention(nn.Module):
 
     def forward(self, x: Tensor, stream: Stream) -> Tensor:
         frames = _as_images(x)
-        qkv = self.to_qkv(self.norm(frames)).flatten(2).transpose(1, 2)  # (B T, H W, 3 C)
+        # Contiguous: of a single position, PyTorch 2.11 on CUDA finds no kernel for the strides a transposition leaves.
+        qkv = self.to_qkv(self.norm(frames)).flatten(2).transpose(1, 2).contiguous()  # (B T, H W, 3 C)
         q, k, v = qkv.unsqueeze(1).chunk(3, dim=-1)
         attended = F.scaled_dot_product_attention(q, k, v).squeeze(1)
         attended = attended.transpose(1, 2).unflatten(2, frames.shape[2:])

@@ -2,8 +2,8 @@
 
 Three things make it fast; each is exact but for rounding.
 
-- Convolutions read channels-last frames, some as 3D ones and some as 2D ones over stacked frames, whichever was
-  measured to be faster (``layout``).
+- Convolutions read channels-last frames, and make two frames at a time with four 2D convolutions where six would be
+  plain (Winograd's F(2, 3) over time; ``layout`` says where).
 - Everything between two convolutions is one kernel, which writes straight into the next one's input, past frames
   in front (``swiftwan.ops.vae_between``).
 - A nearest upsampling and the 3x3 convolution behind it are a 2x2 convolution of the small image: 2.25 times less.
@@ -35,8 +35,8 @@ from swiftwan.models.vae_blocks import (
 )
 from swiftwan.ops.vae_between import (
     POINT,
-    STACKED,
     VOLUME,
+    WINOGRAD,
     Products,
     Repeated,
     Step,
@@ -53,14 +53,35 @@ FRAMES, POSITIONS = 4, 64
 """What the last convolution sees for each latent frame and position."""
 MOST_ELEMENTS = 2**30
 """Of the last level at once, 2 GiB in bfloat16; cuDNN counts to 2**31. Longer chunks are cut."""
+PEAK = 12
+"""Copies of the last level that a chunk holds at its peak; measured, benchmarks/h200_vae.jsonl."""
 
 Layout = Callable[[int, int, int], Window]
 """(channels in, channels out, frames) -> the window of a 3x3x3 convolution."""
 
 
 def layout(in_dim: int, out_dim: int, frames: int) -> Window:
-    """What was fastest on an H200 in bfloat16 (benchmarks/h200_vae_components.py)."""
-    return VOLUME if in_dim > 128 else STACKED
+    """What was fastest on an H200 in bfloat16 for nearly every shape of both VAEs.
+
+    TFLOP/s of useful work by volume, stacked frames, Winograd (benchmarks/h200_vae_components.jsonl): 96 channels at
+    480 x 832: 292, 538, 771; 192 at 240 x 416: 546, 562, 951; 384 at 120 x 208: 530, 630, 774. One frame of 384 at
+    60 x 104: 411, 280. ``cudnn.benchmark`` changes the whole decode by less than 2 %, so it stays off, and with it
+    the choice of kernels stays the same from run to run.
+    """
+    return VOLUME if frames % 2 else WINOGRAD
+
+
+def latent_frames_at_once(in_dim: int, height: int, width: int, element_size: int, total_bytes: int) -> int:
+    """How many latent frames of height x width fit a quarter of a device's memory; at least one.
+
+    By the device's whole memory, not what is free: another chunk length rounds otherwise, and a seed shall mean the
+    same video again. One latent frame at a time is 12 % slower than seven, at 480 x 832 on an H200.
+
+    Args:
+        in_dim: channels that the last convolution reads.
+    """
+    each = FRAMES * POSITIONS * height * width * in_dim
+    return max(1, min(MOST_ELEMENTS // each, total_bytes // (4 * PEAK * element_size * each)))
 
 
 class FastDecoder:
