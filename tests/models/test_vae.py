@@ -193,7 +193,7 @@ def test_memory_of_a_stream_does_not_grow_with_the_clip(kind, monkeypatch):
         assert held[0] > 0
         assert len(set(held[2:])) == 1, held
         for stream in streams:
-            for past in stream._past.values():
+            for past in stream.past.values():
                 assert past.untyped_storage().nbytes() == past.nbytes, "a slice keeps its chunk alive"
 
 

@@ -6,7 +6,7 @@ github.com/Wan-Video/Wan2.1 (wan/modules/vae.py) and Wan2.2 (wan/modules/vae2_2.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Self
 
 import torch
@@ -29,6 +29,7 @@ from swiftwan.models.vae_blocks import (
     conv_stacked,
     conv_volume,
 )
+from swiftwan.models.vae_fast import FastDecoder, latent_frames_at_once
 from swiftwan.models.vae_tiles import Tiles, Tiling
 
 
@@ -118,6 +119,22 @@ class WanVAE(nn.Module):
         self.quant_conv = Conv3d(2 * config.z_dim, 2 * config.z_dim, 1)
         self.post_quant_conv = Conv3d(config.z_dim, config.z_dim, 1)
         self.decoder = Decoder(config)
+        self.make_decoder: Callable[[nn.Module], Callable[[Tensor, Stream], Tensor]] = lambda decoder: decoder
+        """What runs the decoder's layers, made anew for each clip; ``decode_raw``, which learns, always runs them."""
+
+    def run_fast(self) -> Self:
+        """From now on, decode with :class:`FastDecoder`; encoding and gradients stay as they are."""
+        self.make_decoder = FastDecoder
+        return self
+
+    def latent_frames_at_once(self, latents: Tensor) -> int:
+        """The chunk length for these latents on this device: fast decoding gains by longer chunks, as memory allows."""
+        weight = self.decoder.conv_out.weight
+        if self.make_decoder is not FastDecoder or not weight.is_cuda:
+            return 1
+        total = torch.cuda.get_device_properties(weight.device).total_memory
+        height, width = latents.shape[3:]
+        return latent_frames_at_once(weight.shape[1], height, width, weight.element_size(), total)
 
     def prepare(self, device: torch.device | str) -> Self:
         """Move to ``device``, and choose how convolutions run there. Call once, when the weights are loaded.
@@ -187,7 +204,7 @@ class WanVAE(nn.Module):
 
         (B, z, f, h, w), not normalised -> (B, 3, F, H, W), not clamped.
         """
-        return next(self._decode_chunks(z, None, None))
+        return _unpatchify(self.decoder(self._before_decoder(z), Stream()), self.patch)
 
     @torch.no_grad()
     def decode(self, latents: Tensor, latent_frames_per_chunk: int | None = 1, tiling: Tiling | None = None) -> Tensor:
@@ -196,8 +213,11 @@ class WanVAE(nn.Module):
         Raises:
             RequestError: a chunk or tile size does not fit.
         """
-        chunks = self._decode_chunks(self.denormalize(latents), latent_frames_per_chunk, tiling)
-        return torch.cat([chunk.clamp(-1, 1) for chunk in chunks], dim=2)
+        clips = [
+            torch.cat([chunk.clamp(-1, 1) for chunk in self._decode_chunks(z, latent_frames_per_chunk, tiling)], dim=2)
+            for z in self.denormalize(latents).split(1)
+        ]
+        return torch.cat(clips)
 
     @torch.no_grad()
     def stream_frames(
@@ -238,9 +258,13 @@ class WanVAE(nn.Module):
         if frames is not None and frames < 1:
             raise RequestError(f"latent_frames_per_chunk is {frames}; it must be at least 1.")
         cut, paste = self._grids(tiling)
-        tiles = Tiles(lambda z, stream: self.decoder(self.post_quant_conv(z), stream), cut, paste)
-        for chunk in z.to(self.post_quant_conv.weight.dtype).split(frames or z.shape[2], dim=2):
+        tiles = Tiles(self.make_decoder(self.decoder), cut, paste)
+        for chunk in self._before_decoder(z).split(frames or z.shape[2], dim=2):
             yield _unpatchify(tiles(chunk), self.patch)
+
+    def _before_decoder(self, z: Tensor) -> Tensor:
+        """Latents as the encoder made them, in the weights' dtype; a product of few channels, so of a clip at once."""
+        return self.post_quant_conv(z.to(self.post_quant_conv.weight.dtype))
 
     def _grids(self, tiling: Tiling | None) -> tuple[Tiling | None, Tiling | None]:
         """The tiling in latent positions, and in those that the outermost convolutions see."""

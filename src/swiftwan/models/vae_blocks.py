@@ -23,12 +23,13 @@ class Stream:
     def __init__(self) -> None:
         self.at_start = True
         """True while the chunk that holds the clip's first frame passes."""
-        self._past: dict[nn.Module, Tensor] = {}
+        self.past: dict[nn.Module, Tensor] = {}
+        """The frames that each layer saw last, laid out as whoever runs the layer wants them."""
 
     @property
     def nbytes(self) -> int:
         """Bytes held between two chunks: a few frames a layer, whatever the length of the clip."""
-        return sum(past.nbytes for past in self._past.values())
+        return sum(past.nbytes for past in self.past.values())
 
     def is_single(self, layer: nn.Module, x: Tensor) -> bool:
         """Whether x is the clip's first frame, alone: a picture, or a stream's first chunk."""
@@ -36,10 +37,10 @@ class Stream:
 
     def extend(self, layer: nn.Module, x: Tensor, frames: int) -> Tensor:
         """Put the ``frames`` frames that ``layer`` saw last in front of x; zeros where it saw none."""
-        past = self._past.get(layer)
+        past = self.past.get(layer)
         x = F.pad(x, (0, 0, 0, 0, frames, 0)) if past is None else torch.cat((past, x), dim=2)
         # A copy: a slice would keep the whole chunk alive.
-        self._past[layer] = x[:, :, -frames:].clone()
+        self.past[layer] = x[:, :, -frames:].clone()
         return x
 
 
@@ -125,7 +126,8 @@ class Attention(nn.Module):
 
     def forward(self, x: Tensor, stream: Stream) -> Tensor:
         frames = _as_images(x)
-        qkv = self.to_qkv(self.norm(frames)).flatten(2).transpose(1, 2)  # (B T, H W, 3 C)
+        # Contiguous: of a single position, PyTorch 2.11 on CUDA finds no kernel for the strides a transposition leaves.
+        qkv = self.to_qkv(self.norm(frames)).flatten(2).transpose(1, 2).contiguous()  # (B T, H W, 3 C)
         q, k, v = qkv.unsqueeze(1).chunk(3, dim=-1)
         attended = F.scaled_dot_product_attention(q, k, v).squeeze(1)
         attended = attended.transpose(1, 2).unflatten(2, frames.shape[2:])
