@@ -31,6 +31,7 @@ if TYPE_CHECKING:
     from swiftwan.engine import Engine
     from swiftwan.models.vae import WanVAE
     from swiftwan.pipelines.request import StepEvent
+    from swiftwan.serve.jobs.preview import Glimpse
 
 SICK = 70
 """Exit code of a worker whose device no longer answers: its job is not to blame."""
