@@ -19,7 +19,7 @@ from swiftwan.serve.jobs.admission import Admission, device_from_facts
 from swiftwan.serve.jobs.folder import Folder
 from swiftwan.serve.jobs.job import Job
 from swiftwan.serve.jobs.store import Store
-from swiftwan.serve.jobs.supervisor import Patience, Supervisor
+from swiftwan.serve.jobs.supervisor import WORKER, Patience, Supervisor
 from swiftwan.serve.jobs.worker import WorkerSettings
 
 Readiness = Literal["STARTING", "READY", "BUSY", "SETUP_FAILED", "DEFUNCT", "DRAINING"]
@@ -39,6 +39,7 @@ class ServiceSettings:
         devices: one worker each.
         queue_limit: jobs that may wait.
         grace_s: how long a drain waits for running jobs.
+        patience, command: of the supervisor.
     """
 
     folder: Path
@@ -49,6 +50,7 @@ class ServiceSettings:
     queue_limit: int = 100
     grace_s: float = 30.0
     patience: Patience = field(default_factory=Patience)
+    command: Sequence[str] = WORKER
 
 
 class Service:
@@ -73,7 +75,7 @@ class Service:
         self.store.worker_died(None, "the server died in every attempt at this job; see its log.")
         self.store.forget()
         self.folder.sweep(self.store.all_files())
-        self.supervisor = Supervisor(self.folder, self.store, self._workers(), settings.patience)
+        self.supervisor = Supervisor(self.folder, self.store, self._workers(), settings.patience, settings.command)
         self.admitting = False
 
     def _workers(self) -> list[WorkerSettings]:

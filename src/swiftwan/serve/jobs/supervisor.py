@@ -24,6 +24,8 @@ _log = logging.getLogger(__name__)
 
 _DEFUNCT_AFTER = 5
 
+WORKER = (sys.executable, "-m", "swiftwan.serve.jobs.worker")
+
 
 @dataclass
 class Slot:
@@ -65,12 +67,16 @@ class Patience:
 
 @dataclass
 class Supervisor:
-    """Start, watch, restart and drain the workers of a folder."""
+    """Start, watch, restart and drain the workers of a folder.
+
+    ``command`` starts a worker; its settings follow as one JSON argument.
+    """
 
     folder: Folder
     store: Store
     settings: Sequence[WorkerSettings]
     patience: Patience = field(default_factory=Patience)
+    command: Sequence[str] = WORKER
 
     def __post_init__(self) -> None:
         self.slots = [Slot(settings) for settings in self.settings]
@@ -106,7 +112,7 @@ class Supervisor:
 
     def _spawn(self, slot: Slot) -> None:
         slot.process = subprocess.Popen(
-            [sys.executable, "-m", "swiftwan.serve.jobs.worker", json.dumps(asdict(slot.settings))],
+            [*self.command, json.dumps(asdict(slot.settings))],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             text=True,

@@ -85,9 +85,7 @@ class Worker:
 
     def run(self) -> None:
         """Load the model, then take jobs until told to drain."""
-        from swiftwan.device import pick_device
-
-        self.tell({"device": _device_facts(pick_device(self.settings.device))})
+        self.tell({"device": self.device_facts()})
         problem = None
         try:
             self.engine_for(self.settings.model, self.settings.plan)
@@ -100,6 +98,13 @@ class Worker:
             if job is not None:
                 self.tell({"state": "busy"})
                 self.work(job)
+
+    def device_facts(self) -> dict[str, Any]:
+        """What this worker runs on, for the admission of jobs."""
+        from swiftwan.device import pick_device
+
+        device = pick_device(self.settings.device)
+        return asdict(device) | {"dtype": str(device.dtype).removeprefix("torch.")}
 
     def _next(self) -> Job | None:
         while not self.draining.is_set():
@@ -123,7 +128,7 @@ class Worker:
         """Make the video; return what is to be noted. What is raised ends here, and its tensors with it."""
         watch = Watch(self, job)
         try:
-            files, record = self._make(job, watch)
+            files, record = self.make(job, watch)
         except PutBack:
             return lambda: self.store.put_back(job)
         except Cancelled:
@@ -141,7 +146,8 @@ class Worker:
 
         return keep
 
-    def _make(self, job: Job, watch: Watch) -> tuple[dict[str, str], dict[str, Any]]:
+    def make(self, job: Job, watch: Watch) -> tuple[dict[str, str], dict[str, Any]]:
+        """Run a job's request; return the names of its files, and its record."""
         from swiftwan.pipelines.request import request_from_json
         from swiftwan.serve.jobs.preview import Glimpse, watching
         from swiftwan.serve.jobs.results import save
@@ -298,12 +304,8 @@ def _answers(device_type: str) -> bool:
     return True
 
 
-def _device_facts(device: Any) -> dict[str, Any]:
-    return asdict(device) | {"dtype": str(device.dtype).removeprefix("torch.")}
-
-
-def main() -> None:
-    """Run until drained."""
+def main(kind: type[Worker] = Worker) -> None:
+    """Be a worker until drained."""
     settings = WorkerSettings(**json.loads(sys.argv[1]))
     # What a library writes to stdout must not be taken for a message.
     messages = os.fdopen(os.dup(1), "w", encoding="utf-8", buffering=1)
@@ -325,7 +327,7 @@ def main() -> None:
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the whole group; the supervisor decides
     threading.Thread(target=beat, daemon=True).start()
     os.chdir(settings.root)  # inputs are named relative to it, so that no path gets into a video's record
-    worker = Worker(settings, tell)
+    worker = kind(settings, tell)
     threading.Thread(target=worker.listen, args=(sys.stdin,), daemon=True).start()
     worker.run()
     os._exit(0)  # skips the slow unloading of a model; every file and row is on the disk
