@@ -34,7 +34,9 @@ def test_an_upload_gets_a_name_of_ours(folder: Folder) -> None:
     assert folder.path(one).parent == folder.root / "inputs"
 
 
-@given(st.text(max_size=80) | st.sampled_from(["../x", "inputs/../../x", "/etc/passwd", "inputs/a\0.png", "inputs/a/b"]))
+@given(
+    st.text(max_size=80) | st.sampled_from(["../x", "inputs/../../x", "/etc/passwd", "inputs/a\0.png", "inputs/a/b"])
+)
 def test_no_name_of_another_leads_anywhere(name: str) -> None:
     with pytest.raises(AssertionError):
         Folder(Path("/data")).path(name)

@@ -99,9 +99,7 @@ def test_a_full_disk_fails_the_job_leaves_no_file_and_the_next_passes(
     assert run().state == "completed"
 
 
-def test_too_little_room_is_told_before_the_work(
-    loaded: Worker, run: Any, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_too_little_room_is_told_before_the_work(loaded: Worker, run: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("swiftwan.serve.jobs.folder.RESERVE_BYTES", 2**60)
     failed = run()
     assert failed.error_code == "disk_full"

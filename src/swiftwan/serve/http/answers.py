@@ -13,7 +13,7 @@ from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse
 from starlette.exceptions import HTTPException
 
-from swiftwan.errors import OutputError, RequestError, SwiftwanError, WeightsError
+from swiftwan.errors import OutputError, PlanError, RequestError, SwiftwanError, WeightsError
 from swiftwan.pipelines.request import TASKS
 from swiftwan.serve.jobs.admission import WillNotFitError
 from swiftwan.serve.jobs.folder import DiskFullError
@@ -57,6 +57,8 @@ def from_exception(error: Exception) -> ApiError:
             return error
         case WillNotFitError():
             return ApiError(422, str(error), code="will_not_fit")
+        case PlanError():
+            return ApiError(400, str(error), code="invalid_value", param="plan")
         case RequestError():
             return ApiError(400, str(error), code="invalid_value", param=_field_of(str(error)))
         case UnknownJobError():
@@ -84,9 +86,9 @@ def from_exception(error: Exception) -> ApiError:
 
 def _field_of(message: str) -> str | None:
     """The field that a message of `Request.check` begins with."""
-    fields = {name for task in TASKS.values() for name in task.__dataclass_fields__} | {"plan", "task"}
-    first = re.match(r"\w+", message)
-    return first.group() if first and first.group() in fields else None
+    fields = {name for task in TASKS.values() for name in task.__dataclass_fields__} | {"task"}
+    first = re.match(r"(?:unknown )?(\w+)", message)
+    return first[1] if first and first[1] in fields else None
 
 
 def install(app: FastAPI) -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import math
 import re
-from collections.abc import Mapping
+from collections.abc import AsyncIterator, Mapping
 from dataclasses import dataclass, fields
 from typing import Any, NoReturn
 
@@ -37,12 +37,19 @@ class Body:
     uploads: tuple[Upload, ...]
 
 
-async def read_body(call: HttpRequest) -> Body:
-    """Read JSON or a form.
+async def read_body(call: HttpRequest) -> AsyncIterator[Body]:
+    """Read JSON or a form, and let its files go after the answer.
 
     Raises:
-        ApiError: 400: broken, or of another type.
+        ApiError: 400: broken; 415: of another type.
     """
+    try:
+        yield await _read(call)
+    finally:
+        await call.close()
+
+
+async def _read(call: HttpRequest) -> Body:
     kind = call.headers.get("content-type", "").partition(";")[0].strip().lower()
     if kind in ("multipart/form-data", "application/x-www-form-urlencoded"):
         return await _read_form(call)
@@ -183,9 +190,9 @@ def _task(said: dict[str, Any], uploads: tuple[Upload, ...], *, picture: bool) -
     """The task that a call names, or that what it brings calls for."""
     named = said.pop("task", None)
     if named is not None:
-        if named not in TASKS:
+        if not isinstance(named, str) or named not in TASKS:
             raise wrong_field("task", f"task is {str(named)[:40]!r}." + did_you_mean(str(named), TASKS))
-        return str(named)
+        return named
     clip = any(upload.ending() == ".mp4" for upload in uploads)
     if picture:
         task = {0: "TextToImage", 1: "ImageToImage"}.get(len(uploads), "Blend")

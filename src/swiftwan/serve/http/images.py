@@ -12,9 +12,9 @@ from fastapi.concurrency import run_in_threadpool
 from fastapi.responses import FileResponse
 
 from swiftwan.serve.http.answers import ApiError, wrong_field
-from swiftwan.serve.http.asked import Body, read_body
+from swiftwan.serve.http.asked import Body
 from swiftwan.serve.http.shapes import wan
-from swiftwan.serve.http.videos import Desk, enqueue, send_file
+from swiftwan.serve.http.videos import Brought, Desk, enqueue, send_file
 from swiftwan.serve.jobs.job import Job
 from swiftwan.serve.jobs.service import Service
 from swiftwan.serve.jobs.store import UnknownJobError
@@ -28,15 +28,14 @@ _STATUS = {"invalid_request": 400, "disk_full": 507, "cancelled": 409}
 
 
 @router.post("/generations")
-async def generations(call: Request, service: Desk) -> dict[str, Any]:
+async def generations(call: Request, body: Brought, service: Desk) -> dict[str, Any]:
     """Pictures from words."""
-    return await _pictures(call, service, await read_body(call))
+    return await _pictures(call, service, body)
 
 
 @router.post("/edits")
-async def edits(call: Request, service: Desk) -> dict[str, Any]:
+async def edits(call: Request, body: Brought, service: Desk) -> dict[str, Any]:
     """A picture from a picture, or from several blended."""
-    body = await read_body(call)
     if not body.uploads:
         raise wrong_field("image", "image is missing; send it as a file.")
     return await _pictures(call, service, body)

@@ -32,6 +32,7 @@ def service_of(request: Request) -> Service:
 
 
 Desk = Annotated[Service, Depends(service_of)]
+Brought = Annotated[Body, Depends(read_body)]
 Key = Annotated[str | None, Header(alias="Idempotency-Key", min_length=1, max_length=255)]
 
 
@@ -62,28 +63,21 @@ def enqueue(service: Service, body: Body, *, picture: bool, key: str | None = No
 
 
 @router.post("")
-async def create(call: Request, service: Desk, key: Key = None) -> dict[str, Any]:
+def create(body: Brought, service: Desk, key: Key = None) -> dict[str, Any]:
     """Queue a video; JSON or a form."""
-    body = await read_body(call)
-    job = await run_in_threadpool(enqueue, service, body, picture=False, key=key)
-    return await run_in_threadpool(video, service, job)
+    return video(service, enqueue(service, body, picture=False, key=key))
 
 
 @router.post("/explain")
-async def explain(call: Request, service: Desk) -> dict[str, Any]:
+def explain(body: Brought, service: Desk) -> dict[str, Any]:
     """Say what a video would take, and whether it fits; queue nothing."""
-    body = await read_body(call)
-
-    def told() -> dict[str, Any]:
-        asked = ask(service, body, picture=False)
-        service.folder.remove(asked.inputs)
-        admission = service.admission()
-        explanation = admission.explain(asked.request, asked.plan)
-        fits = explanation.load.peak_bytes <= admission.device.total_bytes
-        model = public_name(service.settings.model)
-        return explanation.to_json() | {"model": model, "lines": explanation.lines(), "fits": fits}
-
-    return await run_in_threadpool(told)
+    asked = ask(service, body, picture=False)
+    service.folder.remove(asked.inputs)
+    admission = service.admission()
+    explanation = admission.explain(asked.request, asked.plan)
+    fits = explanation.load.peak_bytes <= admission.device.total_bytes
+    model = public_name(service.settings.model)
+    return explanation.to_json() | {"model": model, "lines": explanation.lines(), "fits": fits}
 
 
 @router.get("")
