@@ -308,12 +308,16 @@ class Store:
         """Seconds until a waiting job starts, from the speed of the last jobs; None while no job was measured."""
         row = self._row("SELECT sum(work) AS ahead FROM jobs WHERE state = 'queued' AND place < ?", (job.place,))
         assert row is not None
-        with self._lock:
-            rate = self._seconds_per_tflop(self._db)
+        rate = self.seconds_per_tflop()
         if rate is None:
             return None
         running = sum(other.eta_s or 0 for other in self.running())
         return float(running + (row["ahead"] or 0) * rate) / max(1, workers)
+
+    def seconds_per_tflop(self) -> float | None:
+        """Speed of the last jobs, as the planner counts work; None while none was measured."""
+        with self._lock:
+            return self._seconds_per_tflop(self._db)
 
     def seconds_of_jobs(self) -> tuple[int, float]:
         """How many completed jobs the store holds, and the seconds they took."""
