@@ -90,10 +90,9 @@ def run(options: Options, *, page: bool) -> None:
     check_safe(options.host, key)
     logging.basicConfig(level=logging.WARNING, format="%(asctime)s %(message)s")
     logging.getLogger("swiftwan").setLevel(logging.INFO)
-    model = options.model
     settings = ServiceSettings(
         folder=options.data,
-        model=str(Path(model).resolve()) if Path(model).is_dir() else model,
+        model=_absolute(options.model),
         plan=options.techniques or ([] if options.plan == "none" else options.plan),
         dtype=options.dtype,
         devices=options.device or _devices(),
@@ -123,6 +122,16 @@ def _wait_for_a_device(supervisor: "Supervisor") -> None:
         if time.monotonic() > end:
             raise UnavailableError(f"no worker came up within {_START_S:.0f} s; the lines above say why.")
         time.sleep(0.05)
+
+
+def _absolute(model: str) -> str:
+    """A folder's path, since workers live in the data folder; a known name is no folder, whatever lies here."""
+    from swiftwan.models.config import POCKET
+    from swiftwan.weights.find import known_model
+
+    if model == POCKET.name or known_model(model) or not Path(model).is_dir():
+        return model
+    return str(Path(model).resolve())
 
 
 def _key(file: Path | None) -> str | None:

@@ -6,6 +6,7 @@ A click only queues a job and remembers its id; a timer shows what the queue say
 from __future__ import annotations
 
 from collections.abc import Sequence
+from contextlib import ExitStack
 from dataclasses import replace
 from html import escape
 from pathlib import Path
@@ -15,7 +16,7 @@ import gradio as gr
 import pandas as pd
 from fastapi import FastAPI
 
-from swiftwan.errors import PlanError, SwiftwanError
+from swiftwan.errors import PlanError, RequestError, SwiftwanError
 from swiftwan.models.config import Defaults
 from swiftwan.pipelines.request import TASKS
 from swiftwan.plan import TECHNIQUES, parse
@@ -85,10 +86,12 @@ class Page:
         picture = task in ("TextToImage", "ImageToImage", "Blend")
         said: dict[str, Any] = {"task": task, "prompt": prompt, "num_inference_steps": int(steps)}
         said |= {"guidance_scale": float(guidance), "scheduler": scheduler, "fps": int(fps)}
-        said |= dict(zip(("width", "height"), self.size(size), strict=True))
+        said["width"], said["height"] = self.size(size)
         if negative:
             said["negative_prompt"] = negative
-        if seed is not None:
+        if seed.strip():
+            if not seed.strip().isdecimal():
+                raise RequestError(f"seed is '{seed[:40]}'; it is a whole number, or empty to draw one.")
             said["seed"] = int(seed)
         if not picture:
             said["num_frames"] = int(frames)
@@ -133,17 +136,16 @@ class Page:
 
     def generate(self, images: Sequence[str] | None, *inputs: Any) -> str:
         """Queue a job; return its id."""
-        said, picture = self.said(*inputs)
         task = KINDS[inputs[0]]
-        files = [Path(path).open("rb") for path in images or ()] if task not in ("TextToVideo", "TextToImage") else []
+        paths = (images or ()) if task not in ("TextToVideo", "TextToImage") else ()
+        field = "images" if task == "Blend" else "image"
         try:
-            uploads = tuple(Upload("images" if task == "Blend" else "image", file) for file in files)
-            return enqueue(self.service, Body(said, uploads), picture=picture).id
+            said, picture = self.said(*inputs)
+            with ExitStack() as stack:
+                uploads = tuple(Upload(field, stack.enter_context(Path(path).open("rb"))) for path in paths)
+                return enqueue(self.service, Body(said, uploads), picture=picture).id
         except SwiftwanError as problem:
             raise gr.Error(str(problem), print_exception=False) from None
-        finally:
-            for file in files:
-                file.close()
 
     def cancel(self, job_id: str) -> None:
         if self.job(job_id) is not None:
@@ -220,14 +222,20 @@ class Page:
             )
             with gr.Tabs():
                 with gr.Tab("Generate"), gr.Row():
-                    with gr.Column(scale=3, min_width=260):
+                    with gr.Column(scale=3, min_width=260, elem_id="metrics"):
                         panels = self._metrics()
                     with gr.Column(scale=4, min_width=320):
-                        inputs, images, run = self._inputs()
-                    with gr.Column(scale=5, min_width=340):
-                        stage, stop, again, gone = self._result()
+                        inputs, images = self._inputs()
+                    with gr.Column(scale=5, min_width=340, elem_id="result"):
+                        stage, run, stop, again, gone = self._result(inputs)
                 with gr.Tab("Gallery"), gr.Column(elem_classes="glass"):
-                    gallery = gr.Gallery(columns=4, label="Finished, newest first", allow_preview=False, height="auto")
+                    gallery = gr.Gallery(
+                        columns=4,
+                        object_fit="contain",
+                        label="Finished, newest first",
+                        allow_preview=False,
+                        height="auto",
+                    )
                 with gr.Tab("Compare"), gr.Column(elem_classes="glass"):
                     self._compare(blocks)
             shown = [stage, *panels]
@@ -258,47 +266,35 @@ class Page:
             others = gr.HTML()
         return [hardware, memory, efficiency, times, others]
 
-    def _inputs(self) -> tuple[list[Any], Any, Any]:
+    def _inputs(self) -> tuple[list[Any], Any]:
         values = self.defaults
         with gr.Column(elem_classes="glass"):
             kind = gr.Radio(self.kinds, value=self.kinds[0], label="Task")
             prompt = gr.Textbox(
-                label="Prompt", lines=3, autofocus=True, placeholder="a red circle moves left over a blue background"
+                "",
+                label="Prompt",
+                lines=3,
+                autofocus=True,
+                placeholder="a red circle moves left over a blue background",
             )
-            negative = gr.Textbox(label="Negative prompt", lines=1, placeholder="Empty: the model's official one")
+            negative = gr.Textbox("", label="Negative prompt", lines=1, placeholder="Empty: the model's official one")
             images = gr.File(label="Images", file_count="multiple", file_types=["image"], visible=False, height=120)
             creativity = gr.Slider(0, 1, 0.6, step=0.05, label="Creativity", visible=False)
             size = gr.Radio(["model", *HEIGHTS], value="model", label="Resolution")
             with gr.Row():
                 frames = gr.Slider(1, max(129, values.num_frames), values.num_frames, step=4, label="Frames")
-                fps = gr.Slider(4, 60, values.fps, step=1, label="Frames per second")
+                fps = gr.Slider(4, 60, values.fps, step=1, label="FPS")
             with gr.Row():
                 steps = gr.Slider(1, 100, values.num_inference_steps, step=1, label="Steps")
                 guidance = gr.Slider(1, 15, values.guidance_scale, step=0.1, label="Guidance")
             with gr.Row():
                 scheduler = gr.Dropdown(SCHEDULERS, value=values.scheduler, label="Scheduler")
-                seed = gr.Number(None, precision=0, label="Seed", placeholder="drawn")
+                seed = gr.Textbox("", label="Seed", placeholder="drawn, and recorded", max_lines=1)
         with gr.Column(elem_classes="glass"):
             techniques = gr.CheckboxGroup(_plain_techniques(), label="Techniques")
-            options = gr.Textbox(label="Techniques with options", placeholder="quantize:fp8 vae:tiling=...", lines=1)
-            told = gr.HTML(
-                self.explain(
-                    self.kinds[0],
-                    "",
-                    "",
-                    "model",
-                    values.num_frames,
-                    values.fps,
-                    values.num_inference_steps,
-                    values.guidance_scale,
-                    None,
-                    values.scheduler,
-                    0.6,
-                    [],
-                    "",
-                )
+            options = gr.Textbox(
+                "", label="Techniques with options", placeholder="quantize:fp8 vae:tiling=...", lines=1
             )
-            run = gr.Button("Generate", variant="primary", size="lg")
         inputs = [
             kind,
             prompt,
@@ -314,19 +310,21 @@ class Page:
             techniques,
             options,
         ]
-        watched = [one.change for one in inputs if one is not prompt]
-        gr.on(watched, self.explain, inputs, told, show_progress="hidden", trigger_mode="always_last")
         kind.change(_visible, kind, [images, creativity])
-        return inputs, images, run
+        return inputs, images
 
-    def _result(self) -> tuple[Any, Any, Any, Any]:
+    def _result(self, inputs: list[Any]) -> tuple[Any, ...]:
         with gr.Column(elem_classes="glass"):
             stage = gr.HTML(show.stage(self.service, None))
+            told = gr.HTML(self.explain(*(one.value for one in inputs)))
+            run = gr.Button("Generate", variant="primary", size="lg")
             with gr.Row():
-                stop = gr.Button("Cancel", variant="stop")
+                stop = gr.Button("Cancel")
                 again = gr.Button("Again, another seed")
                 gone = gr.Button("Delete")
-        return stage, stop, again, gone
+        changes = [one.change for one in inputs]
+        gr.on(changes, self.explain, inputs, told, show_progress="hidden", trigger_mode="always_last")
+        return stage, run, stop, again, gone
 
     def _compare(self, blocks: gr.Blocks) -> None:
         with gr.Row():

@@ -73,4 +73,6 @@ def theme() -> Any:
         "slider_color": "#818cf8",
         "panel_background_fill": "transparent",
     }
-    return made.set(**colours, **{f"{name}_dark": value for name, value in colours.items()})
+    return made.set(
+        checkbox_border_radius="4px", **colours, **{f"{name}_dark": value for name, value in colours.items()}
+    )
