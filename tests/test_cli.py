@@ -19,9 +19,7 @@ from typer.testing import CliRunner
 
 import swiftwan.cli
 from swiftwan import media
-from swiftwan.cli.asked import Asked, free_name, understand
 from swiftwan.cli.models import ModelState
-from swiftwan.errors import RequestError
 from swiftwan.pipelines.request import TextToImage, TextToVideo
 
 FAKE = '''
@@ -45,12 +43,13 @@ class Explanation:
     model: str
     request: object
     plan: object
+    asked: object
 
     def lines(self):
         return [f"{self.model} runs {type(self.request).__name__}", f"plan: {self.plan}"]
 
     def to_json(self):
-        return {"model": self.model, "request": self.request.to_json(), "plan": self.plan}
+        return {"model": self.model, "request": self.asked.to_json(), "plan": self.plan}
 
 
 def explain(model, request, *, plan, device, dtype):
@@ -61,7 +60,8 @@ def explain(model, request, *, plan, device, dtype):
         hint = did_you_mean(request.scheduler, schedulers)
         raise RequestError(f"scheduler is '{request.scheduler}'." + hint)
     CALLS.append(("explain", model, request, plan, device, dtype))
-    return Explanation(model, request, plan)
+    defaults = KNOWN_MODELS[model].defaults if model in KNOWN_MODELS else POCKET_DEFAULTS
+    return Explanation(model, request.completed(defaults), plan, request)
 
 
 class Engine:
@@ -80,7 +80,7 @@ class Engine:
     def run(self, request, on_step=None):
         import torch
 
-        from swiftwan.pipelines.request import Result, StepEvent
+        from swiftwan.pipelines.result import Result, StepEvent
 
         request = request.completed(POCKET_DEFAULTS)
         began = time.perf_counter()
@@ -493,7 +493,7 @@ def test_on_a_terminal_a_line_a_phase_remains(shell: Any) -> None:
 
 def test_an_interrupt_that_was_swallowed_stops_the_next_step() -> None:
     from swiftwan.cli.progress import PlainDisplay
-    from swiftwan.pipelines.request import StepEvent
+    from swiftwan.pipelines.result import StepEvent
 
     display = PlainDisplay()
     display.interrupted = True
@@ -630,32 +630,3 @@ def test_start_up_leaves_torch_alone(tmp_path: Path, arguments: list[str]) -> No
         env=os.environ | {"PYTHONPATH": str(Path(swiftwan.cli.__file__).parents[2])},
     )
     assert done.returncode == 0, done.stderr
-
-
-# Understanding a command line
-
-
-def test_free_names(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.chdir(tmp_path)
-    assert free_name("A red, RED circle!", ".mp4") == Path("a-red-red-circle.mp4")
-    assert free_name("../../etc/passwd", ".png") == Path("etc-passwd.png")
-    assert free_name("???", ".mp4") == Path("swiftwan.mp4")
-    assert free_name("红色圆" * 40, ".mp4") == Path("红色圆" * 13 + "红.mp4")
-    assert len(free_name("word " * 40, ".mp4").stem) <= 40
-    for name in ("a.mp4", "a-2.mp4"):
-        Path(name).touch()
-    assert free_name("a", ".mp4") == Path("a-3.mp4")
-
-
-def test_defaults_are_left_to_the_model() -> None:
-    run = understand(Asked(prompt="x"))
-    assert run.request == TextToVideo("x")
-    assert (run.model, run.plan, run.device, run.dtype) == ("pocket", "auto", None, None)
-    assert run.size() == (33, 128, 128)
-    assert understand(Asked(prompt="x", model="random:wan2.1-t2v-1.3b")).size() == (81, 480, 832)
-    assert understand(Asked(prompt="x", plan="none")).plan == []
-
-
-def test_a_prompt_is_needed() -> None:
-    with pytest.raises(RequestError, match="there is no prompt"):
-        understand(Asked())

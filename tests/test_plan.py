@@ -1,5 +1,6 @@
 import pytest
 import torch
+from PIL import Image
 
 import swiftwan as sw
 from swiftwan.device import pick_device
@@ -7,7 +8,8 @@ from swiftwan.errors import PlanError, RequestError, UnavailableError, WeightsEr
 from swiftwan.guidance import BatchedGuidance, SequentialGuidance
 from swiftwan.models.config import KNOWN_MODELS
 from swiftwan.models.dit import WanTransformer
-from swiftwan.plan import TECHNIQUES, estimate, make_plan, parse
+from swiftwan.plan import estimate, make_plan, parse
+from swiftwan.techniques import TECHNIQUES
 from swiftwan.weights.build import parameter_count
 
 CPU = pick_device("cpu")
@@ -23,7 +25,7 @@ def test_listing_order_does_not_matter():
     one, other = make_plan(specs, CPU), make_plan(specs[::-1], CPU)
     assert one == other
     assert one.specs == ("dtype:bf16", "vae:tiling", "batched-cfg")
-    assert one.guide is BatchedGuidance
+    assert one.guide.kind is BatchedGuidance
     assert one.settings.dtype is torch.bfloat16
 
 
@@ -37,7 +39,7 @@ def test_an_explicit_dtype_stands_above_the_plan():
 def test_an_empty_plan_is_the_plain_run():
     plan = make_plan([], CPU)
     assert plan.techniques == ()
-    assert plan.guide is SequentialGuidance
+    assert plan.guide.kind is SequentialGuidance
 
 
 @pytest.mark.parametrize(
@@ -117,13 +119,37 @@ def test_explain_needs_no_weights(monkeypatch):
         ("pocket", {"scheduler": "LMSDiscreteScheduler"}, RequestError, "extrapolates noise"),
         ("pocket", {"scheduler": "euler_ancestral"}, RequestError, "variance-exploding"),
         ("pocket", {"num_frames": 32}, RequestError, "29 or 33"),
-        ("wan2.2-i2v-a14b", {}, UnavailableError, "from an image"),
+        ("wan2.2-i2v-a14b", {}, RequestError, "from an image"),
     ],
     ids=str,
 )
 def test_what_cannot_run_is_told_before_loading(model, request_, kind, words):
     with pytest.raises(kind, match=words):
         sw.explain(model, sw.TextToVideo("a cat", **request_), device="cpu")
+
+
+IMAGE = Image.new("RGB", (832, 480))
+
+
+def test_image_to_video_is_explained_without_weights():
+    explanation = sw.explain("random:wan2.1-i2v-14b-480p", sw.ImageToVideo("a cat", image=IMAGE), plan=[], device="cpu")
+    told = "\n".join(explanation.lines())
+    assert "task       ImageToVideo" in told
+    assert "memory: used as it is" in told
+    assert "size       832x480, 81 frames at 16 fps" in told
+    # 16.395 B of transformer, 632 M of CLIP less its last layer, UMT5-XXL and the VAE.
+    text = sw.explain("random:wan2.1-t2v-14b", sw.TextToVideo("a cat"), plan=[], device="cpu", dtype="fp32")
+    difference = (explanation.load.weight_bytes - text.load.weight_bytes) / 4
+    assert difference == pytest.approx(16.395e9 - 14.288e9 + 0.611e9, rel=5e-3)
+    assert explanation.to_json()["inputs"][0]["fitted"] == ""
+
+
+@pytest.mark.parametrize(
+    ("creativity", "scheduler", "forwards"), [(0, "unipc", 0), (0.5, "unipc", 20), (0.5, "heun", 38)]
+)
+def test_creativity_counts_the_steps_that_run(creativity, scheduler, forwards):
+    request = sw.ImageToImage("a cat", image=IMAGE, creativity=creativity, scheduler=scheduler, num_inference_steps=20)
+    assert sw.explain("pocket", request, device="cpu").load.forwards == forwards
 
 
 def test_cuda_without_cuda():

@@ -12,6 +12,11 @@ from swiftwan.prompt_cache import PromptCache, digest
 CPU = torch.device("cpu")
 
 
+@pytest.fixture(autouse=True)
+def _empty_cache(tmp_path, monkeypatch):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "user"))
+
+
 def embedding(seed=0, tokens=7):
     return torch.randn(1, tokens, 16, generator=torch.Generator().manual_seed(seed)).bfloat16()
 
@@ -104,14 +109,28 @@ def test_a_known_prompt_needs_no_text_encoder(monkeypatch):
 
 
 @pytest.mark.parametrize("place", ["memory", "off"])
-def test_nothing_reaches_the_disk_unless_asked(place, tmp_path, monkeypatch):
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+def test_nothing_reaches_the_disk_unless_asked(place, tmp_path):
     engine = sw.Engine.load("pocket", plan=[f"prompt-cache:{place}"], device="cpu")
     engine.parts.text.encode("a blue star")
-    assert not (tmp_path / "swiftwan" / "prompts").exists()
+    assert not (tmp_path / "user" / "swiftwan" / "prompts").exists()
     assert (engine.parts.text.cache is None) == (place == "off")
 
 
 def test_an_unknown_place_is_told():
     with pytest.raises(PlanError, match="prompt-cache is 'dsik'. Did you mean 'disk'"):
         sw.Engine.load("pocket", plan=["prompt-cache:dsik"], device="cpu")
+
+
+def test_an_encoder_told_to_unload_leaves_after_the_prompts():
+    request = sw.TextToVideo("a green star stays still", seed=3, num_frames=1, num_inference_steps=1)
+    plain = sw.Engine.load("pocket", plan=["prompt-cache:off"], device="cpu")
+    engine = sw.Engine.load("pocket", plan=["prompt-cache:off", "text-encoder:unload"], device="cpu")
+    assert torch.equal(engine.run(request).latents, plain.run(request).latents)
+    assert not engine.parts.text.is_loaded
+    assert torch.equal(engine.run(request).latents, plain.run(request).latents)
+    assert plain.parts.text.is_loaded
+
+
+def test_an_unknown_home_is_told():
+    with pytest.raises(PlanError, match="text-encoder is 'cpuu'. Did you mean 'cpu'"):
+        sw.Engine.load("pocket", plan=["text-encoder:cpuu"], device="cpu")

@@ -8,13 +8,17 @@ import swiftwan
 from swiftwan import errors
 
 PUBLIC = (
+    "Blend",
     "Engine",
     "Explanation",
+    "ImageToImage",
+    "ImageToVideo",
     "Request",
     "Result",
     "StepEvent",
     "TextToImage",
     "TextToVideo",
+    "VideoToVideo",
     "errors",
     "explain",
 )

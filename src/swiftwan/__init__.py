@@ -7,28 +7,45 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from swiftwan.engine import Engine
-    from swiftwan.pipelines.request import Request, Result, StepEvent, TextToImage, TextToVideo
+    from swiftwan.pipelines.request import (
+        Blend,
+        ImageToImage,
+        ImageToVideo,
+        Request,
+        TextToImage,
+        TextToVideo,
+        VideoToVideo,
+    )
+    from swiftwan.pipelines.result import Result, StepEvent
     from swiftwan.plan import Explanation, explain
 
 _HOME = {
+    "Blend": "swiftwan.pipelines.request",
     "Engine": "swiftwan.engine",
     "Explanation": "swiftwan.plan",
+    "ImageToImage": "swiftwan.pipelines.request",
+    "ImageToVideo": "swiftwan.pipelines.request",
     "Request": "swiftwan.pipelines.request",
-    "Result": "swiftwan.pipelines.request",
-    "StepEvent": "swiftwan.pipelines.request",
+    "Result": "swiftwan.pipelines.result",
+    "StepEvent": "swiftwan.pipelines.result",
     "TextToImage": "swiftwan.pipelines.request",
     "TextToVideo": "swiftwan.pipelines.request",
+    "VideoToVideo": "swiftwan.pipelines.request",
     "explain": "swiftwan.plan",
 }
 
 __all__ = [
+    "Blend",
     "Engine",
     "Explanation",
+    "ImageToImage",
+    "ImageToVideo",
     "Request",
     "Result",
     "StepEvent",
     "TextToImage",
     "TextToVideo",
+    "VideoToVideo",
     "errors",
     "explain",
 ]

@@ -10,10 +10,12 @@ import torch
 
 from swiftwan.device import Device, pick_device
 from swiftwan.errors import MemoryLimitError
-from swiftwan.pipelines.generate import OnStep, text_to_video
-from swiftwan.pipelines.request import Request, Result
+from swiftwan.pipelines.generate import OnStep, generate
+from swiftwan.pipelines.request import Request
+from swiftwan.pipelines.result import Result
 from swiftwan.plan import Facts, Plan, complete, describe, estimate, make_plan
 from swiftwan.prompt_cache import PromptCache
+from swiftwan.techniques.lora import find_loras, labels
 from swiftwan.weights.build import Parts, build
 from swiftwan.weights.check import cache_folder
 from swiftwan.weights.find import locate
@@ -25,7 +27,7 @@ class Engine:
     Attributes:
         model_name: as the user called it.
         device, plan: where and how it runs.
-        parts: text encoder, transformers and VAE.
+        parts: text encoder, transformers, VAE, and an image encoder where the model has one.
     """
 
     def __init__(self, facts: Facts, parts: Parts, plan: Plan, device: Device) -> None:
@@ -56,8 +58,8 @@ class Engine:
             PlanError, UnavailableError, WeightsError, OutputError, MemoryLimitError: in one line each.
         """
         where = pick_device(device)
-        chosen = make_plan(plan, where, dtype)
         facts = describe(model)
+        chosen = make_plan(plan, where, dtype, facts.known)
         torch.backends.cuda.matmul.allow_tf32 = chosen.settings.tf32
         torch.backends.cudnn.allow_tf32 = chosen.settings.tf32
         try:
@@ -66,6 +68,7 @@ class Engine:
                 device=torch.device(where.torch_device),
                 dtype=chosen.settings.dtype,
                 transformers_on=torch.device("cpu") if chosen.settings.transformers_on_host else None,
+                as_loaded=chosen.settings.as_loaded,
             )
             parts.text.cache = _prompt_cache(chosen.settings.prompt_cache)
             for technique in chosen.techniques:
@@ -104,6 +107,28 @@ class Engine:
             request.width // vae.scale_factor_spatial,
         )
 
+    @property
+    def loras(self) -> dict[str, float]:
+        """Strength by name: the file's without its ending, or its path where two files share a name."""
+        return {label: lora.strength for label, lora in labels(self.plan.techniques).items()}
+
+    def set_lora(self, name: str, strength: float) -> None:
+        """Change a live LoRA's strength for the requests to come: nothing is reloaded or compiled anew.
+
+        Args:
+            name: as in :attr:`loras`, or its path.
+            strength: 0 gives bit for bit the model without it.
+
+        Raises:
+            PlanError: there is no such LoRA, it is merged into the weights, or the strength is not finite.
+        """
+        changed = {}
+        for lora in find_loras(self.plan.techniques, name):
+            changed[id(lora)] = replace(lora, strength=strength)
+            changed[id(lora)].change(self.parts)
+        techniques = tuple(changed.get(id(technique), technique) for technique in self.plan.techniques)
+        self.plan = replace(self.plan, techniques=techniques)
+
     def run(self, request: Request, *, on_step: OnStep | None = None) -> Result:
         """Run one request.
 
@@ -112,14 +137,14 @@ class Engine:
             on_step: told after each unit of work; what it raises ends the run within a step.
 
         Raises:
-            RequestError: a value that the model cannot take.
+            RequestError: a task or a value that the model cannot take, or an input that cannot be read.
             MemoryLimitError: the device's memory ran out; says which settings would fit.
         """
         request = complete(request, self.facts)
         if self.torch_device.type == "cuda":
             torch.cuda.reset_peak_memory_stats(self.torch_device)
         try:
-            return text_to_video(self, request, on_step)
+            return generate(self, request, on_step)
         except torch.OutOfMemoryError:
             pass
         _free_memory()

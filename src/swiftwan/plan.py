@@ -8,25 +8,21 @@ from typing import Any
 
 import torch
 
+from swiftwan import inputs
 from swiftwan.device import Device, parse_dtype, pick_device
-from swiftwan.errors import PlanError, RequestError, UnavailableError, did_you_mean
+from swiftwan.errors import PlanError, RequestError, did_you_mean
 from swiftwan.guidance import Guide
-from swiftwan.models.config import KNOWN_MODELS, POCKET, KnownModel
+from swiftwan.models.config import KNOWN_MODELS, POCKET, ClipConfig, KnownModel
 from swiftwan.models.vae import Tiling
 from swiftwan.pipelines.request import Grid, Request
 from swiftwan.sampling import check_scheduler
+from swiftwan.techniques import TECHNIQUES
 from swiftwan.techniques.base import Settings, Technique
-from swiftwan.techniques.guidance import BatchedCfg
-from swiftwan.techniques.offload import Offload
-from swiftwan.techniques.precision import Dtype, Tf32
-from swiftwan.techniques.prompts import PromptCaching
-from swiftwan.techniques.quantize import Quantize
-from swiftwan.techniques.vae import Vae
+from swiftwan.techniques.precision import Dtype
 from swiftwan.weights.build import UMT5_XXL, parameter_count, text_parameter_count
-from swiftwan.weights.find import Folder, identify, known_model, locate, read_layout
+from swiftwan.weights.find import identify, known_model, locate, published_file, read_layout
+from swiftwan.weights.layout import RandomModel, WeightsFile
 
-_KINDS: tuple[type[Technique], ...] = (BatchedCfg, Dtype, Offload, PromptCaching, Quantize, Tf32, Vae)
-TECHNIQUES = {kind.name: kind for kind in _KINDS}
 RECIPES = ("auto", "none")
 TEXT_TOKENS = 512
 
@@ -67,13 +63,16 @@ class Plan:
         return self.settings.tiling
 
 
-def make_plan(plan: str | Sequence[str], device: Device, dtype: str | None = None) -> Plan:
+def make_plan(
+    plan: str | Sequence[str], device: Device, dtype: str | None = None, model: KnownModel | None = None
+) -> Plan:
     """Check everything, then put it in order.
 
     Args:
         plan: a recipe's name, or specs; an empty list is the plain run.
         device: where it will run.
         dtype: stands above the plan's.
+        model: which model it is for, where that is known.
 
     Raises:
         PlanError: every problem at once.
@@ -95,6 +94,8 @@ def make_plan(plan: str | Sequence[str], device: Device, dtype: str | None = Non
     for technique in techniques:
         if missing := technique.missing_on(device):
             problems.append(f"'{technique.name}' cannot run on {device.name}: {missing}")
+        if model and (unfit := technique.unfit_for(model)):
+            problems.append(f"{technique.name}: {unfit}")
     problems += _conflicts(techniques)
     if problems:
         told = "; ".join(problem.rstrip(".") for problem in problems)
@@ -147,7 +148,10 @@ def describe(model: str) -> Facts:
     if known := known_model(model):
         return Facts(model, known, text_parameter_count(UMT5_XXL))
     source = locate(model)
-    assert isinstance(source, Folder)
+    assert not isinstance(source, RandomModel)
+    if isinstance(source, WeightsFile) and (known := published_file(source)):
+        # Its other parts are the published ones: no need to bring them to know their sizes.
+        return Facts(model, known, text_parameter_count(UMT5_XXL))
     layout = read_layout(source)
     text_sizes = {k: v for k, v in layout.configs["text_encoder"].items() if k in UMT5_XXL}
     family = identify(layout) or _family(layout.boundary_ratio, layout.expand_timesteps, layout.transformer.in_channels)
@@ -177,9 +181,10 @@ def complete(request: Request, facts: Facts) -> Request:
     """Fill a request with the model's defaults and check it.
 
     Raises:
-        RequestError: a value that the model cannot take.
+        RequestError: a task or a value that the model cannot take, or an input that cannot be read.
     """
-    request = request.completed(facts.known.defaults)
+    request.check_model(facts.known)
+    request = inputs.sized(request, facts.known.defaults, facts.grid).completed(facts.known.defaults)
     check_scheduler(request.scheduler or "")
     request.check(facts.grid, experts=facts.experts)
     return request
@@ -218,11 +223,12 @@ def estimate(request: Request, facts: Facts, dtype: torch.dtype) -> Load:
     projections = 12 * tokens * dim**2  # q, k, v, out of self-attention; q, out of cross-attention
     attention = 4 * tokens * (tokens + TEXT_TOKENS) * dim
     flop = layers * (projections + attention + 4 * tokens * dim * ffn)
-    calls = {"heun": 2 * (request.num_inference_steps or 1) - 1}.get(
-        request.scheduler or "", request.num_inference_steps or 1
-    )
+    steps = request.steps_to_run
+    calls = max(0, 2 * steps - 1) if request.scheduler == "heun" else steps
     guided = (request.guidance_scale or 1) > 1
     weights = facts.experts * parameter_count(config) + parameter_count(vae) + facts.text_parameters
+    if config.image_dim is not None:
+        weights += parameter_count(ClipConfig())
     # Residual stream and its float32 copies, q, k, v and the attention's result, or the feed-forward's middle.
     denoising = tokens * (12 * dim + size * max(6 * dim, 2 * ffn + dim))
     width = (vae.decoder_base_dim or vae.base_dim) * vae.dim_mult[0]
@@ -246,6 +252,7 @@ class Explanation:
     plan: Plan
     device: Device
     load: Load
+    given: tuple[inputs.Input, ...] = ()
 
     @property
     def fits(self) -> bool:
@@ -261,15 +268,18 @@ class Explanation:
             f"model      {self.facts.name}",
             f"device     {self.device.name} ({self.device.torch_device})",
             f"dtype      {dtype}: {why}",
-            f"video      {request.width}x{request.height}, {request.num_frames} frames at {request.fps} fps",
-            f"sampling   {request.scheduler}, {request.num_inference_steps} steps, guidance {scale}, "
-            f"shift {request.flow_shift:g}",
+            f"task       {type(request).__name__}",
+            *(f"input      {given}" for given in self.given),
+            f"size       {request.width}x{request.height}"
+            + (f", {request.num_frames} frames at {request.fps} fps" if request.num_frames != 1 else ""),
+            f"sampling   {request.scheduler}, {_steps(request)}, guidance {scale}, shift {request.flow_shift:g}",
             f"work       {load.forwards} forwards of {load.tokens} tokens, {load.tflop_per_forward:.3g} TFLOP each",
             f"memory     {_gib(load.weight_bytes)} of weights + about {_gib(load.activation_bytes)}; "
             f"{_gib(self.device.free_bytes)} free: {'fits' if self.fits else 'does not fit'}",
         ]
         for number, technique in enumerate(self.plan.techniques, 1):
             lines.append(f"{number}. {technique.spec} ({technique.kind}): {technique.reason}")
+            lines += [f"   {line}" for line in technique.tell(self.facts.known)]
         return lines if self.plan.techniques else [*lines, "plan       plain: no techniques"]
 
     def to_json(self) -> dict[str, Any]:
@@ -278,8 +288,15 @@ class Explanation:
             "device": self.device.name,
             "dtype": str(self.plan.settings.dtype).removeprefix("torch."),
             "request": self.request.to_json(),
+            "inputs": [vars(given) for given in self.given],
             "plan": [
-                {"spec": t.spec, "kind": t.kind, "reason": t.reason, "slot": t.slot.name.lower()}
+                {
+                    "spec": t.spec,
+                    "kind": t.kind,
+                    "reason": t.reason,
+                    "slot": t.slot.name.lower(),
+                    "told": t.tell(self.facts.known),
+                }
                 for t in self.plan.techniques
             ],
             "tokens": self.load.tokens,
@@ -290,6 +307,11 @@ class Explanation:
             "free_bytes": self.device.free_bytes,
             "fits": self.fits,
         }
+
+
+def _steps(request: Request) -> str:
+    steps, all_steps = request.steps_to_run, request.num_inference_steps
+    return f"{steps} steps" if steps == all_steps else f"the last {steps} of {all_steps} steps"
 
 
 def _gib(count: int) -> str:
@@ -311,12 +333,9 @@ def explain(
         RequestError, PlanError, UnavailableError, WeightsError: as the run itself would.
     """
     where = pick_device(device)
-    chosen = make_plan(plan, where, dtype)
     facts = describe(model)
-    if facts.known.transformer.in_channels != facts.known.transformer.out_channels:
-        raise UnavailableError(
-            f"'{model}' makes videos from an image, which swiftwan cannot run yet; "
-            "take a text-to-video model, for example 'wan2.1-t2v-1.3b'."
-        )
+    chosen = make_plan(plan, where, dtype, facts.known)
     full = complete(request, facts)
-    return Explanation(facts, full, chosen, where, estimate(full, facts, chosen.settings.dtype))
+    given = inputs.read(full)
+    load = estimate(full, facts, chosen.settings.dtype)
+    return Explanation(facts, full, chosen, where, load, given.inputs if given else ())

@@ -9,6 +9,7 @@ from diffusers.video_processor import VideoProcessor
 from torch import Tensor, nn
 
 from swiftwan.errors import RequestError, WeightsError
+from swiftwan.models import vae_blocks
 from swiftwan.models.config import WAN21_VAE, WAN22_VAE, VAEConfig
 from swiftwan.models.vae import Tiling, WanVAE
 from swiftwan.models.vae_blocks import Stream
@@ -284,3 +285,20 @@ def test_chunks_and_tiles_that_do_not_divide():
 def test_config_of_no_published_vae(change):
     with pytest.raises(WeightsError, match="Is this a Wan checkpoint"):
         WanVAE(replace(SMALL_21, **change))
+
+
+@pytest.mark.parametrize("config", [SMALL_21, SMALL_22], ids=["Wan2.1", "Wan2.2"])
+def test_one_frame_does_no_work_for_frames_that_do_not_exist(config, monkeypatch):
+    """A picture passes as one frame through windows of one tap: no zeros in front of it are convolved."""
+    seen = []
+    convolve = vae_blocks.conv_volume
+
+    def spy(x, weight, bias, stride):
+        seen.append((x.shape[2], weight.shape[2]))
+        return convolve(x, weight, bias, stride)
+
+    monkeypatch.setattr(vae_blocks.Conv3d, "convolve", staticmethod(spy))
+    vae = WanVAE(config).eval().requires_grad_(False)
+    latents = vae.encode(torch.rand(1, 3, 1, 32, 32))
+    vae.decode(latents)
+    assert set(seen) == {(1, 1)}

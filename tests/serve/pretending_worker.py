@@ -7,7 +7,7 @@ import hashlib
 import time
 from typing import Any
 
-from swiftwan.pipelines.request import StepEvent
+from swiftwan.pipelines.result import StepEvent
 from swiftwan.serve.jobs.job import Job
 from swiftwan.serve.jobs.worker import Watch, Worker, main
 

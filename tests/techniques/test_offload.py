@@ -35,11 +35,40 @@ def test_streamed_blocks_share_two_slots():
     assert len(homes) == 2
 
 
+@pytest.mark.parametrize("more", [(), ("quantize:int8",), ("quantize:nf4",)])
+def test_a_model_that_leaves_between_its_turns_gives_the_same_bits(more):
+    more = ("prompt-cache:off", *more)
+    _, expected = run(*more)
+    engine, latents = run("offload:model", *more)
+    assert torch.equal(latents, expected)
+    assert not engine.parts.text.is_loaded
+    assert not engine.parts.enter.parked["transformer"].here
+    assert torch.equal(engine.run(REQUEST).latents, expected)
+
+
+def test_the_expert_that_waits_is_not_on_the_device(two_experts):
+    plain = sw.Engine.load(str(two_experts), plan=[], device="cpu", dtype="fp32")
+    request = sw.TextToVideo("a", seed=1, num_inference_steps=4, num_frames=5, width=32, height=32)
+    engine = sw.Engine.load(str(two_experts), plan=["offload:experts"], device="cpu", dtype="fp32")
+    turns = []
+    enter = engine.parts.enter
+
+    def watch(component):
+        enter(component)
+        turns.append((component, [name for name, parked in enter.parked.items() if parked.here]))
+
+    engine.parts.enter = watch
+    assert torch.equal(engine.run(request).latents, plain.run(request).latents)
+    of_experts = [turn for turn in turns if turn[0].startswith("transformer")]
+    assert of_experts == [("transformer", ["transformer"]), ("transformer_2", ["transformer_2"])]
+
+
 @pytest.mark.parametrize(
     ("specs", "words"),
     [
         (["offload:blocs"], "offload is 'blocs'. Did you mean 'blocks'"),
         (["offload:blocks:resident=-2"], "resident is -2"),
+        (["offload:model:resident=2"], "offload:model has no resident blocks"),
         (["offload:blocks", "quantize:nf4"], "offload cannot run beside quantize: bitsandbytes"),
     ],
 )

@@ -1,10 +1,12 @@
 """The pieces of the pocket recipe; the recipe itself needs a GPU (LOG.md tells how it went)."""
 
 import random
+from pathlib import Path
 
 import pytest
 import torch
 
+import swiftwan.pocket
 from swiftwan.pocket.world import (
     COLOURS,
     MOTIONS,
@@ -15,8 +17,21 @@ from swiftwan.pocket.world import (
     parse_prompt,
     sample_scenes,
 )
-from swiftwan.train.pocket_dit import TEXT_TOKENS, Pocket, caption, flow_loss, tokenize, training_scenes
+from swiftwan.train.pocket_dit import (
+    KINDS,
+    TEXT_TOKENS,
+    Latents,
+    Pocket,
+    caption,
+    draw_batch,
+    flow_loss,
+    tokenize,
+    training_scenes,
+)
+from swiftwan.train.pocket_text import binding, labels
+from swiftwan.train.pocket_text import train as train_text
 from swiftwan.train.pocket_tokenizer import build
+from swiftwan.train.recorded import Recorded, plain
 
 
 def test_each_word_of_the_world_is_one_token():
@@ -66,24 +81,96 @@ def test_the_shares_of_what_is_hard_are_as_asked():
 
 def test_a_perfect_model_has_no_loss_and_a_given_frame_does_not_count():
     latents, noise = torch.randn(2, 16, 3, 4, 4), torch.randn(2, 16, 3, 4, 4)
-    level = torch.tensor([0.3, 0.8])
+    level, given = torch.tensor([0.3, 0.8]), torch.tensor([True, False])
 
     def perfect(noisy, timestep, tokens):
-        assert timestep.shape == (2, 2)
-        assert torch.equal(noisy[:, :, 0], latents[:, :, 0])
+        assert torch.equal(timestep, torch.tensor([[0.0, 300.0], [800.0, 800.0]]))
+        assert torch.equal(noisy[0, :, 0], latents[0, :, 0])
         flow = noise - latents
-        return torch.cat((torch.full_like(flow[:, :, :1], 9.0), flow[:, :, 1:]), dim=2)
+        flow[0, :, 0] = 9.0
+        return flow
 
-    assert flow_loss(perfect, latents, torch.zeros(2, 4), level, noise, first_given=True) < 1e-10
+    assert flow_loss(perfect, latents, torch.zeros(2, 4), level, noise, given) < 1e-10
+
+
+def test_with_no_frame_given_both_forms_of_the_loss_agree():
+    latents, noise, level = torch.randn(2, 16, 3, 4, 4), torch.randn(2, 16, 3, 4, 4), torch.tensor([0.3, 0.8])
+
+    def model(noisy, timestep, tokens):
+        return noisy * timestep.reshape(2, -1)[:, -1].view(-1, 1, 1, 1, 1)
+
+    one = flow_loss(model, latents, torch.zeros(2, 4), level, noise)
+    two = flow_loss(model, latents, torch.zeros(2, 4), level, noise, torch.tensor([False, False]))
+    torch.testing.assert_close(one, two)
 
 
 def test_one_step_of_training_moves_text_encoder_and_transformer():
     model = Pocket(len(build()))
     tokens = tokenize(["a red circle moves left over a blue background", ""], build())
     latents = torch.randn(2, 16, 1, 4, 4)
-    flow_loss(model, latents, tokens, torch.tensor([0.2, 0.9]), torch.randn_like(latents), first_given=False).backward()
+    flow_loss(model, latents, tokens, torch.tensor([0.2, 0.9]), torch.randn_like(latents)).backward()
     unmoved = [name for name, p in model.named_parameters() if p.grad is None]
     assert unmoved == []
+
+
+def test_a_batch_follows_from_its_seed():
+    scenes = sample_scenes(4, 1)
+    data = Latents(torch.randn(4, 16, 9, 4, 4).half(), tokenize([scene.prompt for scene in scenes], build()))
+    clips, still = KINDS
+    first, again, other = (draw_batch(data, clips, 64, seed=seed, shift=3.0) for seed in (5, 5, 6))
+    assert all(torch.equal(a, b) for a, b in zip(first, again, strict=True))
+    assert not torch.equal(first[0], other[0])
+    assert 0 < first[4].sum() < 24
+    assert len(draw_batch(data, still, 2, seed=1, shift=3.0)) == 4
+
+
+def test_each_word_is_labelled_with_its_own_thing():
+    scenes = [scene for scene in sample_scenes(40, 3) if len(scene.things) == 2]
+    tokenizer = build()
+    for scene in scenes:
+        rows = labels(scene)
+        assert len(rows) == len(tokenizer(scene.prompt).input_ids)
+        for thing in scene.things:
+            place = tokenizer.tokenize(scene.prompt).index(tokenizer.tokenize(thing.colour)[0])
+            assert rows[place][1:4] == [
+                list(words).index(word)
+                for words, word in zip(
+                    (COLOURS, SHAPES, MOTIONS), (thing.colour, thing.shape, thing.motion), strict=True
+                )
+            ]
+
+
+def test_a_new_text_encoder_is_a_bag_of_words_and_the_shipped_one_is_not():
+    model = Pocket(len(build()))
+    assert binding(model, count=8) < 0.1
+    model.read_text(Path(swiftwan.pocket.__file__).parent / "model" / "text_encoder")
+    assert binding(model, count=8) > 0.1  # 0.0004 before it had learnt which words belong together
+
+
+def test_training_the_text_encoder_lowers_its_loss(monkeypatch):
+    monkeypatch.setattr("swiftwan.train.pocket_text.EXAMPLES", 64)
+    monkeypatch.setattr("swiftwan.train.pocket_text.LOG_EVERY", 1)
+    log = train_text(Pocket(len(build())), steps=8, batch=16, seed=1, learning_rate=3e-3, device=torch.device("cpu"))
+    assert log[-1]["loss"] < log[0]["loss"]
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+def test_a_recorded_step_has_the_plain_step_s_gradients():
+    model = Pocket(len(build())).cuda()
+    parameters = list(model.parameters())
+    step = plain(lambda *inputs: flow_loss(model, *inputs), parameters)
+    recorded = Recorded(step)
+    tokens = tokenize(["a red circle moves left over a blue background", ""], build()).cuda()
+    for seed in (1, 2):
+        torch.manual_seed(seed)
+        latents, noise = torch.randn(2, 2, 16, 3, 4, 4, device="cuda")
+        inputs = (latents, tokens, torch.rand(2, device="cuda"), noise, torch.tensor([True, False], device="cuda"))
+        loss, gradients = step(*inputs)
+        again, same = recorded(*inputs)
+        torch.testing.assert_close(again, loss)
+        for name, a, b in zip(dict(model.named_parameters()), same, gradients, strict=True):
+            torch.testing.assert_close(a, b, msg=name)
 
 
 @pytest.mark.parametrize(

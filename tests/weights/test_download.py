@@ -138,14 +138,15 @@ def hub() -> Iterator[Hub]:
 
 
 _SCRIPT = """
-import sys
+import os, sys
 from types import SimpleNamespace
 from swiftwan.errors import SwiftwanError
 from swiftwan.weights import download as module
 if len(sys.argv) > 3:
     module.shutil.disk_usage = lambda folder: SimpleNamespace(free=int(sys.argv[3]))
 try:
-    print("OK", module.download(sys.argv[1], sys.argv[2] or None))
+    components = os.environ.get("COMPONENTS", "").split()
+    print("OK", module.download(sys.argv[1], sys.argv[2] or None, components=components))
 except SwiftwanError as error:
     print(type(error).__name__.lstrip("_"), error)
 """
@@ -190,6 +191,19 @@ def test_only_what_is_needed_then_offline(hub: Hub, run) -> None:
     assert run() == ("OK", folder)
     assert run(HF_HUB_OFFLINE="1") == ("OK", folder)
     assert len(hub.sent) == len(WANTED)
+
+
+def test_some_components_alone(hub: Hub, run) -> None:
+    some = {"COMPONENTS": "tokenizer scheduler"}
+    wanted = {"model_index.json", "tokenizer/spiece.model", "scheduler/scheduler_config.json"}
+    kind, folder = run(**some)
+    assert (kind, names(folder), {name for name, _ in hub.sent}) == ("OK", wanted, wanted)
+    assert run(HF_HUB_OFFLINE="1", **some) == ("OK", folder)
+    assert run() == ("OK", folder)
+    assert names(folder) == WANTED
+    hub.sent.clear()
+    assert run(COMPONENTS="vae") == ("OK", folder)  # the whole model is here
+    assert hub.sent == []
 
 
 def test_broken_connection_is_taken_up_where_it_broke(hub: Hub, run) -> None:

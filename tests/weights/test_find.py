@@ -11,7 +11,8 @@ import pytest
 from swiftwan.errors import WeightsError
 from swiftwan.models.config import KNOWN_MODELS, WAN22_VAE
 from swiftwan.weights import check, find
-from swiftwan.weights.find import Folder, Layout, RandomModel, identify, known_model, locate, read_layout
+from swiftwan.weights.find import identify, known_model, locate, read_layout
+from swiftwan.weights.layout import Folder, Layout, OriginalFolder, RandomModel, WeightsFile
 
 
 @pytest.fixture(autouse=True)
@@ -92,10 +93,8 @@ def test_unknown_names(name: str, words: str) -> None:
     ("files", "words"),
     [
         ([], "it is empty"),
-        (["models_t5_umt5-xxl-enc-bf16.pth", "Wan2.1_VAE.pth"], "looks like the original Wan layout"),
-        (["high_noise_model/a.safetensors"], "looks like the original Wan layout"),
         (["config.json", "diffusion_pytorch_model.safetensors"], "looks like one component of a model"),
-        (["wan-Q4.gguf"], "folder of single weights files"),
+        (["wan-Q4.gguf"], "name the transformer's own file, for example"),
         (["holiday.mp4"], "it holds holiday.mp4"),
     ],
 )
@@ -111,10 +110,28 @@ def test_other_folders_are_named(tmp_path: Path, files: list[str], words: str) -
     assert "Wan-AI/Wan2.1-T2V-1.3B-Diffusers" in text
 
 
-@pytest.mark.parametrize("suffix", [".gguf", ".safetensors", ".pth"])
-def test_single_files_are_refused(tmp_path: Path, suffix: str) -> None:
-    (tmp_path / f"w{suffix}").touch()
-    assert "single files are not supported yet" in refused(locate, str(tmp_path / f"w{suffix}"))
+@pytest.mark.parametrize("name", ["w.gguf", "w.safetensors", "w.pth"])
+def test_single_files(tmp_path: Path, name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / name).touch()
+    assert locate(str(tmp_path / name)) == WeightsFile(tmp_path / name, str(tmp_path / name))
+    monkeypatch.chdir(tmp_path)
+    assert locate(name) == WeightsFile(tmp_path / name, name)
+
+
+@pytest.mark.parametrize(
+    "names",
+    [["models_t5_umt5-xxl-enc-bf16.pth", "Wan2.1_VAE.pth"], ["high_noise_model/a.safetensors"], ["Wan2.2_VAE.pth"]],
+)
+def test_original_folders(tmp_path: Path, names: list[str]) -> None:
+    for name in names:
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).touch()
+    assert locate(str(tmp_path)) == OriginalFolder(tmp_path, str(tmp_path))
+
+
+def test_other_files_are_refused(tmp_path: Path) -> None:
+    (tmp_path / "w.ckpt").touch()
+    assert "no weights file that swiftwan reads (.safetensors, .gguf" in refused(locate, str(tmp_path / "w.ckpt"))
 
 
 def test_component_points_to_its_model(tiny: Path) -> None:
@@ -153,8 +170,8 @@ def test_layout_of_diffusers_own_folder(tiny: Path) -> None:
     assert layout.boundary_ratio is None
     assert not layout.expand_timesteps
     assert layout.vae.base_dim == 4
-    assert len(layout.files["transformer"]) > 1
-    assert all(f.is_file() for files in layout.files.values() for f in files)
+    assert len(layout.files["transformer"].paths) > 1
+    assert all(f.is_file() for files in layout.files.values() for f in files.paths)
     assert layout.configs["scheduler"]["flow_shift"] == 3.0
     assert identify(layout) is None
 
@@ -190,8 +207,8 @@ def rename_vae(tiny: Path, name: str) -> None:
             "diffusion_pytorch_model.fp16.safetensors",
             "only the variant diffusion_pytorch_model.fp16.safetensors",
         ),
-        ("diffusion_pytorch_model.bin", "a pickle, which swiftwan never opens"),
-        ("Wan2.1_VAE.pth", "a pickle, which swiftwan never opens"),
+        ("diffusion_pytorch_model.bin", "a pickle; in a diffusers folder swiftwan reads"),
+        ("Wan2.1_VAE.pth", "a pickle; in a diffusers folder swiftwan reads"),
         (
             "diffusion_pytorch_model-00001-of-00002.safetensors",
             "no diffusion_pytorch_model.safetensors.index",
@@ -238,8 +255,8 @@ def test_links_within_the_hub_cache(tiny: Path, tmp_path: Path) -> None:
         shutil.move(file, blob)
         file.symlink_to(os.path.relpath(blob, file.parent))
     layout = read_layout(locate(str(snapshot)))
-    assert len(layout.files["transformer"]) > 1
-    blob = layout.files["vae"][0].resolve()
+    assert len(layout.files["transformer"].paths) > 1
+    blob = layout.files["vae"].paths[0].resolve()
     blob.write_bytes(blob.read_bytes()[:-1] + b"!")
     assert "1 damaged (SHA-256 differs) (vae/diffusion_pytorch_model.safetensors)" in refused(locate, str(snapshot))
 

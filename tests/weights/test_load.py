@@ -12,7 +12,8 @@ from torch import nn
 from transformers import UMT5Config, UMT5EncoderModel
 
 from swiftwan.errors import OutputError, WeightsError
-from swiftwan.weights.find import Folder, read_layout
+from swiftwan.weights.find import read_layout
+from swiftwan.weights.layout import Folder
 from swiftwan.weights.load import load_weights, randomize, save_weights
 
 CPU = {"device": "cpu", "dtype": torch.float32}

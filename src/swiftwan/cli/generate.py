@@ -1,4 +1,4 @@
-"""``swiftwan generate`` makes a video or a picture; ``swiftwan explain`` says how, and makes nothing."""
+"""``swiftwan generate`` makes videos and pictures; ``swiftwan explain`` says how, and makes nothing."""
 
 from __future__ import annotations
 
@@ -10,18 +10,23 @@ from typing import TYPE_CHECKING, Any
 
 import typer
 
-from swiftwan.cli.asked import Asked, Run, takes_asked, understand
+from swiftwan.cli.asked import Asked, takes_asked
+from swiftwan.cli.many import generate_many
 from swiftwan.cli.progress import Display, cancellable, shown
-from swiftwan.errors import Cancelled
+from swiftwan.cli.understand import Run, understand
+from swiftwan.errors import Cancelled, RequestError
 
 if TYPE_CHECKING:
-    from swiftwan.pipelines.request import Result
+    from swiftwan.pipelines.result import Result
     from swiftwan.plan import Explanation
 
 
 @takes_asked
 def generate(asked: Asked) -> None:
-    """Make a video (.mp4) or a picture (.png) from words."""
+    """Make a video (.mp4) or a picture (.png) from words, images or a video; with --prompts, many."""
+    if asked.prompts is not None:
+        _generate_many(asked)
+        return
     run = understand(asked)
     if asked.like:
         typer.echo(_likeness(asked.like, run), err=True)
@@ -35,9 +40,26 @@ def generate(asked: Asked) -> None:
         typer.echo(path)
 
 
+def _generate_many(asked: Asked) -> None:
+    with redirect_stdout(sys.stderr), shown(plain=True) as display:
+        outcome = generate_many(asked, display)
+    for line, reason in outcome.failed:
+        typer.echo(f"line {line}: {reason}", err=True)
+    typer.echo(str(outcome), err=True)
+    if asked.as_json:
+        typer.echo(json.dumps(outcome.to_json()))
+    else:
+        for path in outcome.written:
+            typer.echo(path)
+    if outcome.failed:
+        raise typer.Exit(1)
+
+
 @takes_asked
 def explain(asked: Asked) -> None:
     """Say what generate would do and what it would take; load and write nothing."""
+    if asked.prompts is not None:
+        raise RequestError("--prompts is for generate; explain takes one request.")
     with redirect_stdout(sys.stderr):
         explanation = _explain(understand(asked))
     if asked.as_json:
@@ -61,7 +83,7 @@ def _run(run: Run, display: Display, *, quality: int) -> tuple[Result, Path]:
             from swiftwan.engine import Engine
 
             engine = Engine.load(run.model, plan=run.plan, device=run.device, dtype=run.dtype)
-            display.begin("text")
+            display.begin("image" if run.request.brings_pixels else "text")
             result = engine.run(run.request, on_step=display.on_step)
             display.begin("save")
             path = result.save(run.out, quality=quality)
@@ -81,9 +103,11 @@ def _check(run: Run) -> None:
     pick_device(run.device)
     if run.dtype is not None:
         parse_dtype(run.dtype)
-    _explain(run)
-    num_frames, height, width = run.size()
-    check_writable(run.out, num_frames=num_frames, height=height, width=width)
+    request = _explain(run).request
+    assert request.num_frames is not None
+    assert request.height is not None
+    assert request.width is not None
+    check_writable(run.out, num_frames=request.num_frames, height=request.height, width=request.width)
 
 
 def _identity(path: Path) -> tuple[int, int] | None:
@@ -105,7 +129,8 @@ def _summary(result: Result) -> str:
     size = f"{width}x{height}" + (f", {num_frames} frames" if num_frames > 1 else "")
     peak = f"{result.peak_bytes / 2**30:.2f} GiB peak"
     where = f"{result.device} {result.dtype}"
-    return f"{size}, seed {result.request.seed}, {result.seconds['total']:.1f} s on {where}, {peak}"
+    given = "".join(f"{given}\n" for given in result.inputs)
+    return f"{given}{size}, seed {result.request.seed}, {result.seconds['total']:.1f} s on {where}, {peak}"
 
 
 def _to_json(result: Result, path: Path) -> dict[str, Any]:

@@ -21,13 +21,13 @@ from rich.text import Text
 from swiftwan.errors import Cancelled, SwiftwanError
 
 if TYPE_CHECKING:
-    from swiftwan.pipelines.request import StepEvent
+    from swiftwan.pipelines.result import StepEvent
 
-_AFTER = {"load": "text", "text": "denoise", "denoise": "decode"}
+_AFTER = {"image": "text", "text": "denoise", "denoise": "decode"}
 
 
 class Display:
-    """Follows a run through its phases: load, text, denoise, decode, save."""
+    """Follows a run through its phases: load, image, text, denoise, decode, save."""
 
     def __init__(self) -> None:
         self.phase = ""

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, fields
-from typing import Any, Self
+from typing import Any, Literal, Self
 
 from swiftwan.errors import WeightsError
 
@@ -131,6 +131,20 @@ WAN22_VAE = VAEConfig(
 
 
 @dataclass(frozen=True)
+class ClipConfig(_FromJson):
+    """Sizes of the vision tower of a CLIP, by transformers' names (``CLIPVisionConfig``); ViT-H, as Wan2.1-I2V has."""
+
+    hidden_size: int = 1280
+    intermediate_size: int = 5120
+    num_hidden_layers: int = 32
+    num_attention_heads: int = 16
+    image_size: int = 224
+    patch_size: int = 14
+    hidden_act: str = "gelu"
+    layer_norm_eps: float = 1e-5
+
+
+@dataclass(frozen=True)
 class Defaults:
     """What the official code runs when the user says nothing."""
 
@@ -164,6 +178,22 @@ class KnownModel:
     expand_timesteps: bool = False
     sizes: tuple[tuple[int, int], ...] = field(default=())
     """Width x height pairs the model was released for; others run, outside what it was trained on."""
+
+    @property
+    def image_start(self) -> Literal["channels", "first frame"] | None:
+        """How a video begins with an image: as channels beside the noise, as a clean first frame, or not at all."""
+        if self.transformer.in_channels != self.transformer.out_channels:
+            return "channels"
+        return "first frame" if self.expand_timesteps else None
+
+    @property
+    def image_end(self) -> Literal["always", "if given", "never"]:
+        """Whether a video may end with an image too. Models with CLIP were trained for one image, or for two."""
+        if self.image_start != "channels":
+            return "never"
+        if self.transformer.image_dim is None:
+            return "if given"
+        return "never" if self.transformer.pos_embed_seq_len is None else "always"
 
 
 _SIZE_480P = ((832, 480), (480, 832))

@@ -11,7 +11,7 @@ D width of a token, H heads, E width of a head, K timesteps in a clip (1, or 2 w
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import cast
 
@@ -26,6 +26,9 @@ from swiftwan.ops.rope import Rope, apply_rope, rope_tables
 
 TEXT_LENGTH = 512
 """Text tokens that Wan attends to, padding included."""
+
+TokenOrder = Callable[..., Tensor]
+"""(frames, height, width, device=) of the patch grid to the token at each place; int64 (L,), first frame first."""
 
 KEEP_FP32 = ("*time_embedder*", "*scale_shift_table", "*.norm1.*", "*.norm2.*", "*.norm3.*")
 """Parameters that stay in float32 whatever the dtype, as in diffusers (``_keep_in_fp32_modules``)."""
@@ -44,13 +47,19 @@ class Memory:
     image_value: Tensor | None = None
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Condition:
-    """All that a forward needs besides latents and timestep: made once a prompt and shape."""
+    """All that a forward needs besides latents and timestep: made once a prompt and shape.
+
+    ``order`` says which token of the grid stands at each place, where that is not the grid's own order;
+    ``calls`` how many forwards will use it, so that techniques know the last; 0 where nobody said.
+    """
 
     memories: tuple[Memory, ...]
     text_bias: Tensor | None
     rope: Rope
+    order: Tensor | None = None
+    calls: int = 0
 
 
 # Layers
@@ -232,6 +241,16 @@ def sinusoid(timestep: Tensor, dim: int) -> Tensor:
 
 # The model
 
+Walk = Callable[[Callable[[int, Tensor], Tensor], int, Tensor, Condition], Tensor]
+"""(run a block by its number, how many there are, tokens (B, L, D), condition) to tokens: which blocks run."""
+
+
+def all_blocks(run: Callable[[int, Tensor], Tensor], count: int, x: Tensor, condition: Condition) -> Tensor:
+    """Each block once, in order."""
+    for number in range(count):
+        x = run(number, x)
+    return x
+
 
 class WanTransformer(nn.Module):
     """Predicts the flow (noise minus data) of a noisy latent video.
@@ -251,6 +270,8 @@ class WanTransformer(nn.Module):
         self.blocks = nn.ModuleList([Block(config, attend) for _ in range(config.num_layers)])
         self.proj_out = nn.Linear(config.dim, config.out_channels * math.prod(config.patch_size))
         self.scale_shift_table = nn.Parameter(torch.randn(1, 2, config.dim) / config.dim**0.5)
+        self.token_order: TokenOrder | None = None
+        self.walk: Walk = all_blocks
 
     @property
     def dtype(self) -> torch.dtype:
@@ -262,6 +283,7 @@ class WanTransformer(nn.Module):
         latent_shape: Sequence[int],
         image: Tensor | None = None,
         text_length: int = TEXT_LENGTH,
+        calls: int = 0,
     ) -> Condition:
         """Compute what all steps share.
 
@@ -274,22 +296,26 @@ class WanTransformer(nn.Module):
             latent_shape: (..., f, h, w) of the latents to come.
             image: (B, 257, image_dim) CLIP tokens for models that see them; (2 B, 257, image_dim) for FLF2V.
             text_length: tokens that the model was trained to attend to, padding included.
+            calls: how many forwards it is for, where that is known.
         """
         padding = text_length - text.shape[1]
         text_bias = None
         if padding > 0:
             text = F.pad(text, (0, 0, 0, 1))
-            text_bias = torch.zeros(text.shape[1], dtype=self.dtype, device=text.device)
-            text_bias[-1] = math.log(padding)
-            text_bias = text_bias.view(1, 1, 1, -1)
+            real = torch.zeros(1, 1, 1, text.shape[1] - 1, dtype=self.dtype, device=text.device)
+            text_bias = F.pad(real, (0, 1), value=math.log(padding))
         embedder = self.condition_embedder
         text = embedder.text_embedder(text.to(self.dtype))
         if image is not None and embedder.image_embedder is not None:
             image = embedder.image_embedder(image.to(self.dtype))
         frames, height, width = self.patch_grid(latent_shape)
         rope = rope_tables(self.config.attention_head_dim, frames, height, width, device=text.device)
+        order = None
+        if self.token_order is not None:
+            order = self.token_order(frames, height, width, device=text.device)
+            rope = (rope[0][order], rope[1][order])
         memories = tuple(cast(Block, block).remember(text, image) for block in self.blocks)
-        return Condition(memories, text_bias, rope)
+        return Condition(memories, text_bias, rope, order, calls)
 
     def patch_grid(self, latent_shape: Sequence[int]) -> tuple[int, int, int]:
         """How many patches a latent video (..., f, h, w) has along time, height and width."""
@@ -318,10 +344,19 @@ class WanTransformer(nn.Module):
         vector, time = self.condition_embedder.time(timestep, self.dtype)
         time = time.float()
         x = self.patch_embedding(latents.to(self.dtype)).flatten(2).transpose(1, 2).contiguous()
-        for block, memory in zip(self.blocks, condition.memories, strict=True):
-            x = block(x, time, spans, memory, condition.text_bias, condition.rope)
+        if condition.order is not None:
+            x = x[:, condition.order]
+
+        def run(number: int, x: Tensor) -> Tensor:
+            memory = condition.memories[number]
+            out: Tensor = self.blocks[number](x, time, spans, memory, condition.text_bias, condition.rope)
+            return out
+
+        x = self.walk(run, len(self.blocks), x, condition)
         shift, scale = (self.scale_shift_table + vector[:, :, None]).unbind(2)
         x = self.proj_out(norm_modulate(x, shift, scale, spans, self.config.eps))
+        if condition.order is not None:
+            x = torch.empty_like(x).index_copy_(1, condition.order, x)
         return self.unpatchify(x, grid).to(latents.dtype)
 
     def unpatchify(self, x: Tensor, grid: tuple[int, int, int]) -> Tensor:

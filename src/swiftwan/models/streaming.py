@@ -10,6 +10,7 @@ takes, this costs nothing (0.7 GB of a 14B block: 13 ms at PCIe 5's 55 GB/s).
 from __future__ import annotations
 
 from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -67,6 +68,15 @@ class StreamedBlock(nn.Module):
     def remember(self, *args: Any) -> Any:
         return self._with_weights(self.inner.remember, *args)
 
+    @contextmanager
+    def edited(self) -> Iterator[None]:
+        """While the weights lie in the slot, to be read and written; what is written then stays."""
+        self.slots.fill(self.slot, self)
+        if self.slots.copying is not None:
+            torch.cuda.current_stream().wait_event(self.copied)
+        yield
+        self.bytes.copy_(self.slots.memory[self.slot][: self.bytes.numel()])
+
     def compile(self, *args: Any, **options: Any) -> None:
         """Compile the block alone: copies and events stay outside the graph."""
         self.inner.compile(*args, **options)
@@ -114,31 +124,33 @@ def _move(module: nn.Module, host: Tensor, slot: Tensor) -> None:
         at += _aligned(tensor.nbytes)
     for owner in module.modules():
         for name, parameter in list(owner.named_parameters(recurse=False)):
-            owner._parameters[name] = nn.Parameter(_rebuilt(parameter, views), requires_grad=False)
+            owner._parameters[name] = nn.Parameter(rebuilt(parameter, views), requires_grad=False)
         for name, buffer in list(owner.named_buffers(recurse=False)):
-            owner._buffers[name] = _rebuilt(buffer, views)
+            owner._buffers[name] = rebuilt(buffer, views)
 
 
 def _tensors(module: nn.Module) -> Iterator[Tensor]:
     """Plain tensors, those inside a quantized one (torchao's are tensor subclasses) one by one."""
     for tensor in (*module.parameters(), *module.buffers()):
-        yield from _plain(tensor)
+        yield from plain_tensors(tensor)
 
 
-def _plain(tensor: Tensor) -> Iterator[Tensor]:
+def plain_tensors(tensor: Tensor) -> Iterator[Tensor]:
+    """The tensor itself, or those that a quantized one (a tensor subclass of torchao) is made of."""
     if not hasattr(tensor, "__tensor_flatten__"):
         yield tensor
         return
     names, _ = tensor.__tensor_flatten__()
     for name in names:
-        yield from _plain(getattr(tensor, name))
+        yield from plain_tensors(getattr(tensor, name))
 
 
-def _rebuilt(tensor: Tensor, views: dict[int, Tensor]) -> Tensor:
+def rebuilt(tensor: Tensor, views: dict[int, Tensor]) -> Tensor:
+    """The same tensor made of others: ``views`` has one for the id of each of its plain tensors."""
     if not hasattr(tensor, "__tensor_flatten__"):
         return views[id(tensor)]
     names, context = tensor.__tensor_flatten__()
-    inner = {name: _rebuilt(getattr(tensor, name), views) for name in names}
+    inner = {name: rebuilt(getattr(tensor, name), views) for name in names}
     kind: Any = type(tensor)
     rebuilt: Tensor = kind.__tensor_unflatten__(inner, context, tensor.shape, tensor.stride())
     return rebuilt

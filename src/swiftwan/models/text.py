@@ -31,10 +31,21 @@ class TextEncoder:
         load: makes transformers' ``UMT5EncoderModel``, on its device and in its dtype.
         identity: names weights and tokenizer by content, for the cache.
         device, dtype: where the embeddings go, and their format.
+
+    Attributes:
+        runs_on: where the encoder works; ``device`` unless a technique says otherwise.
+        stays_loaded: whether it waits for the next prompt in memory.
+        after_load: changes to make to a freshly loaded encoder.
     """
 
     def __init__(
-        self, tokenizer: Any, load: Callable[[], nn.Module], *, identity: str, device: torch.device, dtype: torch.dtype
+        self,
+        tokenizer: Any,
+        load: Callable[[torch.device], nn.Module],
+        *,
+        identity: str,
+        device: torch.device,
+        dtype: torch.dtype,
     ) -> None:
         self.tokenizer = tokenizer
         self.identity = identity
@@ -42,11 +53,13 @@ class TextEncoder:
         self.dtype = dtype
         self.cache: PromptCache | None = None
         self.after_load: list[Callable[[nn.Module], None]] = []
+        self.runs_on = device
+        self.stays_loaded = True
         self._load = load
 
     @cached_property
     def encoder(self) -> nn.Module:
-        encoder = self._load()
+        encoder = self._load(self.runs_on)
         for change in self.after_load:
             change(encoder)
         return encoder
@@ -65,6 +78,13 @@ class TextEncoder:
                 f"'{lost[:60]}{'...' if len(lost) > 60 else ''}'. Shorten it."
             )
 
+    def release(self) -> None:
+        """The prompts of a run are encoded; give the memory back unless told to wait for the next."""
+        if not self.stays_loaded and self.is_loaded:
+            del self.encoder
+            if self.runs_on.type == "cuda":
+                torch.cuda.empty_cache()
+
     def encode(self, prompt: str) -> Tensor:
         """Embeddings (1, S, text_dim) of a prompt's S tokens, from the cache where it has them."""
         text = clean_prompt(prompt)
@@ -81,18 +101,18 @@ class TextEncoder:
     def _encode(self, text: str) -> Tensor:
         batch = self.tokenizer([text], return_tensors="pt")
         hidden: Tensor = self.encoder(
-            batch.input_ids.to(self.device), batch.attention_mask.to(self.device)
+            batch.input_ids.to(self.runs_on), batch.attention_mask.to(self.runs_on)
         ).last_hidden_state
-        return hidden
+        return hidden.to(self.device)
 
     def _key(self, text: str) -> str:
-        on_gpu = self.device.type == "cuda"
+        on_gpu = self.runs_on.type == "cuda"
         return digest(
             {
                 "text": text,
                 "encoder": self.identity,
                 "dtype": str(self.dtype),
-                "device": torch.cuda.get_device_name(self.device) if on_gpu else self.device.type,
+                "device": torch.cuda.get_device_name(self.runs_on) if on_gpu else self.runs_on.type,
                 "torch": torch.__version__,
                 "length": TEXT_LENGTH,
             }

@@ -6,11 +6,15 @@ import time
 from collections.abc import Callable
 from typing import TYPE_CHECKING
 
+import torch
+
 from swiftwan.device import peak_bytes, versions
+from swiftwan.inputs import read
 from swiftwan.pipelines.clock import Clock
-from swiftwan.pipelines.request import Phase, Request, Result, StepEvent
-from swiftwan.pipelines.stages import decode, denoise, encode_text, start_latents
-from swiftwan.sampling import make_scheduler
+from swiftwan.pipelines.request import Request
+from swiftwan.pipelines.result import Phase, Result, StepEvent
+from swiftwan.pipelines.stages import decode, denoise, encode_image, encode_text, schedule
+from swiftwan.pipelines.start import Material, begin, draw_noise
 
 if TYPE_CHECKING:
     from swiftwan.engine import Engine
@@ -18,46 +22,40 @@ if TYPE_CHECKING:
 OnStep = Callable[[StepEvent], None]
 
 
-def text_to_video(engine: Engine, request: Request, on_step: OnStep | None) -> Result:
-    """Run a completed, checked request; one frame makes a picture."""
-    assert request.scheduler is not None
-    assert request.num_inference_steps is not None
-    assert request.flow_shift is not None
+def generate(engine: Engine, request: Request, on_step: OnStep | None) -> Result:
+    """Run a completed, checked request of any task; one frame makes a picture."""
     assert request.seed is not None
-    clock, progress = Clock(engine.torch_device), Progress(on_step)
     parts, plan = engine.parts, engine.plan
+    progress = Progress(engine.torch_device, on_step)
 
-    text = encode_text(parts.text, request)
-    clock.mark("text")
+    scheduler = schedule(request, engine.torch_device)
+    noise = draw_noise(engine.latent_shape(request), request.seed, engine.torch_device)
+
+    given = read(request)
+    parts.enter("vae")
+    start = begin(Material(parts, request, given, noise, scheduler, plan.tiling))
+    image = encode_image(parts.image_encoder, request, given)
+    if given is not None:
+        progress.tell("image", 1)
+
+    parts.enter("text_encoder")
+    text = encode_text(parts.text, request, image)
     progress.tell("text", 1)
 
-    scheduler = make_scheduler(
-        request.scheduler,
-        num_inference_steps=request.num_inference_steps,
-        flow_shift=request.flow_shift,
-        device=engine.torch_device,
+    latents = denoise(
+        parts, plan.guide, scheduler, request, text, start, lambda: progress.tell("denoise", len(start.timesteps))
     )
-    steps = len(scheduler.timesteps)
+    parts.enter("vae")
+    frames = decode(parts.vae, latents, plan.tiling, lambda: progress.tell("decode", latents.shape[2]))
 
-    def after_step() -> None:
-        clock.mark("denoise")
-        progress.tell("denoise", steps)
-
-    noise = start_latents(engine.latent_shape(request), request.seed, engine.torch_device)
-    latents = denoise(parts, plan.guide, scheduler, request, text, noise, after_step)
-
-    def after_chunk() -> None:
-        clock.mark("decode")
-        progress.tell("decode", latents.shape[2])
-
-    frames = decode(parts.vae, latents, plan.tiling, after_chunk)
     return Result(
         frames=frames,
         latents=latents.float().cpu(),
-        seconds=clock.seconds(),
-        step_seconds=clock.units("denoise"),
+        seconds=progress.clock.seconds(),
+        step_seconds=progress.clock.units("denoise"),
         peak_bytes=peak_bytes(engine.device),
         request=request,
+        inputs=given.inputs if given else (),
         plan=plan.specs,
         model=engine.model_name,
         device=engine.device.name,
@@ -67,14 +65,17 @@ def text_to_video(engine: Engine, request: Request, on_step: OnStep | None) -> R
 
 
 class Progress:
-    """Counts the units of each phase for the caller; costs nothing where nobody listens."""
+    """Times the units of each phase, and tells them to the caller, if one listens."""
 
-    def __init__(self, on_step: OnStep | None) -> None:
+    def __init__(self, device: torch.device, on_step: OnStep | None) -> None:
+        self.clock = Clock(device)
         self.on_step = on_step
         self.done: dict[Phase, int] = {}
         self.began = time.perf_counter()
 
     def tell(self, phase: Phase, steps: int) -> None:
+        """A unit of ``phase``, of which there are ``steps``, has just ended."""
+        self.clock.mark(phase)
         self.done[phase] = self.done.get(phase, 0) + 1
         if self.on_step is not None:
             seconds = time.perf_counter() - self.began

@@ -2,21 +2,26 @@
 
 A request is frozen. Fields left at None take the model's official default when the engine completes it;
 the completed request travels in the result and in the file, so that a run can be repeated.
+
+Images and videos are paths, which travel in the file with it, or PIL images, of which only a hash does.
 """
 
 from __future__ import annotations
 
+import hashlib
 import secrets
-from collections.abc import Mapping
-from dataclasses import KW_ONLY, asdict, dataclass, fields, replace
+from collections.abc import Mapping, Sequence
+from dataclasses import KW_ONLY, MISSING, dataclass, fields, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, Self
 
 from swiftwan.errors import RequestError, did_you_mean
-from swiftwan.models.config import Defaults
+from swiftwan.models.config import Defaults, KnownModel
 
 if TYPE_CHECKING:
-    from torch import Tensor
+    from PIL.Image import Image
+
+    ImageSource = str | Path | Image
 
 MAX_SEED = 2**63 - 1
 MAX_STEPS = 1000
@@ -116,26 +121,36 @@ class Request:
                     "it is for the low-noise expert of Wan2.2 A14B. Leave it out."
                 )
 
+    def check_model(self, model: KnownModel) -> None:
+        """Raise RequestError where the model cannot do this task at all, naming one that can."""
+        if model.image_start == "channels":
+            raise RequestError(
+                f"'{model.name}' makes videos from an image, and this is {type(self).__name__}: give ImageToVideo "
+                "(--image, and an .mp4), or take a text-to-video model, for example 'wan2.1-t2v-1.3b'."
+            )
+
+    @property
+    def steps_to_run(self) -> int:
+        """How many of a completed request's steps run."""
+        assert self.num_inference_steps is not None
+        return self.num_inference_steps
+
+    def sources(self) -> dict[str, Any]:
+        """The images that the request brings, by the name of their field."""
+        return {}
+
+    @property
+    def brings_pixels(self) -> bool:
+        """Whether an image or a video comes with it."""
+        return bool(self.sources())
+
     def to_json(self) -> dict[str, Any]:
-        """Return the task's name and every field that is set."""
-        return {"task": type(self).__name__} | {k: v for k, v in asdict(self).items() if v is not None}
+        """Return the task's name and every field that is set; of an image in memory its hash."""
+        told = {f.name: _plain(value) for f in fields(self) if (value := getattr(self, f.name)) is not None}
+        return {"task": type(self).__name__} | told
 
 
-def _within(name: str, value: float | None, low: float, high: float) -> None:
-    if value is None or not low <= value <= high:  # NaN fails the comparison too
-        raise RequestError(f"{name} is {value}; allowed: {low} to {high}.")
-
-
-def _check_type(name: str, value: object) -> None:
-    """A file's values may be of any type; a bool counts as no number."""
-    wanted = _NUMBERS.get(name, (str,))
-    if isinstance(value, bool) or not isinstance(value, wanted):
-        raise RequestError(f"{name} is {value!r}; it must be {' or '.join(kind.__name__ for kind in wanted)}.")
-
-
-_NUMBERS: dict[str, tuple[type, ...]] = dict.fromkeys(
-    ("width", "height", "num_frames", "fps", "num_inference_steps", "seed"), (int,)
-) | dict.fromkeys(("guidance_scale", "guidance_scale_2", "flow_shift"), (int, float))
+# Tasks
 
 
 @dataclass(frozen=True)
@@ -150,96 +165,208 @@ class TextToImage(Request):
     num_frames: Literal[1] = 1
 
 
-TASKS: dict[str, type[Request]] = {task.__name__: task for task in (TextToVideo, TextToImage)}
+@dataclass(frozen=True, kw_only=True)
+class ImageToVideo(Request):
+    """A video that begins with an image.
+
+    Args:
+        image: its first frame. Cropped to the video's aspect, evenly on both sides, where they differ.
+        last_image: its last frame, for models that know one: Wan2.1-FLF2V, and Wan2.2-I2V-A14B.
+    """
+
+    image: ImageSource
+    last_image: ImageSource | None = None
+
+    def check(self, grid: Grid, *, experts: int) -> None:
+        super().check(grid, experts=experts)
+        if self.num_frames == 1:
+            raise RequestError(
+                f"num_frames is 1, and ImageToVideo's first frame is its image; take {grid.temporal + 1} or more, "
+                "or ImageToImage with a creativity."
+            )
+
+    def check_model(self, model: KnownModel) -> None:
+        if model.image_start is None:
+            raise RequestError(
+                f"'{model.name}' cannot begin a video with an image; take one that can: 'wan2.1-i2v-14b-480p', "
+                "'wan2.2-i2v-a14b', 'wan2.2-ti2v-5b' or 'pocket'. ImageToImage and VideoToVideo run on this one."
+            )
+        if self.last_image is not None and model.image_end == "never":
+            raise RequestError(
+                f"'{model.name}' knows no last image; leave it out, or take 'wan2.1-flf2v-14b' or 'wan2.2-i2v-a14b'."
+            )
+        if self.last_image is None and model.image_end == "always":
+            raise RequestError(
+                f"'{model.name}' goes from a first image to a last one; give last_image (--last-image) too, or take "
+                "'wan2.1-i2v-14b-720p'."
+            )
+
+    def sources(self) -> dict[str, Any]:
+        last = {} if self.last_image is None else {"last_image": self.last_image}
+        return {"image": self.image, **last}
+
+
+@dataclass(frozen=True, kw_only=True)
+class _FromPixels(Request):
+    """What starts from given latents, part of the way up the noise schedule (SDEdit, arXiv 2108.01073)."""
+
+    creativity: float
+
+    def check(self, grid: Grid, *, experts: int) -> None:
+        super().check(grid, experts=experts)
+        _within("creativity", self.creativity, 0, 1)
+
+    @property
+    def steps_to_run(self) -> int:
+        """How many of the schedule's last steps run; at least one unless creativity is 0."""
+        assert self.num_inference_steps is not None
+        steps = int(round(self.num_inference_steps * self.creativity, 6))  # 0.29 x 100 is 28.99... in floats
+        return steps if self.creativity == 0 else max(1, steps)
+
+
+@dataclass(frozen=True, kw_only=True)
+class ImageToImage(_FromPixels):
+    """A picture from a picture and words.
+
+    Args:
+        image: where to start.
+        creativity: how far up the noise schedule the image starts: 0 gives it back through the VAE, 1 ignores it.
+    """
+
+    image: ImageSource
+    creativity: float = 0.6
+    num_frames: Literal[1] = 1
+
+    def sources(self) -> dict[str, Any]:
+        return {"image": self.image}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Blend(_FromPixels):
+    """A picture from several pictures and words: the weighted mean of their latents, denoised.
+
+    Args:
+        images: two or more, of one size.
+        weights: one an image, 0 or more; None weighs them alike. Only their ratios count.
+        creativity: as in ImageToImage.
+    """
+
+    images: tuple[ImageSource, ...]
+    weights: tuple[float, ...] | None = None
+    creativity: float = 0.6
+    num_frames: Literal[1] = 1
+
+    def __post_init__(self) -> None:
+        # A list, as JSON has it, would leave a frozen request open to change.
+        object.__setattr__(self, "images", tuple(self.images))
+        if self.weights is not None:
+            object.__setattr__(self, "weights", tuple(self.weights))
+
+    def check(self, grid: Grid, *, experts: int) -> None:
+        super().check(grid, experts=experts)
+        if len(self.images) < 2:
+            raise RequestError(
+                f"a blend of {len(self.images)} image; it takes two or more. For one, ImageToImage with a creativity."
+            )
+        if self.weights is None:
+            return
+        if len(self.weights) != len(self.images):
+            raise RequestError(f"{len(self.weights)} weights for {len(self.images)} images; give one an image.")
+        for weight in self.weights:
+            _within("a weight", weight, 0, 1e6)
+        if sum(self.weights) == 0:
+            raise RequestError(f"the weights {self.weights} sum to zero; make at least one larger than 0.")
+
+    def sources(self) -> dict[str, Any]:
+        return {f"image {number}": image for number, image in enumerate(self.images, 1)}
+
+
+@dataclass(frozen=True, kw_only=True)
+class VideoToVideo(_FromPixels):
+    """A video from a video and words.
+
+    Args:
+        video: an .mp4, .mov, .mkv, .webm or .avi file, or a sequence of PIL images.
+        creativity: as in ImageToImage.
+    """
+
+    video: str | Path | Sequence[Image]
+    creativity: float = 0.6
+
+    def __post_init__(self) -> None:
+        if not isinstance(self.video, str | Path):
+            object.__setattr__(self, "video", tuple(self.video))
+
+    @property
+    def brings_pixels(self) -> bool:
+        return True
+
+
+TASKS: dict[str, type[Request]] = {
+    task.__name__: task for task in (TextToVideo, ImageToVideo, TextToImage, ImageToImage, Blend, VideoToVideo)
+}
 
 
 def request_from_json(values: Mapping[str, Any]) -> Request:
     """Rebuild a request from :meth:`Request.to_json`.
 
     Raises:
-        RequestError: unknown task or field.
+        RequestError: unknown task or field, a value of the wrong type, or one that is needed and not there.
     """
     options = dict(values)
     task = TASKS.get(str(options.pop("task", "")))
     if task is None:
         raise RequestError(f"task is {values.get('task')!r}." + did_you_mean(str(values.get("task")), TASKS))
-    known = {f.name for f in fields(task)}
+    known = {f.name: f for f in fields(task)}
     for name in options:
         if name not in known:
             raise RequestError(f"{task.__name__} has no field '{name}'." + did_you_mean(name, known))
         _check_type(name, options[name])
+    needed = [f.name for f in known.values() if f.default is MISSING]
+    if missing := [name for name in needed if name not in options]:
+        raise RequestError(
+            f"{task.__name__} needs {' and '.join(missing)}; give {'it' if len(missing) == 1 else 'them'}."
+        )
     return task(**options)
 
 
-Phase = Literal["text", "denoise", "decode"]
+# Values
 
 
-@dataclass(frozen=True)
-class StepEvent:
-    """Progress, told after each unit of work: one text encoding, one denoising step, one decoded chunk.
-
-    Attributes:
-        phase: where the run is.
-        step, steps: how many units of this phase are done, and how many there are.
-        seconds: time since the run began (host clock; no device sync).
-    """
-
-    phase: Phase
-    step: int
-    steps: int
-    seconds: float
+def _within(name: str, value: float | None, low: float, high: float) -> None:
+    if value is None or not low <= value <= high:  # NaN fails the comparison too
+        raise RequestError(f"{name} is {value}; allowed: {low:g} to {high:g}.")
 
 
-@dataclass(frozen=True)
-class Result:
-    """A finished run, with all that is needed to believe and to repeat it.
+_MEMORY = "memory:"
 
-    Attributes:
-        frames: uint8 (F, H, W, 3), on the CPU.
-        latents: float32 (1, C, f, h, w), normalised, before VAE decode, on the CPU.
-        seconds: wall time by stage: text, denoise, decode, total.
-        step_seconds: time of each denoising step.
-        peak_bytes: peak device memory (torch's allocator); on a CPU the peak of the process.
-        request: completed, so that running it again gives the same frames on the same machine.
-        plan: the technique specs that ran, in order of application.
-        model, device, dtype: what ran where.
-        versions: of swiftwan and the libraries that shape the numbers.
-    """
 
-    frames: Tensor
-    latents: Tensor
-    seconds: dict[str, float]
-    step_seconds: tuple[float, ...]
-    peak_bytes: int
-    request: Request
-    plan: tuple[str, ...]
-    model: str
-    device: str
-    dtype: str
-    versions: dict[str, str]
+def _plain(value: Any) -> Any:
+    """What JSON holds of a field's value."""
+    if isinstance(value, tuple):
+        return [_plain(item) for item in value]
+    if isinstance(value, str | int | float):
+        return value
+    if isinstance(value, Path):
+        return str(value)
+    return _MEMORY + hashlib.sha256(value.tobytes()).hexdigest()[:16]
 
-    def record(self) -> dict[str, Any]:
-        """What travels inside the file: all that decides its pixels, nothing that changes from run to run."""
-        return {
-            "model": self.model,
-            "request": self.request.to_json(),
-            "plan": list(self.plan),
-            "device": self.device,
-            "dtype": self.dtype,
-            "versions": self.versions,
-        }
 
-    def save(self, path: str | Path, *, quality: int = 8) -> Path:
-        """Write an .mp4 (H.264) or, for one frame, a .png; whole or not at all.
+def _check_type(name: str, value: object) -> None:
+    """A file's values may be of any type; a bool counts as no number."""
+    wanted = _NUMBERS.get(name, (str,))
+    if name in ("images", "weights"):
+        if not isinstance(value, list | tuple):
+            raise RequestError(f"{name} is {value!r}; it must be a list.")
+        for item in value:
+            _check_type("weight" if name == "weights" else "image", item)
+        return
+    if isinstance(value, bool) or not isinstance(value, wanted):
+        raise RequestError(f"{name} is {value!r}; it must be {' or '.join(kind.__name__ for kind in wanted)}.")
+    if isinstance(value, str) and value.startswith(_MEMORY) and name in ("image", "last_image", "video"):
+        raise RequestError(f"{name} was given in memory ('{value}'), so no file holds it; give one.")
 
-        Args:
-            path: where to; its folder must exist.
-            quality: 1 (small) to 10 (visually lossless), as in diffusers' export_to_video.
 
-        Raises:
-            OutputError: the ending is not known, or the file cannot be written.
-        """
-        from swiftwan import media
-
-        assert self.request.fps is not None
-        return media.write(Path(path), self.frames, fps=self.request.fps, quality=quality, record=self.record())
+_NUMBERS: dict[str, tuple[type, ...]] = dict.fromkeys(
+    ("width", "height", "num_frames", "fps", "num_inference_steps", "seed"), (int,)
+) | dict.fromkeys(("guidance_scale", "guidance_scale_2", "flow_shift", "creativity", "weight"), (int, float))

@@ -9,21 +9,25 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from swiftwan.guidance import Embeddings, Guidance, Guide, Unguided
+from swiftwan.guidance import Embeddings, Guide
+from swiftwan.inputs import Given
+from swiftwan.models.clip import ImageEncoder
 from swiftwan.models.dit import WanTransformer
 from swiftwan.models.text import TextEncoder
 from swiftwan.models.vae import Tiling, WanVAE
-from swiftwan.pipelines.request import Request
+from swiftwan.pipelines.request import ImageToVideo, Request
+from swiftwan.pipelines.start import Start
+from swiftwan.sampling import make_scheduler
 from swiftwan.weights.build import Parts
 
 TRAIN_TIMESTEPS = 1000
 
 
-# Text
+# Text and image
 
 
-def encode_text(text: TextEncoder, request: Request) -> Embeddings:
-    """Encode the prompt and, where guidance uses it, the negative prompt.
+def encode_text(text: TextEncoder, request: Request, image: Tensor | None) -> Embeddings:
+    """Encode the prompt and, where guidance uses it, the negative prompt; ``image`` are CLIP tokens to go with them.
 
     Raises:
         RequestError: either is longer than Wan reads.
@@ -32,15 +36,29 @@ def encode_text(text: TextEncoder, request: Request) -> Embeddings:
     negative = request.negative_prompt or ""
     text.check(request.prompt)
     text.check(negative)
-    return Embeddings(text.encode(request.prompt), text.encode(negative) if guided else None)
+    embeddings = Embeddings(text.encode(request.prompt), text.encode(negative) if guided else None, image)
+    text.release()
+    return embeddings
 
 
-# Noise
+def encode_image(encoder: ImageEncoder | None, request: Request, given: Given | None) -> Tensor | None:
+    """CLIP tokens of the images that a video begins and ends with, (1 or 2, 257, D), for models that read them."""
+    if encoder is None or given is None or not isinstance(request, ImageToVideo):
+        return None
+    return encoder.encode(given.pixels[:, 0])
 
 
-def start_latents(shape: tuple[int, ...], seed: int, device: torch.device) -> Tensor:
-    """Noise, drawn on the CPU in float32 as diffusers does, so that a seed means the same everywhere."""
-    return torch.randn(shape, generator=torch.Generator("cpu").manual_seed(seed)).to(device)
+def schedule(request: Request, device: torch.device) -> Any:
+    """The request's scheduler at its first step."""
+    assert request.scheduler is not None
+    assert request.num_inference_steps is not None
+    assert request.flow_shift is not None
+    return make_scheduler(
+        request.scheduler,
+        num_inference_steps=request.num_inference_steps,
+        flow_shift=request.flow_shift,
+        device=device,
+    )
 
 
 # Denoising
@@ -58,14 +76,19 @@ class Expert:
 def experts(parts: Parts, request: Request, timesteps: Tensor) -> Iterator[Expert]:
     """Split the timesteps, which fall, between the transformers at the model's boundary."""
     assert request.guidance_scale is not None
+    if not len(timesteps):
+        return
     if parts.transformer_2 is None or parts.boundary_ratio is None:
+        parts.enter("transformer")
         yield Expert(parts.transformer, request.guidance_scale, timesteps)
         return
     high = int((timesteps >= parts.boundary_ratio * TRAIN_TIMESTEPS).sum())
     low_scale = request.guidance_scale if request.guidance_scale_2 is None else request.guidance_scale_2
     if high:
+        parts.enter("transformer")
         yield Expert(parts.transformer, request.guidance_scale, timesteps[:high])
     if high < len(timesteps):
+        parts.enter("transformer_2")
         yield Expert(parts.transformer_2, low_scale, timesteps[high:])
 
 
@@ -76,29 +99,26 @@ def denoise(
     scheduler: Any,
     request: Request,
     text: Embeddings,
-    latents: Tensor,
+    start: Start,
     after_step: Callable[[], None],
 ) -> Tensor:
-    """Follow the flow from noise to a clean latent video (1, C, f, h, w), float32.
+    """Follow the flow from where the task starts to a clean latent video (1, C, f, h, w), float32.
 
     ``after_step`` is called behind each model evaluation and solver step; what it raises ends the run.
     """
+    latents, given = start.latents, start.given
     shape = tuple(latents.shape)
     assert request.seed is not None
     noise = torch.Generator("cpu").manual_seed(request.seed + 1)
     # Only the few-step solver draws noise; the others have no such argument.
     options = {"generator": noise} if request.scheduler == "lcm" else {}
-    for expert in experts(parts, request, scheduler.timesteps):
-        scale = expert.guidance_scale
-        if scale > 1:
-            predict: Guidance = guide(expert.transformer, text, shape, scale)
-        else:
-            predict = Unguided(expert.transformer, text, shape)
+    for expert in experts(parts, request, start.timesteps):
+        predict = guide.guidance(expert.transformer, text, shape, expert.guidance_scale, expert.timesteps.tolist())
         for timestep in expert.timesteps:
-            flow = predict(latents, timestep.expand(1))
+            flow = predict(*given.inputs(latents, timestep.expand(1)))
             latents = scheduler.step(flow, timestep, latents, return_dict=False, **options)[0]
             after_step()
-    return latents
+    return given.kept(latents)
 
 
 # Decoding

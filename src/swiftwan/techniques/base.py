@@ -10,14 +10,16 @@ from types import MappingProxyType
 from typing import TYPE_CHECKING, Any, ClassVar, Literal, Self, get_type_hints
 
 from swiftwan.errors import PlanError, did_you_mean
-from swiftwan.guidance import Guide, SequentialGuidance
+from swiftwan.guidance import Guide
 from swiftwan.models.vae import Tiling
 
 if TYPE_CHECKING:
     import torch
 
     from swiftwan.device import Device
+    from swiftwan.models.config import KnownModel
     from swiftwan.weights.build import Parts
+    from swiftwan.weights.load import AsLoaded
 
 Kind = Literal["exact", "near", "approximate", "retrained"]
 """exact: the same maths; near: 8 bits and the like; approximate: skips work; retrained: few-step models."""
@@ -39,14 +41,20 @@ class Slot(IntEnum):
 
 @dataclass(frozen=True)
 class Settings:
-    """What techniques decide before anything loads."""
+    """What techniques decide before anything loads.
+
+    ``as_loaded`` changes layers as they get their weights; ``merges`` says that something is to be added to the
+    weights first, so that they must stay as they are until then.
+    """
 
     dtype: torch.dtype
-    guide: Guide = SequentialGuidance
+    guide: Guide = Guide()
     tiling: Tiling | None = None
     tf32: bool = False
     prompt_cache: str = "disk"
     transformers_on_host: bool = False
+    as_loaded: AsLoaded | None = None
+    merges: bool = False
 
 
 @dataclass(frozen=True)
@@ -74,6 +82,10 @@ class Technique:
         """What this machine lacks to run it, in words; empty if nothing."""
         return ""
 
+    def unfit_for(self, model: KnownModel) -> str:
+        """Why this model cannot take it, in words; empty if it can."""
+        return ""
+
     def conflict(self, other: Technique) -> str:
         """Why it cannot run beside ``other``, in words; empty if it can."""
         if self.slot is other.slot and _overlap(self.claims, other.claims):
@@ -83,6 +95,10 @@ class Technique:
             for fact in one.refuses.keys() & two.makes:
                 return f"{one.name} cannot run beside {two.name}: {one.refuses[fact]}"
         return ""
+
+    def tell(self, model: KnownModel) -> list[str]:
+        """What it will do to a model that can take it, a line each, beyond its reason."""
+        return []
 
     def apply(self, settings: Settings) -> Settings:
         """Decide what is settled before loading."""
@@ -99,19 +115,20 @@ class Technique:
             PlanError: an option is unknown, missing or of the wrong type.
         """
         types = get_type_hints(cls)
-        known = {f.name: f for f in fields(cls)}
+        known = {_word(f.name): f for f in fields(cls)}
         options: dict[str, Any] = {}
         for part in text.split(":") if text else ():
             pairs = [pair.partition("=") for pair in part.split(",")] if "=" in part else [("value", "=", part)]
             for key, _, value in pairs:
-                key = key.replace("-", "_")
+                key = key.replace("_", "-")
                 if key not in known:
                     what = f"takes no value '{value}'" if key == "value" else f"has no option '{key}'"
                     raise PlanError(f"technique '{cls.name}' {what}." + (did_you_mean(key, known) if known else ""))
                 try:
-                    options[key] = types[key](value)
+                    options[known[key].name] = types[known[key].name](value)
                 except ValueError:
-                    raise PlanError(f"{cls.name}: {key} is '{value}'; it must be {types[key].__name__}.") from None
+                    wanted = types[known[key].name].__name__
+                    raise PlanError(f"{cls.name}: {key} is '{value}'; it must be {wanted}.") from None
         if "value" in known and "value" not in options and known["value"].default is MISSING:
             raise PlanError(f"technique '{cls.name}' needs a value: {cls.__doc__}")
         return cls(**options)
@@ -121,8 +138,13 @@ class Technique:
         """The text that :meth:`read` takes back, its name before it."""
         said = {f.name: getattr(self, f.name) for f in fields(self) if getattr(self, f.name) != f.default}
         value = said.pop("value", None)
-        options = ",".join(f"{key.replace('_', '-')}={item}" for key, item in said.items())
+        options = ",".join(f"{_word(key)}={item}" for key, item in said.items())
         return ":".join(part for part in (self.name, value, options) if part)
+
+
+def _word(field: str) -> str:
+    """An option as it is written: ``dense_steps`` is dense-steps, ``from_`` from."""
+    return field.rstrip("_").replace("_", "-")
 
 
 def _overlap(one: tuple[str, ...], other: tuple[str, ...]) -> bool:

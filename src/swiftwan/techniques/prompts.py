@@ -1,11 +1,17 @@
-"""Where prompt embeddings are kept."""
+"""Where text is encoded, and where its embeddings are kept."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING
+
+import torch
 
 from swiftwan.errors import PlanError, did_you_mean
 from swiftwan.techniques.base import Settings, Slot, Technique
+
+if TYPE_CHECKING:
+    from swiftwan.weights.build import Parts
 
 PLACES = ("disk", "memory", "off")
 
@@ -28,3 +34,29 @@ class PromptCaching(Technique):
 
     def apply(self, settings: Settings) -> Settings:
         return replace(settings, prompt_cache=self.value)
+
+
+HOMES = ("gpu", "cpu", "unload")
+
+
+@dataclass(frozen=True)
+class TextEncoderHome(Technique):
+    """``text-encoder:gpu`` (what an unsaid plan does: loaded with the first new prompt, then kept), ``cpu`` (works and
+    stays in host memory; 11 GB less on the GPU), or ``unload`` (leaves the GPU once a run's prompts are encoded)."""
+
+    value: str
+
+    name = "text-encoder"
+    kind = "exact"
+    reason = "the same encoder in another place; a CPU rounds differently"
+    slot = Slot.RESIDENCY
+    claims = ("text",)
+
+    def __post_init__(self) -> None:
+        if self.value not in HOMES:
+            raise PlanError(f"text-encoder is '{self.value}'." + did_you_mean(self.value, HOMES))
+
+    def install(self, parts: Parts) -> None:
+        if self.value == "cpu":
+            parts.text.runs_on = torch.device("cpu")
+        parts.text.stays_loaded = self.value != "unload"

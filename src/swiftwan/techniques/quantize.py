@@ -4,14 +4,15 @@ from __future__ import annotations
 
 import importlib.util
 import logging
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 from torch import nn
 
 from swiftwan.errors import PlanError, did_you_mean
+from swiftwan.ops.fp8 import Fp8Linear
 from swiftwan.ops.int4 import GROUP, Int4Linear
-from swiftwan.techniques.base import Slot, Technique
+from swiftwan.techniques.base import Settings, Slot, Technique
 
 if TYPE_CHECKING:
     from swiftwan.device import Device
@@ -29,7 +30,7 @@ _CHOICES = {
 @dataclass(frozen=True)
 class Quantize(Technique):
     """``quantize:fp8``, ``int8``, ``int4`` or ``nf4``: the linear layers of all blocks, by torchao (8 bits),
-    bitsandbytes (nf4) or ``ops/int4``. Norms, embeddings and the last projection keep their format.
+    bitsandbytes (nf4), ``ops/int4`` or ``ops/fp8``. Norms, embeddings and the last projection keep their format.
 
     Args:
         value: format of the weights.
@@ -80,7 +81,20 @@ class Quantize(Technique):
             return "8-bit float products need compute capability 8.9 or more; take quantize:fp8:activations=none"
         return ""
 
+    def apply(self, settings: Settings) -> Settings:
+        if self.on == "text" or settings.merges:
+            return settings
+        return replace(settings, as_loaded=self._as_loaded)
+
+    def _as_loaded(self, model: nn.Module, path: str, layer: nn.Module) -> nn.Module:
+        """Each layer as soon as it is there, so that the model is never whole in 16 bits."""
+        head, _, rest = path.partition(".")
+        number = int(rest.partition(".")[0]) if head == "blocks" else -1
+        inside = self.keep <= number < len(model.get_submodule("blocks")) - self.keep  # type: ignore[arg-type]
+        return self.linear(layer) if inside and type(layer) is nn.Linear else layer
+
     def install(self, parts: Parts) -> None:
+        """What could not be done in loading: the text encoder, which loads later, and weights merged before."""
         if self.on == "text":
             parts.text.identity += f" {self.spec}"  # other bits, so another entry in the cache
             parts.text.after_load.append(self._quantize)
@@ -93,7 +107,7 @@ class Quantize(Technique):
     def _quantize(self, module: nn.Module) -> None:
         for parent in list(module.modules()):
             for name, child in parent.named_children():
-                if type(child) is nn.Linear:
+                if type(child) is nn.Linear and type(child.weight) is nn.Parameter:
                     setattr(parent, name, self.linear(child))
 
     def linear(self, linear: nn.Linear) -> nn.Module:
@@ -103,6 +117,8 @@ class Quantize(Technique):
                 return Int4Linear(linear) if linear.in_features % GROUP == 0 else linear
             case "nf4":
                 return _nf4(linear)
+            case "fp8" if self.is_dynamic and self.scale == "row" and _by_16(linear):
+                return Fp8Linear(linear)
             case _:
                 return self._by_torchao(linear)
 
@@ -125,6 +141,10 @@ class Quantize(Technique):
                 config = ao.Float8DynamicActivationFloat8WeightConfig(granularity=rows)
         ao.quantize_(holder := nn.Sequential(linear), config)
         return holder[0]
+
+
+def _by_16(linear: nn.Linear) -> bool:
+    return linear.in_features % 16 == 0 and linear.out_features % 16 == 0
 
 
 def _nf4(linear: nn.Linear) -> nn.Module:

@@ -10,6 +10,7 @@ import json
 import math
 import os
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -75,10 +76,15 @@ class Run:
         return self.folder / "state.safetensors"
 
     def update(self, loss: Tensor) -> Tensor:
-        """Back-propagate, clip, step and average; returns the gradient's norm before clipping (no host sync)."""
+        """Back-propagate and :meth:`descend`; returns the gradient's norm before clipping (no host sync)."""
+        return self.descend(torch.autograd.grad(loss, list(self.parameters.values())))
+
+    def descend(self, gradients: Sequence[Tensor]) -> Tensor:
+        """Clip the gradients, in place, step and average; returns their norm before clipping (no host sync)."""
         for group in self.optimizer.param_groups:
             group["lr"] = self.schedule.at(self.step)
-        loss.backward()
+        for parameter, gradient in zip(self.parameters.values(), gradients, strict=True):
+            parameter.grad = gradient
         norm = nn.utils.clip_grad_norm_(self.parameters.values(), 1.0)
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)

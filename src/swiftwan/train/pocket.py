@@ -1,4 +1,4 @@
-"""The commands that make the pocket model: ``swiftwan train pocket-vae``, then ``pocket-dit``.
+"""The commands that make the pocket model: ``swiftwan train pocket-vae``, ``pocket-text``, then ``pocket-dit``.
 
 Each can be killed and started again with the same words; it goes on where it was.
 """
@@ -69,6 +69,34 @@ def pocket_vae(
     typer.echo(json.dumps(report))
 
 
+@app.command("pocket-text")
+def pocket_text(
+    out: Annotated[Path, typer.Option(help="Folder for the text encoder.")],
+    steps: int = 2000,
+    batch: int = 256,
+    seed: int = 31,
+    learning_rate: float = 1e-3,
+    start: Annotated[Path | None, typer.Option(help="A text encoder's folder to start from.")] = None,
+    device: str | None = None,
+) -> None:
+    """Teach the text encoder which words belong together; writes it to OUT."""
+    import torch
+
+    from swiftwan.train import pocket_text as recipe
+    from swiftwan.train.pocket_dit import Pocket
+    from swiftwan.train.pocket_tokenizer import build
+
+    where = torch.device(pick_device(device).torch_device)
+    torch.manual_seed(seed)
+    model = Pocket(len(build())).to(where)
+    if start is not None:
+        model.read_text(start)
+    log = recipe.train(model, steps=steps, batch=batch, seed=seed, learning_rate=learning_rate, device=where)
+    model.text.save_pretrained(out)
+    (out / "log.jsonl").write_text("".join(json.dumps(row) + "\n" for row in log))
+    typer.echo(json.dumps({"binding": recipe.binding(model)}))
+
+
 @app.command("pocket-dit")
 def pocket_dit(
     vae: Annotated[Path, typer.Option(help="The folder that pocket-vae wrote, or a model's vae folder.")],
@@ -79,6 +107,7 @@ def pocket_dit(
     two_things: Annotated[float, typer.Option(help="Share of clips with two things.")] = 0.5,
     twins: Annotated[float, typer.Option(help="Share of blue or green things on blue or green.")] = 0.2,
     start: Annotated[Path | None, typer.Option(help="A model's folder whose weights to start from.")] = None,
+    text: Annotated[Path | None, typer.Option(help="The folder that pocket-text wrote.")] = None,
     stop_at: Annotated[int | None, typer.Option(help="Pause after this step.")] = None,
     seed: int = 2,
     learning_rate: float = 1e-3,
@@ -117,6 +146,7 @@ def pocket_dit(
         learning_rate=learning_rate,
         stop_at=stop_at,
         start=start,
+        text=text,
     )
     transformer_json = {"_class_name": "WanTransformer3DModel"} | model.transformer.config.to_json()
     save_weights(model.transformer.state_dict(), out / "transformer", transformer_json)

@@ -10,7 +10,7 @@ shorter clips, and clips whose first latent frame is given (image to video, as T
 from __future__ import annotations
 
 import random
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -26,6 +26,7 @@ from swiftwan.models.vae import WanVAE
 from swiftwan.pocket.world import BACKGROUNDS, COLOURS, Scene, draw, sample_scenes
 from swiftwan.train.loop import Run, Schedule, seed_of
 from swiftwan.train.pocket_tokenizer import build
+from swiftwan.train.recorded import Gradients, Recorded, plain
 
 POCKET_TEXT: dict[str, Any] = {
     "d_model": 192,
@@ -50,14 +51,15 @@ LEVELS = (0.1, 0.3, 0.5, 0.7, 0.9)
 
 @dataclass(frozen=True)
 class Kind:
-    """One way to use a clip in a step: how many of its latent frames, and whether the first is given."""
+    """One way to use a clip in a step: how many of its latent frames, and in what share of steps."""
 
     latent_frames: int
-    first_given: bool
     share: float
 
 
-KINDS = (Kind(9, False, 0.72), Kind(9, True, 0.15), Kind(1, False, 0.08), Kind(5, False, 0.05))
+KINDS = (Kind(9, 0.96), Kind(1, 0.04))
+FIRST_GIVEN = 0.12
+"""Share of clips whose first latent frame is given, within each step of clips."""
 
 
 @dataclass(frozen=True)
@@ -77,6 +79,10 @@ class Pocket(nn.Module):
 
         self.text = UMT5EncoderModel(UMT5Config(vocab_size=vocabulary, **POCKET_TEXT))
         self.transformer = WanTransformer(POCKET.transformer)
+
+    def read_text(self, folder: Path) -> None:
+        """Take the text encoder of a folder; its file holds the tied embedding once."""
+        self.text.load_state_dict(_weights(folder), strict=False)
 
     def embed(self, tokens: Tensor) -> Tensor:
         """Token ids (B, S) to embeddings (B, S, 192), zero behind each prompt's end, as Wan pads them."""
@@ -147,17 +153,28 @@ def make_latents(vae: WanVAE, scenes: Sequence[Scene], *, seed: int, device: tor
 
 
 def flow_loss(
-    model: nn.Module, latents: Tensor, tokens: Tensor, level: Tensor, noise: Tensor, *, first_given: bool
+    model: nn.Module, latents: Tensor, tokens: Tensor, level: Tensor, noise: Tensor, given: Tensor | None = None
 ) -> Tensor:
-    """Mean squared error of the predicted flow at noise levels (B,) in [0, 1]; a given first frame does not count."""
+    """Mean squared error of the predicted flow.
+
+    Args:
+        model: of (latents, timestep, tokens).
+        latents, noise: (B, C, f, h, w).
+        tokens: (B, S).
+        level: share of noise, (B,) in [0, 1].
+        given: (B,) booleans: of which clips the first latent frame is clean, and does not count. None: of none,
+            and the model gets one timestep a clip instead of two.
+    """
     amount = level.view(-1, 1, 1, 1, 1)
-    noisy = torch.lerp(latents, noise, amount)
-    timestep = level * 1000
-    if first_given:
-        noisy = torch.cat((latents[:, :, :1], noisy[:, :, 1:]), dim=2)
-        timestep = torch.stack((torch.zeros_like(timestep), timestep), dim=1)
-    error = model(noisy, timestep, tokens).float() - (noise - latents)
-    return error[:, :, 1:].square().mean() if first_given else error.square().mean()
+    noisy, flow = torch.lerp(latents, noise, amount), noise - latents
+    if given is None:
+        return (model(noisy, level * 1000, tokens).float() - flow).square().mean()
+    clean = given.view(-1, 1, 1, 1, 1)
+    noisy = torch.cat((torch.where(clean, latents[:, :, :1], noisy[:, :, :1]), noisy[:, :, 1:]), dim=2)
+    timestep = 1000 * torch.stack((torch.where(given, 0.0, level), level), dim=1)
+    error = (model(noisy, timestep, tokens).float() - flow).square().mean((1, 3, 4))
+    first = error[:, 0] * ~given
+    return (first.sum() + error[:, 1:].sum()) / (~given).sum().add(error[:, 1:].numel())
 
 
 def train(
@@ -170,37 +187,40 @@ def train(
     device: torch.device,
     seed: int,
     learning_rate: float,
-    shift: float = 2.0,
+    shift: float = 3.0,
     stop_at: int | None = None,
     start: Path | None = None,
+    text: Path | None = None,
 ) -> Pocket:
-    """Train, or go on training, until ``stop_at`` or the end; returns the model with averaged weights."""
+    """Train, or go on training, until ``stop_at`` or the end; returns the model with averaged weights.
+
+    Args:
+        start: a model's folder; its transformer and text encoder are the first weights.
+        text: a folder that pocket-text wrote; its text encoder goes before that of ``start``.
+    """
     torch.manual_seed(seed)
     model = Pocket(len(build())).to(device)
     if start is not None:
         model.transformer.load_state_dict(_weights(start / "transformer"))
-        model.text.load_state_dict(_weights(start / "text_encoder"), strict=False)  # its embedding is tied
+        model.read_text(start / "text_encoder")
+    if text is not None:
+        model.read_text(text)
     run = Run(folder, model, Schedule(steps, learning_rate), ema_decay=0.9995)
     # Autocast would leave the residual stream in bf16 behind the first layer; small steps drown there.
     model.transformer.patch_embedding.register_forward_hook(lambda module, args, out: out.float())
     if device.type == "cuda":
+        # The whole model as one graph took 203 ms a step, blocks alone 40: there RoPE's tables were computed in
+        # float64 inside each kernel that used them.
         for block in model.transformer.blocks:
             block.compile(dynamic=False)
+    steps_of = {kind: _step(model, run, device) for kind in KINDS}
     first_step = run.step
     while run.step < min(steps, stop_at or steps):
         choice = random.Random(seed_of(seed, run.step))
         kind = choice.choices(KINDS, [kind.share for kind in KINDS])[0]
-        generator = torch.Generator(device).manual_seed(seed_of(seed, run.step))
-        index = torch.randint(len(data.values), (batch,), generator=generator, device=device)
-        latents = data.values[index, :, : kind.latent_frames].float()
-        dropped = torch.rand(batch, 1, generator=generator, device=device) < DROP_PROMPT
-        tokens = torch.where(dropped, _empty_prompt(device), data.tokens[index])
-        u = torch.sigmoid(torch.randn(batch, generator=generator, device=device))
-        level = shift * u / (1 + (shift - 1) * u)
-        noise = torch.randn(latents.shape, generator=generator, device=device)
-        with torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda"):
-            loss = flow_loss(model, latents, tokens, level, noise, first_given=kind.first_given)
-        norm = run.update(loss)
+        inputs = draw_batch(data, kind, batch, seed=seed_of(seed, run.step), shift=shift)
+        loss, gradients = steps_of[kind](*inputs)
+        norm = run.descend(gradients)
         if run.step % LOG_EVERY == 0:
             run.log(loss=loss.item(), latent_frames=kind.latent_frames, gradient_norm=norm.item())
         if run.step % SAVE_EVERY == 0 or run.step == first_step + 500:
@@ -209,6 +229,35 @@ def train(
     run.save()
     run.deliver()
     return model.eval()
+
+
+def draw_batch(data: Latents, kind: Kind, batch: int, *, seed: int, shift: float) -> tuple[Tensor, ...]:
+    """Random arguments of :func:`flow_loss` behind the model: clips, tokens, levels, noise, and which are given."""
+    device = data.values.device
+    generator = torch.Generator(device).manual_seed(seed)
+    index = torch.randint(len(data.values), (batch,), generator=generator, device=device)
+    latents = data.values[index, :, : kind.latent_frames].float()
+    dropped = torch.rand(batch, 1, generator=generator, device=device) < DROP_PROMPT
+    tokens = torch.where(dropped, _empty_prompt(device), data.tokens[index])
+    u = torch.sigmoid(torch.randn(batch, generator=generator, device=device))
+    level = shift * u / (1 + (shift - 1) * u)
+    noise = torch.randn(latents.shape, generator=generator, device=device)
+    if kind.latent_frames == 1:
+        return latents, tokens, level, noise
+    given = torch.rand(batch, generator=generator, device=device) < FIRST_GIVEN
+    return latents, tokens, level, noise, given
+
+
+def _step(model: Pocket, run: Run, device: torch.device) -> Callable[..., Gradients]:
+    """Loss and gradients of one kind of batch; on a GPU recorded as a CUDA graph."""
+    on_gpu = device.type == "cuda"
+
+    def loss(*inputs: Tensor) -> Tensor:
+        with torch.autocast(device.type, torch.bfloat16, enabled=on_gpu):
+            return flow_loss(model, *inputs)
+
+    parameters = list(run.parameters.values())
+    return Recorded(plain(loss, parameters)) if on_gpu else plain(loss, parameters)
 
 
 def _weights(folder: Path) -> dict[str, Tensor]:
@@ -229,5 +278,5 @@ def validate(model: nn.Module, held_out: Latents, *, device: torch.device, batch
     for value in LEVELS:
         level = torch.full((len(latents),), value, device=device)
         with torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda"):
-            losses[f"held_out_{value}"] = flow_loss(model, latents, tokens, level, noise, first_given=False).item()
+            losses[f"held_out_{value}"] = flow_loss(model, latents, tokens, level, noise).item()
     return losses

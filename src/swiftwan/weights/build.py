@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -9,13 +10,15 @@ from typing import Any
 import torch
 from torch import nn
 
-from swiftwan.models.config import POCKET, KnownModel, TransformerConfig, VAEConfig
+from swiftwan.models.clip import ImageEncoder
+from swiftwan.models.config import POCKET, ClipConfig, KnownModel, TransformerConfig, VAEConfig
 from swiftwan.models.dit import KEEP_FP32, WanTransformer
 from swiftwan.models.text import TextEncoder
 from swiftwan.models.vae import WanVAE
 from swiftwan.weights import check
-from swiftwan.weights.find import Folder, Layout, Source, locate, read_layout
-from swiftwan.weights.load import load_weights, randomize
+from swiftwan.weights.find import locate, read_layout
+from swiftwan.weights.layout import Folder, Layout, RandomModel, Source
+from swiftwan.weights.load import AsLoaded, load_weights, randomize
 
 UMT5_XXL = {
     "vocab_size": 256_384,
@@ -33,6 +36,7 @@ UMT5_XXL = {
 class Parts:
     """What a run is made of. Techniques change it, before the first run.
 
+    ``enter`` is told which component works next, by its name here; a technique may bring it to the device then.
     ``transformer_2`` is the low-noise expert of two-expert models; it takes over below
     ``boundary_ratio`` of the 1000 training timesteps.
     """
@@ -42,6 +46,8 @@ class Parts:
     transformer_2: WanTransformer | None
     vae: WanVAE
     boundary_ratio: float | None
+    image_encoder: ImageEncoder | None = None
+    enter: Callable[[str], None] = lambda component: None
 
     @property
     def device(self) -> torch.device:
@@ -50,22 +56,34 @@ class Parts:
 
 
 def build(
-    source: Source, *, device: torch.device, dtype: torch.dtype, transformers_on: torch.device | None = None
+    source: Source,
+    *,
+    device: torch.device,
+    dtype: torch.dtype,
+    transformers_on: torch.device | None = None,
+    as_loaded: AsLoaded | None = None,
 ) -> Parts:
     """Load, or for ``random:`` models make, every part; weights go shard by shard straight to the device.
 
     Args:
         transformers_on: where to load the transformers, if not on the device: a technique brings them there.
+        as_loaded: changes the transformers' layers one by one, as soon as each has its weights.
 
     Raises:
         WeightsError: files are missing, damaged or of another model.
     """
-    if isinstance(source, Folder):
-        return _load(read_layout(source), device, dtype, transformers_on or device)
-    return _random(source.known, device, dtype, transformers_on or device)
+    if isinstance(source, RandomModel):
+        return _random(source.known, device, dtype, transformers_on or device, as_loaded)
+    return _load(read_layout(source), device, dtype, transformers_on or device, as_loaded)
 
 
-def _load(layout: Layout, device: torch.device, dtype: torch.dtype, transformers_on: torch.device) -> Parts:
+def _load(
+    layout: Layout,
+    device: torch.device,
+    dtype: torch.dtype,
+    transformers_on: torch.device,
+    as_loaded: AsLoaded | None,
+) -> Parts:
     def transformer(component: str, config: TransformerConfig) -> WanTransformer:
         model = _on_meta(WanTransformer, config)
         load_weights(
@@ -76,38 +94,76 @@ def _load(layout: Layout, device: torch.device, dtype: torch.dtype, transformers
             component=component,
             keep_fp32=KEEP_FP32,
             ignore=("*.norm_added_q.*",),
+            as_loaded=as_loaded,
         )
         return model
 
     vae = _on_meta(WanVAE, layout.vae)
     load_weights(vae, layout.files["vae"], device=device, dtype=dtype, component="vae")
 
-    def encoder() -> nn.Module:
+    def encoder(device: torch.device) -> nn.Module:
         model: nn.Module = _on_meta(_encoder, layout.classes["text_encoder"], dict(layout.configs["text_encoder"]))
         load_weights(model, layout.files["text_encoder"], device=device, dtype=dtype, component="text_encoder")
         return model
 
-    tokenizer = layout.folder / "tokenizer"
-    identity = check.fingerprint((*layout.files["text_encoder"], *sorted(tokenizer.iterdir())))
+    identity = check.fingerprint((*layout.files["text_encoder"].paths, *_files_in(layout.tokenizer)))
     return Parts(
-        text=TextEncoder(_tokenizer(tokenizer), encoder, identity=identity, device=device, dtype=dtype),
+        text=TextEncoder(_tokenizer(layout.tokenizer), encoder, identity=identity, device=device, dtype=dtype),
         transformer=transformer("transformer", layout.transformer),
         transformer_2=transformer("transformer_2", layout.transformer_2) if layout.transformer_2 else None,
         vae=vae.prepare(device),
         boundary_ratio=layout.boundary_ratio,
+        image_encoder=_image_encoder(layout, device, dtype) if layout.transformer.image_dim else None,
     )
 
 
-def _random(known: KnownModel, device: torch.device, dtype: torch.dtype, transformers_on: torch.device) -> Parts:
+def _image_encoder(layout: Layout, device: torch.device, dtype: torch.dtype) -> ImageEncoder:
+    import transformers
+
+    files = layout.files["image_encoder"]
+    sizes = transformers.CLIPVisionConfig(**layout.configs["image_encoder"]).to_dict()
+    model = _on_meta(ImageEncoder, ClipConfig.from_json(sizes))
+    prefixed = any(name.startswith("vision_model.") for name in files.shapes)
+    load_weights(
+        # Published files have the prefix; those that transformers 5 writes have not.
+        torch.nn.ModuleDict({"vision_model": model}) if prefixed else model,
+        files,
+        device=device,
+        dtype=dtype,
+        component="image_encoder",
+        ignore=(
+            f"*encoder.layers.{sizes['num_hidden_layers'] - 1}.*",
+            "*post_layernorm.*",
+            "visual_projection.*",
+            "*position_ids",
+        ),
+    )
+    return model
+
+
+def _random(
+    known: KnownModel,
+    device: torch.device,
+    dtype: torch.dtype,
+    transformers_on: torch.device,
+    as_loaded: AsLoaded | None,
+) -> Parts:
     def transformer(seed: int) -> WanTransformer:
         model = _on_meta(WanTransformer, known.transformer)
-        randomize(model, device=transformers_on, dtype=dtype, keep_fp32=KEEP_FP32, seed=seed)
+        randomize(model, device=transformers_on, dtype=dtype, keep_fp32=KEEP_FP32, seed=seed, as_loaded=as_loaded)
+        return model
+
+    def image_encoder() -> ImageEncoder | None:
+        if known.transformer.image_dim is None:
+            return None
+        model = _on_meta(ImageEncoder, ClipConfig())
+        randomize(model, device=device, dtype=dtype)
         return model
 
     vae = _on_meta(WanVAE, known.vae)
     randomize(vae, device=device, dtype=dtype)
 
-    def encoder() -> nn.Module:
+    def encoder(device: torch.device) -> nn.Module:
         model: nn.Module = _on_meta(_encoder, "UMT5EncoderModel", UMT5_XXL)
         randomize(model, device=device, dtype=dtype)
         return model
@@ -121,7 +177,12 @@ def _random(known: KnownModel, device: torch.device, dtype: torch.dtype, transfo
         transformer_2=transformer(1) if known.boundary_ratio else None,
         vae=vae.prepare(device),
         boundary_ratio=known.boundary_ratio,
+        image_encoder=image_encoder(),
     )
+
+
+def _files_in(folder: Path) -> list[Path]:
+    return sorted(path for path in folder.iterdir() if path.is_file())
 
 
 def _on_meta(kind: Any, *sizes: Any) -> Any:
@@ -143,9 +204,12 @@ def _tokenizer(folder: Path) -> Any:
     return AutoTokenizer.from_pretrained(folder, local_files_only=True)
 
 
-def parameter_count(config: TransformerConfig | VAEConfig) -> int:
-    """How many weights a transformer or VAE of these sizes has; nothing is allocated."""
-    model: nn.Module = _on_meta(WanTransformer if isinstance(config, TransformerConfig) else WanVAE, config)
+_KINDS: dict[type, type[nn.Module]] = {TransformerConfig: WanTransformer, VAEConfig: WanVAE, ClipConfig: ImageEncoder}
+
+
+def parameter_count(config: TransformerConfig | VAEConfig | ClipConfig) -> int:
+    """How many weights a transformer, VAE or image encoder of these sizes has; nothing is allocated."""
+    model: nn.Module = _on_meta(_KINDS[type(config)], config)
     return _count(model.parameters())
 
 

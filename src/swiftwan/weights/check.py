@@ -38,7 +38,12 @@ _BITS = {
 
 
 def check_file(path: Path) -> dict[str, Shape]:
-    """Return name -> shape of a safetensors file after checking its header against its size.
+    """Return name -> shape of a safetensors file; checks and raises as ``read_header`` does."""
+    return {name: shape for name, (_, shape) in read_header(path).items()}
+
+
+def read_header(path: Path) -> dict[str, tuple[str, Shape]]:
+    """Return name -> (type, shape) of a safetensors file after checking its header against its size.
 
     Reads the header alone (8 bytes, then JSON), whatever the file's size. The rules are those of
     github.com/huggingface/safetensors, "Format"; the point of checking here is the message.
@@ -62,13 +67,13 @@ def check_file(path: Path) -> dict[str, Shape]:
         raise WeightsError(f"{path} is a folder, not a safetensors file") from None
     except OSError as error:
         raise WeightsError(f"{path} cannot be read: {error.strerror}") from None
-    shapes, data_bytes = _parse_header(path, header)
+    entries, data_bytes = _parse_header(path, header)
     need = 8 + header_bytes + data_bytes
     if size < need:
         raise _broken(path, f"is truncated: has {size:,} of {need:,} bytes")
     if size > need:
         raise _broken(path, f"has {size - need:,} bytes past its end at {need:,}")
-    return shapes
+    return entries
 
 
 def _refuse_other_formats(path: Path, start: bytes, size: int, header_bytes: int) -> None:
@@ -101,9 +106,9 @@ def _broken(path: Path, what: str) -> WeightsError:
     return WeightsError(f"{path} {what}; download it again")
 
 
-def _parse_header(path: Path, header: bytes) -> tuple[dict[str, Shape], int]:
-    """Name -> shape, and the bytes of data, which must follow each other without gap or overlap."""
-    shapes: dict[str, Shape] = {}
+def _parse_header(path: Path, header: bytes) -> tuple[dict[str, tuple[str, Shape]], int]:
+    """Name -> (type, shape), and the bytes of data, which must follow each other without gap or overlap."""
+    found: dict[str, tuple[str, Shape]] = {}
     spans: list[tuple[int, int]] = []
     try:
         entries: dict[str, Any] = json.loads(header)
@@ -113,7 +118,7 @@ def _parse_header(path: Path, header: bytes) -> tuple[dict[str, Shape], int]:
             begin, end = entry["data_offsets"]
             if min((*shape, begin), default=0) < 0 or 8 * (end - begin) != math.prod(shape) * _BITS[entry["dtype"]]:
                 raise ValueError(name)
-            shapes[name] = shape
+            found[name] = (entry["dtype"], shape)
             spans.append((begin, end))
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
         raise _broken(path, "has a damaged safetensors header") from None
@@ -122,7 +127,7 @@ def _parse_header(path: Path, header: bytes) -> tuple[dict[str, Shape], int]:
         if begin != at:
             raise _broken(path, "has a damaged header: its tensors overlap or leave gaps")
         at = end
-    return shapes, at
+    return found, at
 
 
 def check_sha256(path: Path, expected: str) -> None:
@@ -246,10 +251,8 @@ def compare(
     if component.startswith("transformer"):
         file_like, config_like = looks_like(found), looks_like(expected)
         if file_like and file_like != config_like:
-            hint = f"; the file looks like {file_like}" + (
-                f", its config.json like {config_like}" if config_like else ""
-            )
-    raise WeightsError(f"{component}: weights and config.json do not belong together: {'; '.join(problems)}{hint}")
+            hint = f"; the file looks like {file_like}" + (f", its config like {config_like}" if config_like else "")
+    raise WeightsError(f"{component}: weights and config do not belong together: {'; '.join(problems)}{hint}")
 
 
 def looks_like(shapes: Mapping[str, Shape]) -> str | None:

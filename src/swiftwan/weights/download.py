@@ -5,7 +5,7 @@ from __future__ import annotations
 import errno
 import os
 import shutil
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from fnmatch import fnmatchcase
 from pathlib import Path
@@ -25,24 +25,26 @@ UNWANTED = ("*/*.fp16*", "*/*.bf16*", "*/*.non_ema*", "*/*/*")
 """Variants of the same weights, and folders inside components: ONNX and the like."""
 
 
-def download(hub_id: str, revision: str | None = None) -> Path:
+def download(hub_id: str, revision: str | None = None, *, components: Sequence[str] = ()) -> Path:
     """Return the folder of a model in the hub's cache, downloading what is not there.
 
     A model that is complete here is taken without asking the network, at the commit it was downloaded at;
     name a ``revision`` to get another. Files already here are kept, and a broken connection is taken up
     where it broke (by ``huggingface_hub``); after a killed run the file in progress starts anew. Each large
-    file's SHA-256 is compared with the hub's; a damaged file is fetched once more, it alone.
+    file's SHA-256 is compared with the hub's; a damaged file is fetched once more, it alone. With
+    ``components`` only the folders of these names are brought, beside ``model_index.json``.
 
     Raises OutputError before the first byte when the files do not fit on the disk; WeightsError when the
     hub cannot be reached, has no such model or revision, wants an agreement first, or holds another layout.
     """
-    if folder := _complete_here(hub_id, revision):
-        return folder
+    for complete in dict.fromkeys(((), tuple(components))):
+        if folder := _complete_here(hub_id, revision, complete):
+            return folder
     try:
         with _hub_errors(hub_id, revision):
-            return _download(hub_id, revision)
+            return _download(hub_id, revision, components)
     except _UnreachableError:
-        if folder := _left_by_another_tool(hub_id, revision):
+        if folder := _left_by_another_tool(hub_id, revision, components):
             return folder
         raise
 
@@ -51,11 +53,11 @@ class _UnreachableError(WeightsError):
     """The network is at fault, not the name."""
 
 
-def _download(hub_id: str, revision: str | None) -> Path:
+def _download(hub_id: str, revision: str | None, components: Sequence[str]) -> Path:
     # Imported here, as below: 0.5 s that a run with a local model does not need.
     from huggingface_hub import HfApi
 
-    commit, files = _list_files(HfApi(library_name="swiftwan"), hub_id, revision)
+    commit, files = _list_files(HfApi(library_name="swiftwan"), hub_id, revision, components)
     _refuse_if_too_large(hub_id, commit, files)
     folder = _fetch(hub_id, revision, list(files))
     digests = {name: file.lfs.sha256 for name, file in files.items() if file.lfs}
@@ -66,19 +68,19 @@ def _download(hub_id: str, revision: str | None) -> Path:
         _fetch(hub_id, revision, damaged)
         check.verify(folder, digests)
     record = {"folder": str(folder), "files": {name: digests.get(name) for name in files}}
-    check.write_json(_record(hub_id, revision), record)
+    check.write_json(_record(hub_id, revision, components), record)
     return folder
 
 
-def _record(hub_id: str, revision: str | None) -> Path:
-    """Where we note that a model is complete, with what its files should be."""
-    name = f"{hub_id}@{revision or 'main'}".replace("/", "--")
+def _record(hub_id: str, revision: str | None, components: Sequence[str]) -> Path:
+    """Where we note that a model, or these components of it, is complete, with what its files should be."""
+    name = "+".join((f"{hub_id}@{revision or 'main'}".replace("/", "--"), *sorted(components)))
     return check.cache_folder() / "models" / f"{name}.json"
 
 
-def _complete_here(hub_id: str, revision: str | None) -> Path | None:
+def _complete_here(hub_id: str, revision: str | None, components: Sequence[str]) -> Path | None:
     """The model's folder when every file of an earlier download is still there and unchanged."""
-    record = check.read_json(_record(hub_id, revision))
+    record = check.read_json(_record(hub_id, revision, components))
     if record is None:
         return None
     folder, files = Path(record["folder"]), record["files"]
@@ -88,12 +90,13 @@ def _complete_here(hub_id: str, revision: str | None) -> Path | None:
     return folder if not _damaged(folder, digests) else None
 
 
-def _left_by_another_tool(hub_id: str, revision: str | None) -> Path | None:
+def _left_by_another_tool(hub_id: str, revision: str | None, components: Sequence[str]) -> Path | None:
     """A snapshot that ``hf download`` or diffusers left; ``read_layout`` says what it lacks, if anything."""
     from huggingface_hub.errors import LocalEntryNotFoundError
 
     try:
-        folder = _fetch(hub_id, revision, list(WANTED), local_files_only=True)
+        wanted = ["model_index.json", *(f"{name}/*" for name in components)] if components else list(WANTED)
+        folder = _fetch(hub_id, revision, wanted, local_files_only=True)
     except LocalEntryNotFoundError:
         return None
     check.verify(folder, check.hub_digests(folder))
@@ -106,10 +109,10 @@ def _cache() -> Path:
     return Path(constants.HF_HUB_CACHE)
 
 
-def _list_files(api: HfApi, hub_id: str, revision: str | None) -> tuple[str, dict[str, Any]]:
+def _list_files(api: HfApi, hub_id: str, revision: str | None, components: Sequence[str]) -> tuple[str, dict[str, Any]]:
     """The commit, and the files we want of it with size and, for large ones, SHA-256."""
     info = api.model_info(hub_id, revision=revision, files_metadata=True)
-    files = {file.rfilename: file for file in info.siblings or () if _wanted(file.rfilename)}
+    files = {file.rfilename: file for file in info.siblings or () if _wanted(file.rfilename, components)}
     if "model_index.json" not in files:
         twin = next((k.hub_id for k in KNOWN_MODELS.values() if _same_model(k.hub_id, hub_id)), None)
         hint = f"; take '{twin}'" if twin else "; take its '-Diffusers' twin if there is one"
@@ -118,7 +121,9 @@ def _list_files(api: HfApi, hub_id: str, revision: str | None) -> tuple[str, dic
     return info.sha, files
 
 
-def _wanted(name: str) -> bool:
+def _wanted(name: str, components: Sequence[str]) -> bool:
+    if components and name != "model_index.json" and name.partition("/")[0] not in components:
+        return False
     return any(fnmatchcase(name, p) for p in WANTED) and not any(fnmatchcase(name, p) for p in UNWANTED)
 
 

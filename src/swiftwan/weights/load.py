@@ -7,27 +7,31 @@ the module itself has are ever assigned; a file cannot name an attribute.
 
 from __future__ import annotations
 
-import json
 import math
-import os
 import shutil
 import time
 import uuid
-from collections.abc import Iterable, Mapping, Sequence
+from collections import Counter
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from swiftwan.errors import OutputError, WeightsError
+from swiftwan.errors import OutputError
 from swiftwan.weights import check
+from swiftwan.weights.sources import Shards, Tensors
+from swiftwan.weights.write import refuse_if_too_large, replace_folder, sync, write_json
 
 _STEM = "diffusion_pytorch_model"
+
+
+AsLoaded = Callable[[nn.Module, str, nn.Module], nn.Module]
+"""(the model, path of a layer in it, the layer, its weights just there) to what shall stand in its place."""
 
 
 @dataclass(frozen=True)
@@ -42,47 +46,50 @@ class LoadReport:
 
 def load_weights(
     module: nn.Module,
-    files: Sequence[Path],
+    source: Tensors | Sequence[Path],
     *,
     device: torch.device | str,
     dtype: torch.dtype,
     component: str,
     keep_fp32: Sequence[str] = (),
     ignore: Sequence[str] = (),
+    as_loaded: AsLoaded | None = None,
 ) -> LoadReport:
-    """Fill a module built on meta from safetensors shards.
+    """Fill a module built on meta from a source of tensors, or from safetensors shards.
 
     Floating-point tensors become ``dtype``, those whose name matches a glob of ``keep_fp32`` float32;
-    integers stay as they are. Names and shapes must agree exactly, except for names in the files that match
-    a glob of ``ignore``. Tied parameters need to be in the files once. Afterwards ``module.reset_buffers``
-    is called if there is such a method, for buffers that are computed rather than stored.
+    integers stay as they are. Names and shapes must agree exactly, except for names in the source that match
+    a glob of ``ignore``. Tied parameters need to be in it once. Afterwards ``module.reset_buffers``
+    is called if there is such a method, for buffers that are computed rather than stored. With ``as_loaded`` a
+    layer is changed before the next one is read: so a model that fits in 8 bits only need never be there in 16.
 
     Raises WeightsError for damaged files and for anything missing, unexpected or of another shape.
     """
     started = time.perf_counter()
     device = torch.device(device)
-    shapes, homes = _read_headers(files)
+    tensors = Shards(source) if isinstance(source, Sequence) else source
     slots = _slots(module)
-    sources = {slot: next((n for n in names if n in homes), names[0]) for slot, names in slots.items()}
+    stored = {slot: next((n for n in names if n in tensors.shapes), names[0]) for slot, names in slots.items()}
     twins = {name for names in slots.values() for name in names}
-    expected = {source: tuple(slot.shape) for slot, source in sources.items()}
+    expected = {name: tuple(slot.shape) for slot, name in stored.items()}
     check.compare(
         expected,
-        {n: s for n, s in shapes.items() if n in expected or n not in twins},
+        {n: s for n, s in tensors.shapes.items() if n in expected or n not in twins},
         component,
         ignore=ignore,
     )
+    by_name = {name: slot for slot, name in stored.items()}
+    layers = _Layers(module, by_name, as_loaded)
     total = 0
-    for file in files:
-        # Opened on the CPU: the pages are read as the copy needs them, and leave with the file.
-        with safe_open(file, framework="pt", device="cpu") as shard:
-            for slot, source in sources.items():
-                if homes[source] == file:
-                    tensor = _convert(shard.get_tensor(source), device, _dtype_of(source, dtype, keep_fp32))
-                    _assign(module, slots[slot], tensor)
-                    total += tensor.nbytes
+    # In the order of the source: so one shard after the other is opened, read and let go of.
+    for name in filter(by_name.__contains__, tensors.shapes):
+        tensor = _convert(tensors.read(name, device), _dtype_of(name, dtype, keep_fp32))
+        _assign(module, slots[by_name[name]], tensor)
+        total += tensor.nbytes
+        layers.has(name)
+    tensors.close()
     _finish(module, device)
-    return LoadReport(component, len(sources), total, time.perf_counter() - started)
+    return LoadReport(component, len(stored), total, time.perf_counter() - started)
 
 
 def randomize(
@@ -92,6 +99,7 @@ def randomize(
     dtype: torch.dtype,
     keep_fp32: Sequence[str] = (),
     seed: int = 0,
+    as_loaded: AsLoaded | None = None,
 ) -> None:
     """Fill a module built on meta with random weights made on the device, tensor by tensor.
 
@@ -100,7 +108,9 @@ def randomize(
     """
     device = torch.device(device)
     generator = torch.Generator(device).manual_seed(seed)
-    for slot, names in _slots(module).items():
+    slots = _slots(module)
+    layers = _Layers(module, [names[0] for names in slots.values()], as_loaded)
+    for slot, names in slots.items():
         name = names[0]
         wanted = _dtype_of(name, dtype, keep_fp32) if slot.is_floating_point() else slot.dtype
         tensor = torch.zeros(slot.shape, dtype=wanted, device=device)
@@ -112,7 +122,24 @@ def randomize(
             fan_in = math.prod(slot.shape[1:]) if leaf == "weight" else slot.shape[-1]
             tensor.normal_(0, max(fan_in, 1) ** -0.5, generator=generator)
         _assign(module, names, tensor)
+        layers.has(name)
     _finish(module, device)
+
+
+class _Layers:
+    """Counts the tensors that each layer still lacks, and changes it when it has all."""
+
+    def __init__(self, model: nn.Module, names: Iterable[str], change: AsLoaded | None) -> None:
+        self.model, self.change = model, change
+        self.lacks = Counter(name.rpartition(".")[0] for name in names)
+
+    def has(self, name: str) -> None:
+        path = name.rpartition(".")[0]
+        self.lacks[path] -= 1
+        if self.change is not None and not self.lacks[path]:
+            parent, _, leaf = path.rpartition(".")
+            layer = self.change(self.model, path, self.model.get_submodule(path))
+            setattr(self.model.get_submodule(parent), leaf, layer)
 
 
 def save_weights(
@@ -134,27 +161,15 @@ def save_weights(
     _refuse_foreign_files(folder)
     try:
         folder.parent.mkdir(parents=True, exist_ok=True)
-        _refuse_if_too_large(folder, sum(t.nbytes for t in tensors.values()))
+        refuse_if_too_large(folder, sum(t.nbytes for t in tensors.values()))
         temporary.mkdir()
-        _write(temporary / "config.json", dict(component_config))
+        write_json(temporary / "config.json", dict(component_config))
         _write_shards(temporary, tensors, max_shard_bytes)
-        _replace_folder(temporary, folder)
+        replace_folder(temporary, folder)
     except OSError as error:
         raise OutputError(f"cannot write {folder}: {error.strerror}; choose another folder") from None
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
-
-
-def _read_headers(files: Sequence[Path]) -> tuple[dict[str, check.Shape], dict[str, Path]]:
-    """Of all shards together: name -> shape, and name -> file."""
-    shapes: dict[str, check.Shape] = {}
-    homes: dict[str, Path] = {}
-    for file in files:
-        for name, shape in check.check_file(file).items():
-            if name in homes:
-                raise WeightsError(f"{name!r} is in both {homes[name]} and {file}; one of them is stale")
-            shapes[name], homes[name] = shape, file
-    return shapes, homes
 
 
 def _slots(module: nn.Module) -> dict[Tensor, list[str]]:
@@ -169,13 +184,11 @@ def _dtype_of(name: str, dtype: torch.dtype, keep_fp32: Iterable[str]) -> torch.
     return torch.float32 if any(fnmatchcase(name, glob) for glob in keep_fp32) else dtype
 
 
-def _convert(tensor: Tensor, device: torch.device, dtype: torch.dtype) -> Tensor:
-    """On the device first, in the file's dtype: a bfloat16 file crosses the bus as bfloat16."""
-    on_device = tensor.to(device)
-    if tensor.is_floating_point():
-        on_device = on_device.to(dtype)
+def _convert(tensor: Tensor, dtype: torch.dtype) -> Tensor:
+    """On its device already, so that a bfloat16 file crosses the bus as bfloat16."""
+    converted = tensor.to(dtype) if tensor.is_floating_point() else tensor
     # On the CPU nothing may have been copied yet, and a view would keep the whole file mapped.
-    return on_device.clone() if on_device.data_ptr() == tensor.data_ptr() else on_device
+    return converted.clone() if converted.device.type == "cpu" and converted is tensor else converted
 
 
 def _assign(module: nn.Module, names: Sequence[str], tensor: Tensor) -> None:
@@ -224,12 +237,6 @@ def _refuse_foreign_files(folder: Path) -> None:
         raise OutputError(f"{folder} holds {foreign[0]!r}, which would be lost; give a new or empty folder")
 
 
-def _refuse_if_too_large(folder: Path, need: int) -> None:
-    have = shutil.disk_usage(folder.parent).free
-    if need > have:
-        raise OutputError(f"{folder} needs {need / 1e9:.1f} GB, its disk has {have / 1e9:.1f} GB free; choose another")
-
-
 def _write_shards(folder: Path, tensors: Mapping[str, Tensor], max_shard_bytes: int) -> None:
     shards: list[list[str]] = [[]]
     size = 0
@@ -244,39 +251,15 @@ def _write_shards(folder: Path, tensors: Mapping[str, Tensor], max_shard_bytes: 
         files = [f"{_STEM}.safetensors"]
     for file, names in zip(files, shards, strict=True):
         save_file({n: _owned(tensors[n]) for n in names}, folder / file, metadata={"format": "pt"})
-        _sync(folder / file)
+        sync(folder / file)
     if len(shards) > 1:
         weight_map = {name: file for file, names in zip(files, shards, strict=True) for name in names}
         total = sum(t.nbytes for t in tensors.values())
         index = {"metadata": {"total_size": total}, "weight_map": weight_map}
-        _write(folder / f"{_STEM}.safetensors.index.json", index)
+        write_json(folder / f"{_STEM}.safetensors.index.json", index)
 
 
 def _owned(tensor: Tensor) -> Tensor:
     """On the CPU, contiguous, with a storage of its own: safetensors refuses slices of a shared one."""
     tensor = tensor.cpu().contiguous()
     return tensor if tensor.untyped_storage().nbytes() == tensor.nbytes else tensor.clone()
-
-
-def _write(path: Path, values: Mapping[str, Any]) -> None:
-    path.write_text(json.dumps(values, indent=2, sort_keys=True) + "\n", encoding="utf-8")
-    _sync(path)
-
-
-def _sync(path: Path) -> None:
-    handle = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
-
-
-def _replace_folder(new: Path, folder: Path) -> None:
-    """Rename ``new`` to ``folder``; for an instant between two renames neither name exists, never a half."""
-    _sync(new)
-    old = new.with_suffix(".old")
-    if folder.exists():
-        folder.rename(old)
-    new.rename(folder)
-    _sync(folder.parent)
-    shutil.rmtree(old, ignore_errors=True)

@@ -2,6 +2,7 @@
 
 import base64
 import hashlib
+import io
 import json
 import os
 import signal
@@ -16,6 +17,7 @@ from typing import Any
 from urllib.request import Request, urlopen
 
 import pytest
+from PIL import Image
 
 from swiftwan.cli import main
 from swiftwan.errors import RequestError
@@ -103,6 +105,19 @@ def test_openais_client_makes_pictures(served: Served) -> None:
     pictures = [base64.b64decode(picture.b64_json) for picture in told.data]
     assert [picture[:4] for picture in pictures] == [b"\x89PNG"] * 2
     assert pictures[0] != pictures[1]
+
+
+def test_openais_client_edits_a_picture(served: Served) -> None:
+    buffer = io.BytesIO()
+    Image.new("RGB", (128, 128), "red").save(buffer, "png")
+    told = served.client.images.edit(
+        image=("../../a.png", buffer.getvalue()),
+        prompt=PROMPT,
+        extra_body={"creativity": 0.5, "num_inference_steps": 2},
+    )
+    picture = Image.open(io.BytesIO(base64.b64decode(told.data[0].b64_json)))
+    assert picture.size == (128, 128)
+    assert str(served.data) not in str(picture.info)
 
 
 def test_openais_client_understands_refusals(served: Served) -> None:

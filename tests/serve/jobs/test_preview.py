@@ -5,7 +5,7 @@ import torch
 from PIL import Image
 
 from swiftwan import Engine, TextToVideo
-from swiftwan.pipelines.request import StepEvent
+from swiftwan.pipelines.result import StepEvent
 from swiftwan.serve.jobs.preview import MAX_CELLS, Glimpse, preview_jpeg, watching
 
 
@@ -39,12 +39,12 @@ def test_late_in_a_run_the_estimate_is_close_to_its_latents_and_the_hooks_go(eng
             glimpse.next_step()
 
     estimates: list[torch.Tensor | None] = []
-    request = TextToVideo("a red circle moves left over a blue background", num_frames=5, num_inference_steps=8, seed=3)
+    request = TextToVideo("a red circle over a blue background", num_frames=5, num_inference_steps=20, seed=3)
     with watching(glimpse, engine.parts.transformer, None):
         latents = engine.run(request, on_step=on_step).latents
     assert estimates[0] is None
     errors = [float((estimate - latents).square().mean().sqrt()) for estimate in estimates[1:] if estimate is not None]
-    assert len(errors) == 7
+    assert len(errors) == 19
     assert errors[-1] < 0.5 * errors[0]
     assert errors[-1] < 0.5 * float(latents.square().mean().sqrt())
     assert not engine.parts.transformer._forward_pre_hooks

@@ -16,16 +16,13 @@ from swiftwan.errors import did_you_mean
 from swiftwan.pipelines.request import TASKS, Request, request_from_json
 from swiftwan.serve.http.answers import ApiError, wrong_field
 from swiftwan.serve.http.uploads import Upload, from_data_url
-from swiftwan.serve.jobs.admission import check_plan_of_client
+from swiftwan.serve.jobs.admission import FILE_FIELDS, check_plan_of_client
 from swiftwan.serve.jobs.folder import Folder
 
 MAX_PROMPT = 10_000
 """Characters; Wan reads 512 tokens."""
 
 MAX_FILES = 16
-FILE_FIELDS = ("image", "last_image", "images", "video")
-"""Fields of requests that hold files; a client sends their content, never a name."""
-
 _WORDS = ("model", "plan", "task", "size", "seconds", "input_reference")
 
 
@@ -129,11 +126,12 @@ _KINDS = {field.name: str(field.type) for task in TASKS.values() for field in fi
 
 @dataclass(frozen=True)
 class Asked:
-    """A call, understood. ``inputs`` are names of files that were taken in for it."""
+    """A call, understood. ``inputs`` are names of files that were taken in for it, ``sizes`` those of its images."""
 
     request: Request
     plan: str | list[str] | None
     inputs: tuple[str, ...]
+    sizes: tuple[tuple[int, int], ...]
 
 
 def understand(body: Body, *, model: str, fps: int | None, picture: bool, folder: Folder) -> Asked:
@@ -155,22 +153,19 @@ def understand(body: Body, *, model: str, fps: int | None, picture: bool, folder
     if said.pop("model", model) != model:
         raise wrong_field("model", f"this server runs '{model}' alone; leave model out or name it.")
     plan = check_plan_of_client(said.pop("plan")) if "plan" in said else None
-    for upload in body.uploads:  # all are looked at before the first is kept
-        upload.ending()
+    sizes = [size for upload in body.uploads if (size := upload.seen[1])]  # all are looked at before one is kept
     task = _task(said, body.uploads, picture=picture)
     _check_fields(said, task)
     _read_size(said)
     _read_seconds(said, fps)
-    inputs = [folder.take_in(upload.chunks(), upload.ending()) for upload in body.uploads]
+    inputs = [folder.take_in(upload.chunks(), upload.ending) for upload in body.uploads]
     try:
         values = said | _places(task, body.uploads, inputs) | {"task": task}
         request = request_from_json(values)
-    except BaseException as error:
+    except BaseException:
         folder.remove(inputs)
-        if isinstance(error, TypeError):  # a file that the task needs is missing
-            raise ApiError(400, f"{task} needs its image or video as a file.", code="invalid_value") from None
         raise
-    return Asked(request, plan, tuple(inputs))
+    return Asked(request, plan, tuple(inputs), tuple(sizes))
 
 
 def _check_range(name: str, value: Any) -> None:
@@ -193,7 +188,7 @@ def _task(said: dict[str, Any], uploads: tuple[Upload, ...], *, picture: bool) -
         if not isinstance(named, str) or named not in TASKS:
             raise wrong_field("task", f"task is {str(named)[:40]!r}." + did_you_mean(str(named), TASKS))
         return named
-    clip = any(upload.ending() == ".mp4" for upload in uploads)
+    clip = any(upload.ending == ".mp4" for upload in uploads)
     if picture:
         task = {0: "TextToImage", 1: "ImageToImage"}.get(len(uploads), "Blend")
     else:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from swiftwan.serve.http.asked import FILE_FIELDS
+from swiftwan.serve.jobs.admission import FILE_FIELDS
 from swiftwan.serve.jobs.job import Job
 from swiftwan.serve.jobs.service import Service
 

@@ -12,6 +12,7 @@ import io
 import struct
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import cached_property
 from typing import BinaryIO
 
 from swiftwan.serve.http.answers import ApiError, wrong_field
@@ -32,8 +33,9 @@ class Upload:
         while chunk := self.file.read(_CHUNK):
             yield chunk
 
-    def ending(self) -> str:
-        """Check it, and return the ending that its content calls for.
+    @cached_property
+    def seen(self) -> tuple[str, tuple[int, int] | None]:
+        """The ending that its content calls for, and its width and height; None for a clip.
 
         Raises:
             ApiError: 400: no PNG, JPEG, WebP or MP4, a broken header, or too many pixels.
@@ -42,24 +44,28 @@ class Upload:
         head = self.file.read(32)
         try:
             if head.startswith(b"\x89PNG\r\n\x1a\n"):
-                return self._measured(".png", _png_size(head))
+                return ".png", self._checked(_png_size(head))
             if head.startswith(b"\xff\xd8\xff"):
-                return self._measured(".jpg", _jpeg_size(self.file))
+                return ".jpg", self._checked(_jpeg_size(self.file))
             if head[:4] == b"RIFF" and head[8:12] == b"WEBP":
-                return self._measured(".webp", _webp_size(head))
+                return ".webp", self._checked(_webp_size(head))
         except (struct.error, ValueError):
             raise wrong_field(self.field, f"{self.field} is damaged: its header gives no size.") from None
         if head[4:8] == b"ftyp":
-            return ".mp4"
+            return ".mp4", None
         raise wrong_field(self.field, f"{self.field} is no PNG, JPEG or WebP image, nor an MP4 clip.")
 
-    def _measured(self, ending: str, size: tuple[int, int]) -> str:
+    @property
+    def ending(self) -> str:
+        return self.seen[0]
+
+    def _checked(self, size: tuple[int, int]) -> tuple[int, int]:
         width, height = size
         if not 0 < width * height <= MAX_PIXELS:
             raise wrong_field(
                 self.field, f"{self.field} is {width}x{height}; at most {MAX_PIXELS // 10**6} million pixels are taken."
             )
-        return ending
+        return size
 
 
 def from_data_url(field: str, url: str) -> Upload:

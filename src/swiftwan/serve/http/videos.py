@@ -15,6 +15,7 @@ from pydantic import BaseModel, ConfigDict
 from swiftwan.serve.http.answers import ApiError
 from swiftwan.serve.http.asked import Asked, Body, read_body, understand
 from swiftwan.serve.http.shapes import public_name, video
+from swiftwan.serve.jobs.admission import stand_in
 from swiftwan.serve.jobs.job import Job
 from swiftwan.serve.jobs.service import Service, fingerprint
 from swiftwan.serve.jobs.store import UnknownJobError
@@ -55,7 +56,9 @@ def enqueue(service: Service, body: Body, *, picture: bool, key: str | None = No
     new = False
     try:
         told = fingerprint(body.said, (chunk for upload in body.uploads for chunk in upload.chunks()))
-        job, new = service.submit(asked.request, plan=asked.plan, inputs=asked.inputs, key=key, fingerprint=told)
+        job, new = service.submit(
+            asked.request, plan=asked.plan, inputs=asked.inputs, sizes=asked.sizes, key=key, fingerprint=told
+        )
     finally:
         if not new:
             service.folder.remove(asked.inputs)
@@ -74,7 +77,7 @@ def explain(body: Brought, service: Desk) -> dict[str, Any]:
     asked = ask(service, body, picture=False)
     service.folder.remove(asked.inputs)
     admission = service.admission()
-    explanation = admission.explain(asked.request, asked.plan)
+    explanation = admission.explain(stand_in(asked.request, asked.sizes), asked.plan)
     fits = explanation.load.peak_bytes <= admission.device.total_bytes
     model = public_name(service.settings.model)
     return explanation.to_json() | {"model": model, "lines": explanation.lines(), "fits": fits}

@@ -46,7 +46,7 @@ class Admission:
         Raises:
             RequestError, PlanError: as the run would.
         """
-        chosen = make_plan(self.plan if plan is None else plan, self.device, self.dtype)
+        chosen = make_plan(self.plan if plan is None else plan, self.device, self.dtype, self.facts.known)
         full = complete(request, self.facts)
         return Explanation(self.facts, full, chosen, self.device, estimate(full, self.facts, chosen.settings.dtype))
 
@@ -100,6 +100,36 @@ class Admission:
             if self._fits(replace(request, width=width, height=height, num_frames=1), explanation):
                 return width, height
         return None
+
+
+FILE_FIELDS = ("image", "last_image", "images", "video")
+"""Fields of requests that hold files."""
+
+
+def stand_in(request: Request, sizes: Sequence[tuple[int, int]]) -> Request:
+    """The same request with blank pictures of the files' sizes for the files: the server checks what is asked without
+    decoding what a client sent, which is the worker's part.
+
+    Args:
+        sizes: width and height of each file, in order; () takes the request's own for all.
+    """
+    from PIL import Image
+
+    files = {name: value for name in FILE_FIELDS if (value := getattr(request, name, None)) is not None}
+    if not files:
+        return request
+    shrink = max(1, *(side // 1024 for size in sizes for side in size))  # only the aspect counts
+    blanks = [Image.new("RGB", (max(1, width // shrink), max(1, height // shrink))) for width, height in sizes]
+    while len(blanks) < len(request.sources() or (1,)):
+        blanks.append(Image.new("RGB", (request.width or 64, request.height or 64)))
+    following = iter(blanks)
+    placed: dict[str, Any] = {}
+    for name, value in files.items():
+        if name == "video":
+            placed[name] = [next(following)] * (request.num_frames or 1)
+        else:
+            placed[name] = tuple(next(following) for _ in value) if name == "images" else next(following)
+    return replace(request, **placed)
 
 
 def device_from_facts(facts: Mapping[str, Any]) -> Device:

@@ -73,7 +73,7 @@ class Job:
 
 
 # Denoising is nearly all of a run of tens of steps; what is left to each side only has to rise.
-_SPANS = {"load": (0, 0), "text": (1, 2), "denoise": (2, 90), "decode": (90, 98), "save": (99, 99)}
+_SPANS = {"load": (0, 0), "image": (0, 1), "text": (1, 2), "denoise": (2, 90), "decode": (90, 98), "save": (99, 99)}
 
 _JSON = ("request", "plan", "inputs", "files", "record")
 

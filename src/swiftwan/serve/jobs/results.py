@@ -13,7 +13,7 @@ if TYPE_CHECKING:
     from PIL.Image import Image
     from torch import Tensor
 
-    from swiftwan.pipelines.request import Result
+    from swiftwan.pipelines.result import Result
 
 _THUMBNAIL, _SHEET_COLUMNS, _SHEET_ROWS, _SHEET_CELL = 320, 4, 4, 160
 

@@ -6,7 +6,7 @@ import hashlib
 import json
 import time
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any, Literal
@@ -15,7 +15,7 @@ from filelock import FileLock, Timeout
 
 from swiftwan.errors import OutputError, SwiftwanError
 from swiftwan.pipelines.request import Request, request_from_json
-from swiftwan.serve.jobs.admission import Admission, device_from_facts
+from swiftwan.serve.jobs.admission import FILE_FIELDS, Admission, device_from_facts, stand_in
 from swiftwan.serve.jobs.folder import Folder
 from swiftwan.serve.jobs.job import Job
 from swiftwan.serve.jobs.store import Store
@@ -133,6 +133,7 @@ class Service:
         *,
         plan: str | list[str] | None = None,
         inputs: Sequence[str] = (),
+        sizes: Sequence[tuple[int, int]] = (),
         key: str | None = None,
         fingerprint: str = "",
     ) -> tuple[Job, bool]:
@@ -141,17 +142,19 @@ class Service:
         Args:
             request: its paths are names that ``folder.take_in`` gave.
             inputs: these names.
+            sizes: width and height of each; () where the request says the size itself.
 
         Raises:
             RequestError, PlanError, WillNotFitError: it cannot be met.
             QueueFullError, KeyReusedError, NotReadyError, DiskFullError: it cannot be taken now.
         """
         admission = self.admission()
-        explanation = admission.check(request, plan)
+        explanation = admission.check(stand_in(request, sizes), plan)
         self.folder.check_room()
         load = explanation.load
+        files = {name: getattr(request, name) for name in FILE_FIELDS if hasattr(request, name)}
         return self.store.add(
-            explanation.request.to_json(),
+            replace(explanation.request, **files).to_json(),
             model=self.settings.model,
             plan=_listed(self.settings.plan if plan is None else plan),
             inputs=inputs,

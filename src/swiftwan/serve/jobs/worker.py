@@ -30,7 +30,7 @@ from swiftwan.serve.jobs.store import Store
 if TYPE_CHECKING:
     from swiftwan.engine import Engine
     from swiftwan.models.vae import WanVAE
-    from swiftwan.pipelines.request import StepEvent
+    from swiftwan.pipelines.result import StepEvent
     from swiftwan.serve.jobs.preview import Glimpse
 
 SICK = 70

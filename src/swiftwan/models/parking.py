@@ -1,0 +1,58 @@
+"""Whole models that leave the device while they are not needed, and come back without a change."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from swiftwan.models.streaming import plain_tensors, rebuilt
+
+
+class Parked:
+    """A model whose weights rest in host memory, pinned where there is CUDA, with a copy on the device while it works.
+
+    The host's copy stays, so leaving the device copies nothing: it only lets go.
+
+    Args:
+        model: its weights may lie anywhere; they are in host memory afterwards.
+        device: where it works.
+    """
+
+    def __init__(self, model: nn.Module, device: torch.device) -> None:
+        self.model = model
+        self.device = device
+        self.here = False
+        pin = device.type == "cuda"
+        self._host: list[tuple[nn.Module, str, Tensor]] = []
+        for owner in model.modules():
+            for name, tensor in (*owner.named_parameters(recurse=False), *owner.named_buffers(recurse=False)):
+                copies = {id(plain): _to_host(plain, pin) for plain in plain_tensors(tensor)}
+                self._host.append((owner, name, rebuilt(tensor, copies)))
+        self.leave()
+
+    def come(self) -> None:
+        """Bring the weights to the device."""
+        if self.here:
+            return
+        for owner, name, host in self._host:
+            copies = {id(plain): plain.to(self.device, non_blocking=True) for plain in plain_tensors(host)}
+            _put(owner, name, rebuilt(host, copies))
+        self.here = True
+
+    def leave(self) -> None:
+        """Give the device's memory back."""
+        for owner, name, host in self._host:
+            _put(owner, name, host)
+        self.here = False
+
+
+def _to_host(tensor: Tensor, pin: bool) -> Tensor:
+    host = tensor.detach().cpu()
+    return host.pin_memory() if pin else host
+
+
+def _put(owner: nn.Module, name: str, tensor: Tensor) -> None:
+    if name in owner._parameters:
+        owner._parameters[name] = nn.Parameter(tensor, requires_grad=False)
+    else:
+        owner._buffers[name] = tensor

@@ -1,0 +1,89 @@
+"""What a run tells while it goes on, and what it leaves."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+from swiftwan import media
+from swiftwan.inputs import Input
+from swiftwan.pipelines.request import Request
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+Phase = Literal["image", "text", "denoise", "decode"]
+
+
+@dataclass(frozen=True)
+class StepEvent:
+    """Progress, told after each unit of work: the images or one text encoded, one denoising step, one decoded chunk.
+
+    Attributes:
+        phase: where the run is.
+        step, steps: how many units of this phase are done, and how many there are.
+        seconds: time since the run began (host clock; no device sync).
+    """
+
+    phase: Phase
+    step: int
+    steps: int
+    seconds: float
+
+
+@dataclass(frozen=True)
+class Result:
+    """A finished run, with all that is needed to believe and to repeat it.
+
+    Attributes:
+        frames: uint8 (F, H, W, 3), on the CPU.
+        latents: float32 (1, C, f, h, w), normalised, before VAE decode, on the CPU.
+        seconds: wall time by stage: image (where the request brings one), text, denoise, decode, total.
+        step_seconds: time of each denoising step.
+        peak_bytes: peak device memory (torch's allocator); on a CPU the peak of the process.
+        request: completed, so that running it again gives the same frames on the same machine.
+        inputs: the images or the video that the request brought, and how each was fitted.
+        plan: the technique specs that ran, in order of application.
+        model, device, dtype: what ran where.
+        versions: of swiftwan and the libraries that shape the numbers.
+    """
+
+    frames: Tensor
+    latents: Tensor
+    seconds: dict[str, float]
+    step_seconds: tuple[float, ...]
+    peak_bytes: int
+    request: Request
+    plan: tuple[str, ...]
+    model: str
+    device: str
+    dtype: str
+    versions: dict[str, str]
+    inputs: tuple[Input, ...] = ()
+
+    def record(self) -> dict[str, Any]:
+        """What travels inside the file: all that decides its pixels, nothing that changes from run to run."""
+        inputs = {"inputs": [vars(given) for given in self.inputs]} if self.inputs else {}
+        return {
+            "model": self.model,
+            "request": self.request.to_json(),
+            **inputs,
+            "plan": list(self.plan),
+            "device": self.device,
+            "dtype": self.dtype,
+            "versions": self.versions,
+        }
+
+    def save(self, path: str | Path, *, quality: int = 8) -> Path:
+        """Write an .mp4 (H.264) or, for one frame, a .png; whole or not at all.
+
+        Args:
+            path: where to; its folder must exist.
+            quality: 1 (small) to 10 (visually lossless), as in diffusers' export_to_video.
+
+        Raises:
+            OutputError: the ending is not known, or the file cannot be written.
+        """
+        assert self.request.fps is not None
+        return media.write(Path(path), self.frames, fps=self.request.fps, quality=quality, record=self.record())

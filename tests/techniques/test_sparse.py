@@ -1,0 +1,70 @@
+import pytest
+import torch
+
+import swiftwan as sw
+from swiftwan.device import pick_device
+from swiftwan.errors import PlanError
+from swiftwan.ops.sparse import tile_order
+from swiftwan.plan import make_plan
+
+REQUEST = sw.TextToVideo("a red circle moves left over a blue background", seed=1, num_inference_steps=3, num_frames=17)
+
+
+def run(*plan):
+    return sw.Engine.load("pocket", plan=list(plan), device="cpu", dtype="fp32").run(REQUEST).latents
+
+
+@pytest.fixture(scope="module")
+def plain():
+    return run()
+
+
+def distance(one, other):
+    return ((one - other).norm() / other.norm()).item()
+
+
+def test_everything_kept_is_the_plain_run_in_another_order(plain):
+    assert distance(run("sparse-attention:keep=1,block=16"), plain) < 1e-4
+
+
+def test_fewer_blocks_are_further_and_still_near(plain):
+    half, tenth = (distance(run(f"sparse-attention:keep={keep},block=16"), plain) for keep in (0.5, 0.1))
+    assert 1e-3 < half < tenth
+
+
+def test_dense_steps_and_layers_see_everything(plain):
+    assert distance(run("sparse-attention:keep=0.1,block=16,dense-steps=3"), plain) < 1e-4
+    assert distance(run("sparse-attention:keep=0.1,block=16,dense-layers=7"), plain) < 1e-4
+    one = distance(run("sparse-attention:keep=0.1,block=16,dense-steps=1"), plain)
+    assert 1e-3 < one < distance(run("sparse-attention:keep=0.1,block=16"), plain)
+
+
+def test_each_run_begins_with_its_dense_steps(plain):
+    engine = sw.Engine.load("pocket", plan=["sparse-attention:keep=0.1,block=16,dense-steps=1"], device="cpu")
+    assert torch.equal(engine.run(REQUEST).latents, engine.run(REQUEST).latents)
+
+
+def test_an_order_alone_changes_nothing():
+    engine = sw.Engine.load("pocket", plan=[], device="cpu", dtype="fp32")
+    transformer = engine.parts.transformer
+    latents, text = torch.randn(1, 16, 3, 10, 16), torch.randn(1, 9, 192)
+    timestep = torch.tensor([[0.0, 700.0]])
+    expected = transformer(latents, timestep, transformer.condition(text, latents.shape))
+    transformer.token_order = tile_order
+    ours = transformer(latents, timestep, transformer.condition(text, latents.shape))
+    assert distance(ours, expected) < 1e-5
+
+
+@pytest.mark.parametrize(
+    ("spec", "words"),
+    [
+        ("sparse-attention:keep=0", "keep is 0.0; it is a share"),
+        ("sparse-attention:keep=1.5", "keep is 1.5"),
+        ("sparse-attention:keep=some", "keep is 'some'; it must be float"),
+        ("sparse-attention:dense-steps=-1", "dense-steps is -1"),
+        ("sparse-attention:dense-step=1", "Did you mean 'dense-steps'"),
+    ],
+)
+def test_bad_options_say_what_and_how(spec, words):
+    with pytest.raises(PlanError, match=words):
+        make_plan([spec], pick_device("cpu"))
