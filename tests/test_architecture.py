@@ -21,6 +21,9 @@ LAYERS = (
     ("measure",),
     ("bench",),
     ("train",),
+    ("serve.jobs",),
+    ("serve.http",),
+    ("serve.page",),
     ("serve",),
     ("cli",),
     ("__init__", "__main__"),  # the doors: they see everything, nothing sees them

@@ -1,0 +1,92 @@
+"""A look at a video while it is made: the VAE on one latent frame, shrunk where it is large.
+
+A linear map from latents to colours would be cheaper, but the best one there is, fitted to three finished clips of the
+pocket model itself, misses their colours by 19 to 31 of 255 on average. One shrunk frame costs the VAE little: 60 ms
+on one core at the pocket's size, and memory for 384 pixels whatever the size of the video.
+"""
+
+from __future__ import annotations
+
+import io
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from swiftwan.models.vae import WanVAE
+from swiftwan.pipelines.stages import TRAIN_TIMESTEPS
+
+MAX_CELLS = 48
+
+
+def preview_jpeg(vae: WanVAE, latents: Tensor) -> bytes | None:
+    """The middle frame of (1, C, f, h, w) as a small JPEG; None if the device has no memory to spare for it."""
+    from PIL import Image
+
+    try:
+        frame = _middle(vae, latents)
+    except torch.OutOfMemoryError:
+        return None
+    buffer = io.BytesIO()
+    Image.fromarray(frame.numpy()).save(buffer, format="jpeg", quality=85)
+    return buffer.getvalue()
+
+
+def _middle(vae: WanVAE, latents: Tensor) -> Tensor:
+    """Decode one latent frame as if it were a clip's first: uint8 (H, W, 3)."""
+    frame = latents[:, :, latents.shape[2] // 2]
+    shrink = MAX_CELLS / max(frame.shape[-2:])
+    if shrink < 1:
+        frame = F.interpolate(frame, scale_factor=shrink, mode="area")
+    weight = next(vae.parameters())
+    return next(vae.stream_frames(frame[:, :, None].to(weight.device), 1)).cpu()[0]
+
+
+class Glimpse:
+    """The clean video that a run is heading for, read off the path of its latents.
+
+    On the straight path of a rectified flow x = x0 + sigma * flow, so two points of it give x0. They are what the
+    transformer is asked at two steps in a row: guidance and the solver are in them, however these work.
+    """
+
+    def __init__(self, channels: int) -> None:
+        self.channels = channels
+        self._before: tuple[Tensor, Tensor] | None = None
+        self._now: tuple[Tensor, Tensor] | None = None
+
+    def see(self, module: nn.Module, inputs: tuple[Any, ...]) -> None:
+        """A forward pre-hook; keeps the first forward of a step, without waiting for the device."""
+        if self._now is None:
+            self._now = (inputs[0], inputs[1])
+
+    def take(self) -> Tensor | None:
+        """The estimate (1, C, f, h, w), float32; None before the second step."""
+        if self._before is None or self._now is None:
+            return None
+        (x_before, sigma_before), (x, sigma) = (self._point(*seen) for seen in (self._before, self._now))
+        if sigma_before == sigma:
+            return None
+        flow = (x_before - x) / (sigma_before - sigma)
+        return x - sigma * flow
+
+    def next_step(self) -> None:
+        if self._now is not None:
+            self._before, self._now = self._now, None
+
+    def _point(self, latents: Tensor, timestep: Tensor) -> tuple[Tensor, float]:
+        """Image-to-video models take the image's channels behind the noise; batched guidance repeats the latents."""
+        return latents[:1, : self.channels].float(), float(timestep.flatten()[-1]) / TRAIN_TIMESTEPS
+
+
+@contextmanager
+def watching(glimpse: Glimpse, *transformers: nn.Module | None) -> Iterator[None]:
+    """Let a glimpse see what transformers are asked while the block runs."""
+    handles = [one.register_forward_pre_hook(glimpse.see) for one in transformers if one is not None]
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()

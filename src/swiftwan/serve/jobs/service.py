@@ -1,0 +1,198 @@
+"""The front desk: what a server or a page asks for, in one object. No HTTP and no GPU in here."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import time
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field, replace
+from functools import cached_property
+from pathlib import Path
+from typing import Any, Literal
+
+from filelock import FileLock, Timeout
+
+from swiftwan.errors import OutputError, SwiftwanError
+from swiftwan.pipelines.request import Request, request_from_json
+from swiftwan.serve.jobs.admission import FILE_FIELDS, Admission, device_from_facts, stand_in
+from swiftwan.serve.jobs.folder import Folder
+from swiftwan.serve.jobs.job import Job
+from swiftwan.serve.jobs.store import Store
+from swiftwan.serve.jobs.supervisor import WORKER, Patience, Supervisor
+from swiftwan.serve.jobs.worker import WorkerSettings
+
+Readiness = Literal["STARTING", "READY", "BUSY", "SETUP_FAILED", "DEFUNCT", "DRAINING"]
+
+
+class NotReadyError(SwiftwanError):
+    """No job is taken now: the server starts, stops, or has no worker."""
+
+
+@dataclass(frozen=True)
+class ServiceSettings:
+    """How a service is set up.
+
+    Attributes:
+        folder: where jobs and files are kept; made if it is missing.
+        model, plan, dtype: as ``Engine.load`` takes them.
+        devices: one worker each.
+        queue_limit: jobs that may wait.
+        grace_s: how long a drain waits for running jobs.
+        patience, command: of the supervisor.
+    """
+
+    folder: Path
+    model: str = "pocket"
+    plan: str | Sequence[str] = "auto"
+    dtype: str | None = None
+    devices: Sequence[str] = ("cpu",)
+    queue_limit: int = 100
+    grace_s: float = 30.0
+    patience: Patience = field(default_factory=Patience)
+    command: Sequence[str] = WORKER
+
+
+class Service:
+    """Owns the folder, the queue and the workers from :meth:`start` to :meth:`close`."""
+
+    def __init__(self, settings: ServiceSettings) -> None:
+        """Open the folder and put right what a crash left.
+
+        Raises:
+            OutputError: the folder cannot be used, or another server uses it.
+            StoreError: another version of swiftwan wrote it.
+        """
+        self.settings = settings
+        self.folder = Folder(settings.folder)
+        self.folder.make()
+        self._lock = FileLock(self.folder.lock)
+        try:
+            self._lock.acquire(timeout=2)  # the workers of a server that was killed need a moment to notice
+        except Timeout:
+            raise OutputError(f"another server uses '{settings.folder}'; stop it or choose another folder.") from None
+        self.store = Store(self.folder.database, limit=settings.queue_limit)
+        self.store.worker_died(None, "the server died in every attempt at this job; see its log.")
+        self.store.forget()
+        self.folder.sweep(self.store.all_files())
+        self.supervisor = Supervisor(self.folder, self.store, self._workers(), settings.patience, settings.command)
+        self.admitting = False
+
+    def _workers(self) -> list[WorkerSettings]:
+        chosen = self.settings
+        plan = chosen.plan if isinstance(chosen.plan, str) else list(chosen.plan)
+        return [
+            WorkerSettings(name, str(self.folder.root), chosen.model, plan, device=name, dtype=chosen.dtype)
+            for name in chosen.devices
+        ]
+
+    def start(self) -> None:
+        self.supervisor.start()
+        self.admitting = True
+
+    def drain(self) -> None:
+        """Take no more jobs and end the workers, giving running jobs their time."""
+        self.admitting = False
+        self.supervisor.drain(self.settings.grace_s)
+
+    def close(self) -> None:
+        self.store.close()
+        self._lock.release()
+
+    @property
+    def readiness(self) -> Readiness:
+        slots = self.supervisor.slots
+        if not self.admitting:
+            return "DRAINING"
+        if all(slot.early_deaths and slot.defunct for slot in slots):
+            return "DEFUNCT"
+        if any(slot.state == "ready" for slot in slots):
+            return "SETUP_FAILED" if all(slot.problem for slot in slots) else "READY"
+        return "BUSY" if any(slot.state == "busy" for slot in slots) else "STARTING"
+
+    @cached_property
+    def _admission(self) -> Admission:
+        device = device_from_facts(self.supervisor.devices[0])
+        return Admission(self.settings.model, self.settings.plan, device, self.settings.dtype)
+
+    def admission(self) -> Admission:
+        """What can be asked here.
+
+        Raises:
+            NotReadyError: no worker has told its device yet, or the server stops.
+        """
+        if not self.admitting:
+            raise NotReadyError("the server is stopping and takes no more jobs; try another, or later.")
+        if not self.supervisor.devices:
+            raise NotReadyError("the server is starting; try again in a few seconds.")
+        return self._admission
+
+    def submit(
+        self,
+        request: Request,
+        *,
+        plan: str | list[str] | None = None,
+        inputs: Sequence[str] = (),
+        sizes: Sequence[tuple[int, int]] = (),
+        key: str | None = None,
+        fingerprint: str = "",
+    ) -> tuple[Job, bool]:
+        """Check a request and queue it; return the job, and whether it is new (False: the key was known).
+
+        Args:
+            request: its paths are names that ``folder.take_in`` gave.
+            inputs: these names.
+            sizes: width and height of each; () where the request says the size itself.
+
+        Raises:
+            RequestError, PlanError, WillNotFitError: it cannot be met.
+            QueueFullError, KeyReusedError, NotReadyError, DiskFullError: it cannot be taken now.
+        """
+        admission = self.admission()
+        explanation = admission.check(stand_in(request, sizes), plan)
+        self.folder.check_room()
+        load = explanation.load
+        files = {name: getattr(request, name) for name in FILE_FIELDS if hasattr(request, name)}
+        return self.store.add(
+            replace(explanation.request, **files).to_json(),
+            model=self.settings.model,
+            plan=_listed(self.settings.plan if plan is None else plan),
+            inputs=inputs,
+            work=load.forwards * load.tflop_per_forward,
+            prefix="image" if explanation.request.num_frames == 1 else "video",
+            key=key,
+            fingerprint=fingerprint,
+        )
+
+    def delete(self, job_id: str) -> Job:
+        """Stop a job and remove it with its files: at once, or when its worker lets go."""
+        job = self.store.delete(job_id)
+        if job.state != "in_progress":
+            self.folder.remove_job(job)
+        return job
+
+    def wait_s(self, job: Job) -> float | None:
+        """Seconds until a waiting job starts, if that can be told."""
+        return self.store.wait_s(job, workers=len(self.supervisor.slots)) if job.state == "queued" else None
+
+    def wait_for(self, job_id: str, *, timeout_s: float) -> Job:
+        """Return a job when it has ended, or as it is after the time."""
+        end = time.monotonic() + timeout_s
+        while not (job := self.store.get(job_id)).ended and time.monotonic() < end:
+            time.sleep(0.05)
+        return job
+
+    def request_of(self, job: Job) -> Request:
+        return request_from_json(job.request)
+
+
+def fingerprint(fields: dict[str, Any], contents: Iterable[bytes]) -> str:
+    """Tell calls apart by what they ask and bring."""
+    digest = hashlib.sha256(json.dumps(fields, sort_keys=True).encode())
+    for content in contents:
+        digest.update(hashlib.sha256(content).digest())
+    return digest.hexdigest()
+
+
+def _listed(plan: str | Sequence[str]) -> str | list[str]:
+    return plan if isinstance(plan, str) else list(plan)
