@@ -13,16 +13,23 @@ from swiftwan.errors import PlanError, RequestError, UnavailableError, did_you_m
 from swiftwan.guidance import Guide
 from swiftwan.models.config import KNOWN_MODELS, POCKET, KnownModel
 from swiftwan.models.vae import Tiling
+from swiftwan.ops.attention import kernel
 from swiftwan.pipelines.request import Grid, Request
 from swiftwan.sampling import check_scheduler
+from swiftwan.techniques.attention import Attention
 from swiftwan.techniques.base import Settings, Technique
+from swiftwan.techniques.compile import Compile
+from swiftwan.techniques.fused import Fused
+from swiftwan.techniques.graphs import CudaGraphs
 from swiftwan.techniques.guidance import BatchedCfg
 from swiftwan.techniques.precision import Dtype, Tf32
 from swiftwan.techniques.vae import Vae
 from swiftwan.weights.build import UMT5_XXL, parameter_count, text_parameter_count
 from swiftwan.weights.find import Folder, identify, known_model, locate, read_layout
 
-TECHNIQUES: dict[str, type[Technique]] = {kind.name: kind for kind in (Dtype, Tf32, BatchedCfg, Vae)}
+TECHNIQUES: dict[str, type[Technique]] = {
+    kind.name: kind for kind in (Dtype, Tf32, Attention, Fused, Vae, BatchedCfg, Compile, CudaGraphs)
+}
 RECIPES = ("auto", "none")
 TEXT_TOKENS = 512
 
@@ -79,7 +86,7 @@ def make_plan(plan: str | Sequence[str], device: Device, dtype: str | None = Non
     if isinstance(plan, str):
         if plan not in RECIPES:
             raise PlanError(f"unknown plan '{plan}'." + did_you_mean(plan, RECIPES))
-        plan = []  # auto: every exact gain so far is part of the plain run
+        plan = _auto(device, parse_dtype(dtype) if dtype else device.dtype) if plan == "auto" else []
     for spec in plan:
         try:
             techniques.append(parse(spec))
@@ -100,6 +107,20 @@ def make_plan(plan: str | Sequence[str], device: Device, dtype: str | None = Non
     for technique in techniques:
         settings = technique.apply(settings)
     return Plan(tuple(techniques), settings)
+
+
+def _auto(device: Device, dtype: torch.dtype) -> list[str]:
+    """The fastest exact techniques that fit any request; what is measured is in benchmarks/h200_forward.jsonl.
+
+    Left out because they depend on the request's size, unknown here: ``cuda-graphs`` and ``batched-cfg``, which pay
+    for pictures and short clips.
+    """
+    specs = [] if Fused().missing_on(device) else ["fused"]
+    # cuDNN's attention is the faster one from Hopper on; before that torch's own choice, FlashAttention-2, is.
+    if dtype is not torch.float32 and device.capability is not None and device.capability >= (9, 0):
+        names = (name for name in ("flash4", "cudnn") if not kernel(name).missing_on(device.capability))
+        specs += [f"attention:{name}" for name in list(names)[:1]]
+    return specs
 
 
 def _conflicts(techniques: Sequence[Technique]) -> list[str]:
