@@ -102,7 +102,7 @@ def make_plan(plan: str | Sequence[str], device: Device, dtype: str | None = Non
     if problems:
         told = "; ".join(problem.rstrip(".") for problem in problems)
         raise PlanError(told if told.endswith("?") else f"{told}.")
-    techniques.sort(key=lambda technique: technique.slot)
+    techniques.sort(key=lambda technique: (technique.slot, technique.spec))
     settings = Settings(dtype=parse_dtype(dtype) if dtype else device.dtype)
     for technique in techniques:
         settings = technique.apply(settings)
