@@ -45,7 +45,7 @@ def test_what_cannot_run_on_a_cpu_is_told(spec, words):
 
 
 def test_a_missing_package_is_told_with_the_way_to_it(gpu):
-    with pytest.raises(PlanError, match="pip install sageattention"):
+    with pytest.raises(PlanError, match="pip install 'sageattention'"):
         make_plan(["attention:sage"], gpu((8, 9)))
 
 

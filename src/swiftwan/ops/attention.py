@@ -69,7 +69,8 @@ class Kernel:
     Attributes:
         kind: exact, or near for 8-bit arithmetic.
         load: imports what it needs and returns the function.
-        package: on PyPI, if it is not torch's own.
+        package: distribution that brings it, if it is not torch's own.
+        install: what to hand to pip for it; None is the package.
         capability: least CUDA compute capability; None runs on any device.
         half: whether it takes bf16 and fp16 only.
     """
@@ -78,6 +79,7 @@ class Kernel:
     kind: str
     load: Callable[[], Attend]
     package: str | None = None
+    install: str | None = None
     capability: Capability = None
     half: bool = True
 
@@ -86,7 +88,7 @@ class Kernel:
         if self.capability is not None and (capability is None or capability < self.capability):
             return f"it needs an NVIDIA GPU of compute capability {self.capability[0]}.{self.capability[1]} or more"
         if self.package is not None and not _installed(self.package):
-            return f"the package is missing: pip install {self.package}"
+            return f"the package is missing: pip install '{self.install or self.package}'"
         return ""
 
 
@@ -101,7 +103,7 @@ def kernel(name: str) -> Kernel:
 
 def _installed(package: str) -> bool:
     try:
-        return bool(version(package.split()[-1]))
+        return bool(version(package))
     except PackageNotFoundError:
         return False
 
@@ -151,9 +153,9 @@ def _opaque(name: str, function: Callable[..., Any]) -> Attend:
 KERNELS = (
     Kernel("sdpa", "exact", lambda: sdpa, half=False),
     Kernel("cudnn", "exact", lambda: _cudnn, capability=(8, 0)),
-    Kernel("flash4", "exact", _load_flash4, "--pre flash-attn-4", (9, 0)),
-    Kernel("flash3", "exact", _load_flash3, "flash-attn-3", (9, 0)),
-    Kernel("flash2", "exact", _load_flash2, "flash-attn", (8, 0)),
-    Kernel("sage", "near", _load_sage, "sageattention", (8, 0)),
+    Kernel("flash4", "exact", _load_flash4, "flash-attn-4", "swiftwan[flash4]", capability=(9, 0)),
+    Kernel("flash3", "exact", _load_flash3, "flash-attn-3", capability=(9, 0)),
+    Kernel("flash2", "exact", _load_flash2, "flash-attn", capability=(8, 0)),
+    Kernel("sage", "near", _load_sage, "sageattention", capability=(8, 0)),
 )
 """Every kernel that ``attention:NAME`` takes."""
