@@ -224,11 +224,9 @@ def measure(name: str, arguments: argparse.Namespace) -> list[dict[str, Any]]:
         print(name, label, rows[label], f"{time.perf_counter() - start:.1f} s", flush=True)
     inner = 10 if case.guided else 1
     seconds: dict[str, list[float]] = {label: [] for label in runs}
-    for turn in range(arguments.repeats + 1):
+    for _ in range(arguments.repeats):  # two runs of each went before, as warm-up
         for label, run in runs.items():
-            taken = timed(run, inner)
-            if turn:  # the first turn warms up
-                seconds[label].append(taken)
+            seconds[label].append(timed(run, inner))
     finished = []
     for label, row in rows.items():
         row = {"case": name, "rung": "exact", "plan": [] if label == "plain" else label.split()} | row
