@@ -24,7 +24,6 @@ from swiftwan.errors import WeightsError
 from swiftwan.models.config import TransformerConfig
 from swiftwan.ops.attention import Attend, sdpa
 from swiftwan.ops.block import PLAIN, BlockOps
-from swiftwan.ops.modulate import norm_modulate
 from swiftwan.ops.rope import Rope, rope_tables
 
 TEXT_LENGTH = 512
@@ -265,6 +264,7 @@ class WanTransformer(nn.Module):
                 "Is this a Wan checkpoint?"
             )
         self.config = config
+        self.ops = PLAIN
         self.patch_embedding = nn.Conv3d(
             config.in_channels, config.dim, kernel_size=config.patch_size, stride=config.patch_size
         )
@@ -342,7 +342,7 @@ class WanTransformer(nn.Module):
         for block, memory in zip(self.blocks, condition.memories, strict=True):
             x = block(x, time, spans, memory, condition.text_bias, condition.rope)
         shift, scale = (self.scale_shift_table + vector[:, :, None]).unbind(2)
-        x = self.proj_out(norm_modulate(x, shift, scale, spans, self.config.eps))
+        x = self.proj_out(self.ops.norm_modulate(x, shift, scale, spans, self.config.eps))
         return self.unpatchify(x, grid).to(latents.dtype)
 
     def unpatchify(self, x: Tensor, grid: tuple[int, int, int]) -> Tensor:

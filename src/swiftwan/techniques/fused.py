@@ -36,6 +36,8 @@ class Fused(Technique):
     def install(self, parts: Parts) -> None:
         from swiftwan.ops.fused import FUSED, linear_gelu
 
+        for transformer in filter(None, (parts.transformer, parts.transformer_2)):
+            transformer.ops = FUSED
         for block in each_block(parts.transformer, parts.transformer_2):
             block.ops = FUSED
             gelu = cast(GELU, block.ffn.net[0])
