@@ -79,6 +79,14 @@ def test_norm_attend(dtype, worst, keys, biased, heads, head_dim):
     compare("norm_attend", worst, q, weight, key, value, draw(keys) if biased else None, heads, EPS)
 
 
+def test_a_gradient_is_refused_not_dropped():
+    x = draw(1, 15, 64).requires_grad_()
+    with pytest.raises(RuntimeError, match="no backward pass"):
+        FUSED.gated_add(x, x, draw(1, 1, 64), [15])
+    with torch.no_grad():
+        FUSED.gated_add(x, x, draw(1, 1, 64), [15])
+
+
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="GELU is in cuBLASLt's epilogue on CUDA only")
 def test_linear_gelu():

@@ -19,6 +19,13 @@ from torch import Tensor, nn
 from swiftwan.ops.block import BlockOps
 from swiftwan.ops.rope import Rope
 
+
+def _refuse_gradient(x: Tensor) -> None:
+    """A Triton kernel is not recorded for the backward pass: without this, gradients would be cut off in silence."""
+    if x.requires_grad and torch.is_grad_enabled():
+        raise RuntimeError("the fused kernels have no backward pass; train on a plan without 'fused', for example [].")
+
+
 # Residual add, layer norm and modulation
 
 
@@ -68,6 +75,7 @@ def _add_norm(
     eps: float,
 ) -> tuple[Tensor, Tensor]:
     """``norm`` is (scale, shift) as (B, K, D), or (weight, bias) as (D,). What is not asked for returns x."""
+    _refuse_gradient(x)
     batch, length, width = x.shape
     x = x.contiguous()
     update = x if update is None else update.contiguous()
@@ -149,6 +157,7 @@ def _norm_rope_kernel(
 def norm_rope(
     q: Tensor, k: Tensor, q_weight: Tensor, k_weight: Tensor, rope: Rope, heads: int, eps: float
 ) -> tuple[Tensor, Tensor]:
+    _refuse_gradient(q)
     batch, length, dim = q.shape
     q, k = q.contiguous(), k.contiguous()
     width = dim // heads
@@ -212,6 +221,7 @@ def _norm_attend_kernel(
 def norm_attend(
     q: Tensor, weight: Tensor, key: Tensor, value: Tensor, bias: Tensor | None, heads: int, eps: float
 ) -> Tensor:
+    _refuse_gradient(q)
     batch, length, dim = q.shape
     q, key, value = q.contiguous(), key.contiguous(), value.contiguous()
     keys, width = key.shape[1], dim // heads
