@@ -87,9 +87,30 @@ def gemm(size: str) -> None:
             expected = F.gelu(linear(source[:4096]).float(), approximate="tanh")
             got = linear_gelu(linear, source[:4096]).float()
             print(f"{size:11} GELU epilogue error {((got - expected).norm() / expected.norm()).item():.2e}")
+    _quack(size, x, ffn)
     residual = draw(tokens, dim)
     weight = draw(dim, dim)
     tell(size, "addmm x + a W, D to D", lambda: torch.addmm(residual, x, weight.t()), 2 * tokens * dim * dim)
+
+
+def _quack(size: str, x: torch.Tensor, ffn: int) -> None:
+    """The products of QuACK, which FlashAttention-4 brings with it, beside cuBLAS's."""
+    try:
+        from quack.gemm_interface import gemm as product
+        from quack.gemm_interface import gemm_act
+    except ImportError as problem:
+        print(f"{size:11} quack: {problem}")
+        return
+    dim, tokens = x.shape[1], x.shape[0]
+    for what, out in (("D to D", dim), ("D to 3 D", 3 * dim), ("D to F", ffn)):
+        weight, bias = draw(out, dim), draw(out)
+        flop = 2 * tokens * dim * out
+        tell(size, f"quack {what}", lambda: product(x, weight.t(), bias=bias), flop, repeats=5)
+    act = {"bias": bias, "activation": "gelu_tanh_approx", "store_preact": False}
+    tell(size, "quack D to F, GELU", lambda: gemm_act(x, weight.t(), **act), flop, repeats=5)
+    got = gemm_act(x[:4096], weight.t(), **act)[1].float()
+    expected = F.gelu(F.linear(x[:4096], weight, bias).float(), approximate="tanh")
+    print(f"{size:11} quack GELU error {((got - expected).norm() / expected.norm()).item():.2e}")
 
 
 def attention(size: str) -> None:
@@ -120,28 +141,16 @@ def attention(size: str) -> None:
 
 
 def cross(size: str) -> None:
-    from swiftwan.ops.fused import FUSED
-
     heads, dim, _, tokens, _ = sizes(size)
     q, weight = draw(1, tokens, dim), draw(dim)
     count = 4 * q.numel()
-    tell(size, "rms_norm of q, plain", lambda: F.rms_norm(q, (dim,), weight, EPS), count=count)
-    for keys in (22, 65, 129, 512):
+    tell(size, "rms_norm of q", lambda: F.rms_norm(q, (dim,), weight, EPS), count=count)
+    query = q.unflatten(-1, (heads, -1))
+    for keys in (22, 67, 129, 512):
         key, value = draw(1, keys, heads, WIDTH), draw(1, keys, heads, WIDTH)
-        bias = torch.zeros(keys, device="cuda")
-        for what, ops in (("fused", FUSED), ("plain", PLAIN)):
-            tell(
-                size,
-                f"norm and text attention, {keys} keys, {what}",
-                lambda: ops.norm_attend(q, weight, key, value, bias, heads, EPS),
-                count=count,
-            )
-        tell(
-            size,
-            f"plain without bias, {keys} keys",
-            lambda: sdpa(q.unflatten(-1, (heads, -1)), key, value),
-            count=count,
-        )
+        bias = torch.zeros(1, 1, 1, keys, device="cuda", dtype=torch.bfloat16)
+        tell(size, f"text attention, {keys} keys, with bias", lambda: sdpa(query, key, value, bias), count=count)
+        tell(size, f"text attention, {keys} keys", lambda: sdpa(query, key, value), count=count)
 
 
 def fused(size: str) -> None:
@@ -214,26 +223,6 @@ def tune(size: str) -> None:
             count=4 * size_bytes,
             repeats=5,
         )  # fmt: skip
-    for keys in (65, 512):
-        key, value = draw(1, keys, heads, WIDTH), draw(1, keys, heads, WIDTH)
-        bias = torch.zeros(keys, device="cuda")
-        for block_q in (32, 64, 128):
-            for block_k in (64, 128):
-                for warps in (4, 8):
-                    for group in (heads, heads // 2, heads // 4, 1):
-                        if block_k > 2 * keys or (group != heads and (block_q, warps) == (32, 8)):
-                            continue
-                        tell(
-                            size,
-                            f"norm_attend keys={keys} q={block_q} k={block_k} warps={warps} group={group}",
-                            lambda: module._norm_attend_kernel[(triton.cdiv(tokens, block_q), heads // group, 1)](
-                                x, w, key, value, bias, out[0], tokens, keys, EPS, WIDTH**-0.5 * 1.4427,
-                                HEADS=heads, WIDTH=WIDTH, BLOCK_E=WIDTH, BLOCK_Q=block_q, BLOCK_K=block_k,
-                                BLOCKS=triton.cdiv(keys, block_k), GROUP=group, BIASED=True, num_warps=warps,
-                            ),
-                            count=2 * size_bytes,
-                            repeats=3,
-                        )  # fmt: skip
 
 
 def check(size: str) -> None:
@@ -255,12 +244,6 @@ def check(size: str) -> None:
                 ("gated_add_norm", str(spans), (x, update, gate, spans, weight, bias, EPS)),
                 ("add_norm_modulate", str(spans), (x, update, shift, scale, spans, EPS)),
             ]
-        for keys in (1, 22, 129, 257, 512):
-            key, value = draw(2, keys, heads, WIDTH, dtype=dtype), draw(2, keys, heads, WIDTH, dtype=dtype)
-            for given in (None, torch.randn(keys, device="cuda")):
-                cases.append(
-                    ("norm_attend", f"{keys} keys, bias {given is not None}", (x, w, key, value, given, heads, EPS))
-                )
         for name, note, args in cases:
             exact_args = [a.float() if isinstance(a, torch.Tensor) else a for a in args]
             try:

@@ -69,14 +69,10 @@ def test_norm_rope(dtype, worst, heads, head_dim, grid):
     compare("norm_rope", worst, q, k, *weights, rope_tables(head_dim, *grid, device=DEVICE), heads, EPS)
 
 
-@pytest.mark.parametrize(("dtype", "worst"), DTYPES)
-@pytest.mark.parametrize("keys", [1, 5, 200])
-@pytest.mark.parametrize("biased", [True, False])
-@pytest.mark.parametrize(("heads", "head_dim"), [(3, 24), (4, 64)])
-def test_norm_attend(dtype, worst, keys, biased, heads, head_dim):
-    q, weight = draw(2, 70, heads * head_dim, dtype=dtype), draw(heads * head_dim, dtype=dtype)
-    key, value = (draw(2, keys, heads, head_dim, dtype=dtype) for _ in range(2))
-    compare("norm_attend", worst, q, weight, key, value, draw(keys) if biased else None, heads, EPS)
+def test_norm_rope_reads_slices_of_a_merged_projection():
+    merged = draw(2, 18, 3 * 64)
+    q, k, _ = merged.chunk(3, dim=-1)
+    compare("norm_rope", 1e-6, q, k, draw(64), draw(64), rope_tables(32, 3, 3, 2, device=DEVICE), 2, EPS)
 
 
 def test_a_gradient_is_refused_not_dropped():

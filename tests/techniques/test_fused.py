@@ -5,7 +5,7 @@ from swiftwan.device import pick_device
 from swiftwan.errors import PlanError
 from swiftwan.ops.block import PLAIN
 from swiftwan.plan import make_plan
-from swiftwan.techniques.fused import Fused
+from swiftwan.techniques.fused import Fused, MergedProjection
 
 
 def test_a_cpu_is_refused_with_the_reason():
@@ -21,6 +21,18 @@ def test_without_triton_the_way_to_it_is_told(gpu, monkeypatch):
 
 def test_blocks_are_plain_until_told_otherwise(parts):
     assert all(block.ops is PLAIN for block in parts.transformer.blocks)
+
+
+def test_merged_projections_compute_what_their_layers_do(parts, forward):
+    expected = forward(parts.transformer)
+    names = list(parts.transformer.state_dict())
+    for block in parts.transformer.blocks:
+        block.attn1.project = MergedProjection(block.attn1)
+    assert torch.allclose(forward(parts.transformer), expected, atol=1e-5)
+    assert list(parts.transformer.state_dict()) == names
+    with torch.no_grad():  # as a LoRA is merged: in place
+        parts.transformer.blocks[0].attn1.to_k.weight.add_(0.1)
+    assert not torch.allclose(forward(parts.transformer), expected, atol=1e-3)
 
 
 @pytest.mark.gpu

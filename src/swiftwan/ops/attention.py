@@ -41,24 +41,6 @@ def sdpa(q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None = None) -> Tensor:
     return out.transpose(1, 2)
 
 
-def norm_attend(
-    q: Tensor, weight: Tensor, key: Tensor, value: Tensor, bias: Tensor | None, heads: int, eps: float
-) -> Tensor:
-    """RMS norm over the whole width of q, then attention to a few keys, with a bias for each.
-
-    Args:
-        q: (B, L, D).
-        weight: (D,) of the norm.
-        key, value: (B, S, H, E).
-        bias: (S,) in float32, or None.
-
-    Returns:
-        (B, L, H, E).
-    """
-    q = F.rms_norm(q, q.shape[-1:], weight, eps).unflatten(-1, (heads, -1))
-    return sdpa(q, key, value, None if bias is None else bias.to(q.dtype).view(1, 1, 1, -1))
-
-
 # Kernels for self-attention
 
 

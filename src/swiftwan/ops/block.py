@@ -1,4 +1,4 @@
-"""What a transformer block computes beside its matrix products and self-attention: one set of functions."""
+"""What a transformer block computes beside its matrix products and attention: one set of functions."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
-from swiftwan.ops import attention, modulate, rope
+from swiftwan.ops import modulate, rope
 
 
 @dataclass(frozen=True)
@@ -19,7 +19,6 @@ class BlockOps:
     gated_add_norm: Callable[..., tuple[Tensor, Tensor]]
     add_norm_modulate: Callable[..., tuple[Tensor, Tensor]]
     norm_rope: Callable[..., tuple[Tensor, Tensor]]
-    norm_attend: Callable[..., Tensor]
 
 
 PLAIN = BlockOps(
@@ -28,6 +27,5 @@ PLAIN = BlockOps(
     gated_add_norm=modulate.gated_add_norm,
     add_norm_modulate=modulate.add_norm_modulate,
     norm_rope=rope.norm_rope,
-    norm_attend=attention.norm_attend,
 )
 """Plain torch: the reference, and what runs everywhere."""
