@@ -87,30 +87,9 @@ def gemm(size: str) -> None:
             expected = F.gelu(linear(source[:4096]).float(), approximate="tanh")
             got = linear_gelu(linear, source[:4096]).float()
             print(f"{size:11} GELU epilogue error {((got - expected).norm() / expected.norm()).item():.2e}")
-    _quack(size, x, ffn)
     residual = draw(tokens, dim)
     weight = draw(dim, dim)
     tell(size, "addmm x + a W, D to D", lambda: torch.addmm(residual, x, weight.t()), 2 * tokens * dim * dim)
-
-
-def _quack(size: str, x: torch.Tensor, ffn: int) -> None:
-    """The products of QuACK, which FlashAttention-4 brings with it, beside cuBLAS's."""
-    try:
-        from quack.gemm_interface import gemm as product
-        from quack.gemm_interface import gemm_act
-    except ImportError as problem:
-        print(f"{size:11} quack: {problem}")
-        return
-    dim, tokens = x.shape[1], x.shape[0]
-    for what, out in (("D to D", dim), ("D to 3 D", 3 * dim), ("D to F", ffn)):
-        weight, bias = draw(out, dim), draw(out)
-        flop = 2 * tokens * dim * out
-        tell(size, f"quack {what}", lambda: product(x, weight.t(), bias=bias), flop, repeats=5)
-    act = {"bias": bias, "activation": "gelu_tanh_approx", "store_preact": False}
-    tell(size, "quack D to F, GELU", lambda: gemm_act(x, weight.t(), **act), flop, repeats=5)
-    got = gemm_act(x[:4096], weight.t(), **act)[1].float()
-    expected = F.gelu(F.linear(x[:4096], weight, bias).float(), approximate="tanh")
-    print(f"{size:11} quack GELU error {((got - expected).norm() / expected.norm()).item():.2e}")
 
 
 def attention(size: str) -> None:

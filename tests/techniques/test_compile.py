@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from swiftwan.errors import PlanError
-from swiftwan.plan import parse
+from swiftwan.plan import make_plan, parse
 from swiftwan.techniques.compile import Compile
 
 
@@ -12,6 +12,12 @@ def test_an_unknown_mode_is_told():
     with pytest.raises(PlanError, match="mode is 'fast'"):
         parse("compile:mode=fast")
     assert parse("compile:mode=max-autotune-no-cudagraphs").mode == "max-autotune-no-cudagraphs"
+
+
+def test_fused_blocks_leave_nothing_to_compile(gpu, monkeypatch):
+    monkeypatch.setattr("swiftwan.techniques.fused.find_spec", lambda name: object())
+    with pytest.raises(PlanError, match="compile cannot run beside fused: .* drop one"):
+        make_plan(["fused", "compile"], gpu((9, 0)))
 
 
 @pytest.mark.slow
