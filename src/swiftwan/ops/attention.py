@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import importlib
 import os
+import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cache
@@ -50,7 +51,7 @@ class Kernel:
 
     Attributes:
         kind: exact, or near for 8-bit arithmetic.
-        load: imports what it needs and returns the function.
+        load: imports what it needs and returns the function, always the same one.
         package: distribution that brings it, if it is not torch's own.
         install: what to hand to pip for it; None is the package.
         capability: least CUDA compute capability; None runs on any device.
@@ -97,28 +98,33 @@ def _cudnn(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         return sdpa(q, k, v)
 
 
+@cache
 def _load_flash4() -> Attend:
     # It compiles a kernel in some seconds; kept on disk, a second process need not.
     os.environ.setdefault("FLASH_ATTENTION_CUTE_DSL_CACHE_ENABLED", "1")
     cache_home = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
     os.environ.setdefault("FLASH_ATTENTION_CUTE_DSL_CACHE_DIR", str(cache_home / "swiftwan" / "flash4"))
+    # Said once a compilation, about an argument that we do not pass (flash-attn-4 4.0.0b36, cutlass-dsl 4.8.1).
+    warnings.filterwarnings("ignore", message="Argument aux_data .* cannot be converted", category=UserWarning)
     return _opaque("flash4", importlib.import_module("flash_attn.cute").flash_attn_func)
 
 
+@cache
 def _load_flash3() -> Attend:
     return _opaque("flash3", importlib.import_module("flash_attn_interface").flash_attn_func)
 
 
+@cache
 def _load_flash2() -> Attend:
     return _opaque("flash2", importlib.import_module("flash_attn").flash_attn_func)
 
 
+@cache
 def _load_sage() -> Attend:
     sageattn = importlib.import_module("sageattention").sageattn
     return _opaque("sage", lambda q, k, v: sageattn(q, k, v, tensor_layout="NHD"))
 
 
-@cache
 def _opaque(name: str, function: Callable[..., Any]) -> Attend:
     """An operator that ``torch.compile`` calls without looking inside; some kernels also return a log-sum-exp."""
 
