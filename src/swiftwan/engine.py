@@ -62,6 +62,8 @@ class Engine:
         chosen = make_plan(plan, where, dtype, facts.known)
         torch.backends.cuda.matmul.allow_tf32 = chosen.settings.tf32
         torch.backends.cudnn.allow_tf32 = chosen.settings.tf32
+        if where.torch_device.startswith("cuda"):
+            torch.cuda.set_device(where.torch_device)  # Triton launches on the current device
         try:
             parts = build(
                 locate(model),

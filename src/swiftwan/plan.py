@@ -14,10 +14,12 @@ from swiftwan.errors import PlanError, RequestError, did_you_mean
 from swiftwan.guidance import Guide
 from swiftwan.models.config import KNOWN_MODELS, POCKET, ClipConfig, KnownModel
 from swiftwan.models.vae import Tiling
+from swiftwan.ops.attention import kernel
 from swiftwan.pipelines.request import Grid, Request
 from swiftwan.sampling import check_scheduler
 from swiftwan.techniques import TECHNIQUES
 from swiftwan.techniques.base import Settings, Technique
+from swiftwan.techniques.fused import Fused
 from swiftwan.techniques.precision import Dtype
 from swiftwan.weights.build import UMT5_XXL, parameter_count, text_parameter_count
 from swiftwan.weights.find import identify, known_model, locate, published_file, read_layout
@@ -82,7 +84,7 @@ def make_plan(
     if isinstance(plan, str):
         if plan not in RECIPES:
             raise PlanError(f"unknown plan '{plan}'." + did_you_mean(plan, RECIPES))
-        plan = []  # auto: every exact gain so far is part of the plain run
+        plan = _auto(device, parse_dtype(dtype) if dtype else device.dtype) if plan == "auto" else []
     for spec in plan:
         try:
             techniques.append(parse(spec))
@@ -100,11 +102,27 @@ def make_plan(
     if problems:
         told = "; ".join(problem.rstrip(".") for problem in problems)
         raise PlanError(told if told.endswith("?") else f"{told}.")
-    techniques.sort(key=lambda technique: technique.slot)
+    techniques.sort(key=lambda technique: (technique.slot, technique.spec))
     settings = Settings(dtype=parse_dtype(dtype) if dtype else device.dtype)
     for technique in techniques:
         settings = technique.apply(settings)
     return Plan(tuple(techniques), settings)
+
+
+def _auto(device: Device, dtype: torch.dtype) -> list[str]:
+    """The fastest exact techniques that fit any request; what is measured is in benchmarks/h200_forward.jsonl.
+
+    Left out because they depend on the request's size, unknown here: ``cuda-graphs`` and ``batched-cfg``, which pay
+    for pictures and short clips.
+    """
+    specs = [] if Fused().missing_on(device) else ["fused"]
+    # cuDNN's attention is the faster one from Hopper on; before that torch's own choice, FlashAttention-2, is.
+    if dtype is not torch.float32 and device.capability is not None and device.capability >= (9, 0):
+        names = (name for name in ("flash4", "cudnn") if not kernel(name).missing_on(device.capability))
+        specs += [f"attention:{name}" for name in list(names)[:1]]
+    if not FastVae("fast").missing_on(device):
+        specs.append("vae:fast")
+    return specs
 
 
 def _conflicts(techniques: Sequence[Technique]) -> list[str]:

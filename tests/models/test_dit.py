@@ -1,11 +1,14 @@
 """Our transformer against diffusers', on the same random weights and fresh random inputs."""
 
+import math
+
 import pytest
 import torch
 from diffusers import WanTransformer3DModel
 
+from swiftwan.errors import WeightsError
 from swiftwan.models.config import TransformerConfig
-from swiftwan.models.dit import WanTransformer
+from swiftwan.models.dit import WanTransformer, log_counts
 
 TINY = {
     "num_attention_heads": 2,
@@ -85,6 +88,20 @@ def test_a_full_prompt_needs_no_padding():
     assert condition.text_bias is None
     expected = reference(latents, torch.tensor([500.0]), text, return_dict=False)[0]
     assert relative_error(ours(latents, torch.tensor([500.0]), condition), expected) < 1e-5
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("count", [1, 2, 3, 101, 447, 511])
+def test_padding_weighs_its_count_in_every_dtype(dtype, count):
+    logs = log_counts(count, dtype)
+    assert torch.tensor(logs).to(dtype).tolist() == logs, "each is a number of that dtype"
+    assert sum(map(math.exp, logs)) == pytest.approx(count, rel=2e-5)
+    assert len(logs) <= 4
+
+
+def test_a_norm_that_every_wan_has_is_not_optional():
+    with pytest.raises(WeightsError, match="cross_attn_norm false"):
+        WanTransformer(TransformerConfig(**TINY, cross_attn_norm=False))
 
 
 @pytest.mark.parametrize(("dtype", "worst"), [(torch.bfloat16, 2e-2), (torch.float16, 3e-3)])

@@ -3,7 +3,7 @@ import math
 import pytest
 import torch
 
-from swiftwan.ops.attention import sdpa
+from swiftwan.ops.attention import KERNELS, _opaque, kernel, sdpa
 
 
 def by_definition(q, k, v, bias=0.0):
@@ -24,3 +24,16 @@ def test_a_key_kept_once_with_the_log_of_its_count_is_that_many_keys():
     bias = torch.zeros(1, 1, 1, 5)
     bias[..., -1] = math.log(91)
     assert (sdpa(q, k, v, bias).double() - by_definition(q, repeated_k, repeated_v)).abs().max() < 1e-5
+
+
+def test_an_outside_kernel_is_one_operator_to_the_compiler():
+    attend = _opaque("test_kernel", lambda q, k, v: (sdpa(q, k, v).contiguous(), "log-sum-exp"))
+    q, k, v = (torch.randn(1, 6, 2, 8) for _ in range(3))
+    compiled = torch.compile(lambda q, k, v: attend(q, k, v) + 1, backend="eager", fullgraph=True)
+    assert torch.allclose(compiled(q, k, v), sdpa(q, k, v) + 1)
+
+
+@pytest.mark.parametrize("capability", [None, (7, 5), (8, 6), (9, 0), (10, 0)])
+def test_the_reference_runs_everywhere_and_each_refusal_says_why(capability):
+    assert kernel("sdpa").missing_on(capability) == ""
+    assert all(k.missing_on(capability) for k in KERNELS if k.capability and (capability or (0, 0)) < k.capability)

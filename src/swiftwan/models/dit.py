@@ -11,18 +11,20 @@ D width of a token, H heads, E width of a head, K timesteps in a clip (1, or 2 w
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import cast
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from swiftwan.errors import WeightsError
 from swiftwan.models.config import TransformerConfig
 from swiftwan.ops.attention import Attend, sdpa
-from swiftwan.ops.modulate import gated_add, norm_modulate
-from swiftwan.ops.rope import Rope, apply_rope, rope_tables
+from swiftwan.ops.block import PLAIN, BlockOps
+from swiftwan.ops.rope import Rope, rope_tables
 
 TEXT_LENGTH = 512
 """Text tokens that Wan attends to, padding included."""
@@ -78,16 +80,20 @@ class Projection(nn.Module):
         return self.linear_2(self.activation(self.linear_1(x)))
 
 
+def linear_gelu(linear: nn.Module, x: Tensor, approximate: str) -> Tensor:
+    return F.gelu(linear(x), approximate=approximate)
+
+
 class GELU(nn.Module):
-    """A linear layer and its activation, named ``proj`` as diffusers has it."""
+    """A linear layer, named ``proj`` as diffusers has it, and its activation."""
 
     def __init__(self, in_dim: int, out_dim: int, approximate: str) -> None:
         super().__init__()
         self.proj = nn.Linear(in_dim, out_dim)
-        self.approximate = approximate
+        self.linear_gelu: Callable[..., Tensor] = partial(linear_gelu, approximate=approximate)
 
     def forward(self, x: Tensor) -> Tensor:
-        return F.gelu(self.proj(x), approximate=self.approximate)
+        return self.linear_gelu(self.proj, x)
 
 
 class FeedForward(nn.Module):
@@ -111,11 +117,11 @@ class LayerNorm32(nn.LayerNorm):
 class Attention(nn.Module):
     """What self- and cross-attention share: projections, and RMS norm over the whole width of q and k."""
 
-    def __init__(self, config: TransformerConfig, attend: Attend) -> None:
+    def __init__(self, config: TransformerConfig) -> None:
         super().__init__()
         dim = config.dim
         self.num_heads = config.num_attention_heads
-        self.attend = attend
+        self.eps = config.eps
         self.to_q = nn.Linear(dim, dim)
         self.to_k = nn.Linear(dim, dim)
         self.to_v = nn.Linear(dim, dim)
@@ -128,18 +134,27 @@ class Attention(nn.Module):
 
 
 class SelfAttention(Attention):
-    def forward(self, x: Tensor, rope: Rope) -> Tensor:
-        q = apply_rope(self.heads(self.norm_q(self.to_q(x))), rope)
-        k = apply_rope(self.heads(self.norm_k(self.to_k(x))), rope)
-        v = self.heads(self.to_v(x))
-        return self.to_out[0](self.attend(q, k, v).flatten(2))
+    def __init__(self, config: TransformerConfig, attend: Attend) -> None:
+        super().__init__(config)
+        self.attend = attend
+        self.project: Callable[[SelfAttention, Tensor], tuple[Tensor, Tensor, Tensor]] = project
+
+    def forward(self, x: Tensor, rope: Rope, ops: BlockOps) -> Tensor:
+        q, k, v = self.project(self, x)
+        q, k = ops.norm_rope(q, k, self.norm_q.weight, self.norm_k.weight, rope, self.num_heads, self.eps)
+        return self.to_out[0](self.attend(q, k, self.heads(v)).flatten(2))
+
+
+def project(attention: SelfAttention, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Queries, keys and values of x, each (B, L, D)."""
+    return attention.to_q(x), attention.to_k(x), attention.to_v(x)
 
 
 class CrossAttention(Attention):
     """Attention to the text and, where ``added_kv_proj_dim`` is set, to the CLIP tokens of an image."""
 
     def __init__(self, config: TransformerConfig) -> None:
-        super().__init__(config, sdpa)
+        super().__init__(config)
         self.sees_image = config.added_kv_proj_dim is not None
         if config.added_kv_proj_dim is not None:
             self.add_k_proj = nn.Linear(config.added_kv_proj_dim, config.dim)
@@ -163,15 +178,19 @@ class CrossAttention(Attention):
 
 
 class Block(nn.Module):
-    """Self-attention, cross-attention, feed-forward; the first and last modulated by the timestep."""
+    """Self-attention, cross-attention, feed-forward; the first and last modulated by the timestep.
+
+    ``ops`` computes what lies between the matrix products; a technique may put faster ones in their place.
+    """
 
     def __init__(self, config: TransformerConfig, attend: Attend) -> None:
         super().__init__()
         dim = config.dim
         self.eps = config.eps
+        self.ops = PLAIN
         self.attn1 = SelfAttention(config, attend)
         self.attn2 = CrossAttention(config)
-        self.norm2 = LayerNorm32(dim, config.eps) if config.cross_attn_norm else nn.Identity()
+        self.norm2 = LayerNorm32(dim, config.eps)
         self.ffn = FeedForward(dim, config.ffn_dim, dim, approximate="tanh")
         self.scale_shift_table = nn.Parameter(torch.randn(1, 6, dim) / dim**0.5)
 
@@ -190,9 +209,29 @@ class Block(nn.Module):
     ) -> Tensor:
         """x (B, L, D) and time (B, K, 6, D) to x."""
         shift, scale, gate, ffn_shift, ffn_scale, ffn_gate = (self.scale_shift_table + time).unbind(2)
-        x = gated_add(x, self.attn1(norm_modulate(x, shift, scale, spans, self.eps), rope), gate, spans)
-        x = x + self.attn2(self.norm2(x), memory, text_bias)
-        return gated_add(x, self.ffn(norm_modulate(x, ffn_shift, ffn_scale, spans, self.eps)), ffn_gate, spans)
+        norm2, ops, eps = self.norm2, self.ops, self.eps
+        update = self.attn1(ops.norm_modulate(x, shift, scale, spans, eps), rope, ops)
+        x, normed = ops.gated_add_norm(x, update, gate, spans, norm2.weight, norm2.bias, eps)
+        update = self.attn2(normed, memory, text_bias)
+        x, normed = ops.add_norm_modulate(x, update, ffn_shift, ffn_scale, spans, eps)
+        return ops.gated_add(x, self.ffn(normed), ffn_gate, spans)
+
+
+def log_counts(count: int, dtype: torch.dtype) -> list[float]:
+    """Numbers of this dtype whose exponentials sum to ``count``, to one part in 50,000.
+
+    bf16 rounds the log of 450 by up to 0.016, a weight by 1.6 %; the logs of what is missing make up for it.
+    """
+    logs: list[float] = []
+    missing = float(count)
+    while missing > 2e-5 * count:
+        log = torch.tensor(math.log(missing))
+        rounded = log.to(dtype)
+        if rounded > log:  # step down, so that what is missing stays positive
+            rounded = torch.nextafter(rounded, torch.tensor(-math.inf, dtype=dtype))
+        logs.append(rounded.item())
+        missing -= math.exp(logs[-1])
+    return logs
 
 
 class ImageEmbedder(nn.Module):
@@ -258,11 +297,20 @@ class WanTransformer(nn.Module):
     Args:
         config: sizes.
         attend: the kernel of self-attention.
+
+    Raises:
+        WeightsError: a block does not norm what cross-attention reads, as every published Wan does.
     """
 
     def __init__(self, config: TransformerConfig, attend: Attend = sdpa) -> None:
         super().__init__()
+        if not config.cross_attn_norm:
+            raise WeightsError(
+                "the transformer's config.json has cross_attn_norm false; every published Wan model has true. "
+                "Is this a Wan checkpoint?"
+            )
         self.config = config
+        self.ops = PLAIN
         self.patch_embedding = nn.Conv3d(
             config.in_channels, config.dim, kernel_size=config.patch_size, stride=config.patch_size
         )
@@ -289,7 +337,8 @@ class WanTransformer(nn.Module):
 
         Wan pads text with zeros to 512 tokens and attends to the padding. Behind the text embedding all
         padding is one and the same vector, so it is kept once, and the log of its count is added to its
-        score: the same softmax (exact), with a few dozen keys instead of 512.
+        score: the same softmax (exact), with a few dozen keys instead of 512. (In 16 bits it is kept more than
+        once: see :func:`log_counts`.)
 
         Args:
             text: (B, S, text_dim) embeddings, zero where a prompt of the batch is shorter; S at most 512.
@@ -301,9 +350,12 @@ class WanTransformer(nn.Module):
         padding = text_length - text.shape[1]
         text_bias = None
         if padding > 0:
-            text = F.pad(text, (0, 0, 0, 1))
-            real = torch.zeros(1, 1, 1, text.shape[1] - 1, dtype=self.dtype, device=text.device)
-            text_bias = F.pad(real, (0, 1), value=math.log(padding))
+            counts = log_counts(padding, self.dtype)
+            # Made on the device, so that a CUDA graph can record it.
+            pieces = [torch.full((1,), count, dtype=self.dtype, device=text.device) for count in counts]
+            text_bias = torch.cat((torch.zeros(text.shape[1], dtype=self.dtype, device=text.device), *pieces))
+            text_bias = text_bias.view(1, 1, 1, -1)
+            text = F.pad(text, (0, 0, 0, len(counts)))
         embedder = self.condition_embedder
         text = embedder.text_embedder(text.to(self.dtype))
         if image is not None and embedder.image_embedder is not None:
@@ -354,7 +406,7 @@ class WanTransformer(nn.Module):
 
         x = self.walk(run, len(self.blocks), x, condition)
         shift, scale = (self.scale_shift_table + vector[:, :, None]).unbind(2)
-        x = self.proj_out(norm_modulate(x, shift, scale, spans, self.config.eps))
+        x = self.proj_out(self.ops.norm_modulate(x, shift, scale, spans, self.config.eps))
         if condition.order is not None:
             x = torch.empty_like(x).index_copy_(1, condition.order, x)
         return self.unpatchify(x, grid).to(latents.dtype)
@@ -364,3 +416,11 @@ class WanTransformer(nn.Module):
         p, q, r = self.config.patch_size
         x = x.view(x.shape[0], *grid, p, q, r, -1).permute(0, 7, 1, 4, 2, 5, 3, 6)
         return x.flatten(6, 7).flatten(4, 5).flatten(2, 3)
+
+
+def each_block(*transformers: WanTransformer | None) -> Iterator[Block]:
+    """The blocks of all transformers that are there."""
+    for transformer in transformers:
+        if transformer is not None:
+            for block in transformer.blocks:
+                yield cast(Block, getattr(block, "inner", block))  # behind the wrapper of streamed weights

@@ -33,7 +33,7 @@ class Stream:
 
     def is_single(self, layer: nn.Module, x: Tensor) -> bool:
         """Whether x is the clip's first frame, alone: a picture, or a stream's first chunk."""
-        return x.shape[2] == 1 and layer not in self._past
+        return x.shape[2] == 1 and layer not in self.past
 
     def extend(self, layer: nn.Module, x: Tensor, frames: int) -> Tensor:
         """Put the ``frames`` frames that ``layer`` saw last in front of x; zeros where it saw none."""

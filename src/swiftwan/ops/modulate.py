@@ -3,6 +3,9 @@
 A clip has one timestep, or two (an image-to-video TI2V-5B run holds its first latent frame at 0). So the
 vectors are (B, K, D) for K spans of tokens, not one a token: at 1280x704x121 that is 36 KB instead of the
 2.0 GB that a per-token tensor takes.
+
+Throughout: x and update (B, L, D); shift, scale, gate (B, K, D) in float32; ``spans`` says how many tokens each of
+the K vectors serves, and sums to L; weight and bias (D,). All compute in float32 and return x's dtype.
 """
 
 from collections.abc import Sequence
@@ -13,22 +16,32 @@ from torch import Tensor
 
 
 def norm_modulate(x: Tensor, shift: Tensor, scale: Tensor, spans: Sequence[int], eps: float) -> Tensor:
-    """``layer_norm(x) * (1 + scale) + shift`` in float32, returned in x's dtype.
-
-    Args:
-        x: (B, L, D).
-        shift, scale: (B, K, D), float32.
-        spans: how many tokens each of the K vectors serves; they sum to L.
-    """
+    """``layer_norm(x) * (1 + scale) + shift``."""
     normed = F.layer_norm(x.float(), x.shape[-1:], eps=eps)
     parts = [part * (1 + scale[:, k, None]) + shift[:, k, None] for k, part in enumerate(normed.split(spans, dim=1))]
     return _join(parts).type_as(x)
 
 
 def gated_add(x: Tensor, update: Tensor, gate: Tensor, spans: Sequence[int]) -> Tensor:
-    """``x + update * gate`` in float32, returned in x's dtype; arguments as in :func:`norm_modulate`."""
+    """``x + update * gate``."""
     pairs = zip(x.float().split(spans, dim=1), update.split(spans, dim=1), strict=True)
     return _join([a + b * gate[:, k, None] for k, (a, b) in enumerate(pairs)]).type_as(x)
+
+
+def gated_add_norm(
+    x: Tensor, update: Tensor, gate: Tensor, spans: Sequence[int], weight: Tensor, bias: Tensor, eps: float
+) -> tuple[Tensor, Tensor]:
+    """:func:`gated_add`, and the layer norm of what it returns."""
+    x = gated_add(x, update, gate, spans)
+    return x, F.layer_norm(x.float(), x.shape[-1:], weight.float(), bias.float(), eps).type_as(x)
+
+
+def add_norm_modulate(
+    x: Tensor, update: Tensor, shift: Tensor, scale: Tensor, spans: Sequence[int], eps: float
+) -> tuple[Tensor, Tensor]:
+    """``x + update``, and :func:`norm_modulate` of it."""
+    x = x + update
+    return x, norm_modulate(x, shift, scale, spans, eps)
 
 
 def _join(parts: list[Tensor]) -> Tensor:

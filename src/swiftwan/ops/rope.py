@@ -1,6 +1,7 @@
 """Rotary position embedding (RoFormer, arXiv 2104.09864), the head split between time, height and width."""
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 Rope = tuple[Tensor, Tensor]
@@ -35,3 +36,16 @@ def apply_rope(x: Tensor, rope: Rope) -> Tensor:
     cos, sin = rope
     even, odd = x.float().unflatten(-1, (-1, 2)).unbind(-1)
     return torch.stack((even * cos - odd * sin, even * sin + odd * cos), dim=-1).flatten(-2).type_as(x)
+
+
+def norm_rope(
+    q: Tensor, k: Tensor, q_weight: Tensor, k_weight: Tensor, rope: Rope, heads: int, eps: float
+) -> tuple[Tensor, Tensor]:
+    """RMS norm over the whole width of q and of k, both (B, L, D), then rotate their heads.
+
+    Returns:
+        q and k as (B, L, H, E).
+    """
+    normed = (F.rms_norm(x, x.shape[-1:], weight, eps) for x, weight in ((q, q_weight), (k, k_weight)))
+    one, other = (apply_rope(x.unflatten(-1, (heads, -1)), rope) for x in normed)
+    return one, other

@@ -46,7 +46,8 @@ def generate(engine: Engine, request: Request, on_step: OnStep | None) -> Result
         parts, plan.guide, scheduler, request, text, start, lambda: progress.tell("denoise", len(start.timesteps))
     )
     parts.enter("vae")
-    frames = decode(parts.vae, latents, plan.tiling, lambda: progress.tell("decode", latents.shape[2]))
+    chunks = -(-latents.shape[2] // parts.vae.latent_frames_at_once(latents))
+    frames = decode(parts.vae, latents, plan.tiling, lambda: progress.tell("decode", chunks))
 
     return Result(
         frames=frames,

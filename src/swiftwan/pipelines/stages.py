@@ -129,11 +129,10 @@ def decode(
     latents: Tensor,
     tiling: Tiling | None,
     after_chunk: Callable[[], None],
-    latent_frames_per_chunk: int = 1,
 ) -> Tensor:
     """Decode to uint8 frames (F, H, W, 3) on the CPU, a chunk at a time, so that memory stays bounded."""
     chunks = []
-    for chunk in vae.stream_frames(latents, latent_frames_per_chunk, tiling):
+    for chunk in vae.stream_frames(latents, vae.latent_frames_at_once(latents), tiling):
         chunks.append(chunk.cpu())
         after_chunk()
     return torch.cat(chunks)

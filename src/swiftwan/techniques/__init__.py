@@ -1,7 +1,11 @@
 """Every technique by its name."""
 
+from swiftwan.techniques.attention import Attention
 from swiftwan.techniques.base import Technique
 from swiftwan.techniques.caches import DeepCache, StepCache
+from swiftwan.techniques.compile import Compile
+from swiftwan.techniques.fused import Fused
+from swiftwan.techniques.graphs import CudaGraphs
 from swiftwan.techniques.guidance import BatchedCfg, CfgInterval, CfgSkip
 from swiftwan.techniques.lora import Lora
 from swiftwan.techniques.offload import Offload
@@ -12,11 +16,15 @@ from swiftwan.techniques.sparse import SparseAttention
 from swiftwan.techniques.vae import Vae
 
 _ALL: tuple[type[Technique], ...] = (
+    Attention,
     BatchedCfg,
     CfgInterval,
     CfgSkip,
+    Compile,
+    CudaGraphs,
     DeepCache,
     Dtype,
+    Fused,
     Lora,
     Offload,
     PromptCaching,

@@ -34,7 +34,10 @@ class Offload(Technique):
     claims = ("transformer",)
     makes = frozenset({"moving weights"})
     refuses = MappingProxyType(
-        {"scales beside weights": "bitsandbytes keeps them out of reach of a copy; take quantize:int4"}
+        {
+            "scales beside weights": "bitsandbytes keeps them out of reach of a copy; take quantize:int4",
+            "merged-projections": "its q, k and v weights are one tensor, which cannot move in parts; drop fused",
+        }
     )
 
     def __post_init__(self) -> None:

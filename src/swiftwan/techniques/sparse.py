@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from swiftwan.errors import PlanError
-from swiftwan.models.dit import Block
+from swiftwan.models.dit import each_block
 from swiftwan.ops.attention import Attend
 from swiftwan.ops.sparse import (
     BLOCK,
@@ -51,7 +51,7 @@ class SparseAttention(Technique):
     reason = "blocks of keys that pooled queries and keys give little weight are skipped"
     slot = Slot.BLOCKS
     claims = ("transformer.self-attention",)
-    makes = frozenset({"sparse"})
+    makes = frozenset({"steps-differ"})
 
     def __post_init__(self) -> None:
         if not 0 < self.keep <= 1:
@@ -68,8 +68,7 @@ class SparseAttention(Technique):
             steps = DenseSteps(self.dense_steps)
             transformer.token_order = tile_order
             transformer.register_forward_pre_hook(steps)
-            for block in list(transformer.blocks)[self.dense_layers :]:
-                assert isinstance(block, Block)
+            for block in list(each_block(transformer))[self.dense_layers :]:
                 block.attn1.attend = Sparse(kernel, block.attn1.attend, steps, self.keep, self.block)
 
 

@@ -1,0 +1,58 @@
+"""torch.compile, one block at a time."""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass
+from types import MappingProxyType
+from typing import TYPE_CHECKING
+
+import torch
+
+from swiftwan.errors import PlanError, did_you_mean
+from swiftwan.models.dit import each_block
+from swiftwan.techniques.base import Slot, Technique
+from swiftwan.weights.check import cache_folder
+
+if TYPE_CHECKING:
+    from swiftwan.device import Device
+    from swiftwan.weights.build import Parts
+
+MODES = ("default", "max-autotune-no-cudagraphs")
+"""torch's names; those with CUDA graphs are left out, since a block's output is the next one's input."""
+
+
+@dataclass(frozen=True)
+class Compile(Technique):
+    """``compile[:mode=max-autotune-no-cudagraphs]``: blocks are equal, so that one compilation serves them all.
+
+    What is compiled stays in the user's cache folder (``TORCHINDUCTOR_CACHE_DIR``, if set, is left alone).
+    """
+
+    mode: str = "default"
+
+    name = "compile"
+    kind = "exact"
+    reason = "the same maths, fused by torch.compile"
+    slot = Slot.COMPILE
+    claims = ("blocks.*",)
+    refuses = MappingProxyType(
+        {"fused-blocks": "its kernels are what compile would make, and faster (437 against 468 ms a forward); drop one"}
+    )
+
+    def __post_init__(self) -> None:
+        if self.mode not in MODES:
+            raise PlanError(f"compile: mode is '{self.mode}'." + did_you_mean(self.mode, MODES))
+
+    def missing_on(self, device: Device) -> str:
+        if device.torch_device == "mps":
+            return "torch.compile is not tested on mps"
+        return ""
+
+    def install(self, parts: Parts) -> None:
+        folder = cache_folder() / "inductor"
+        os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", str(folder))
+        # One compilation a shape: a run over many sizes must not hit torch's limit of eight.
+        torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, 64)
+        for block in each_block(parts.transformer, parts.transformer_2):
+            block.compile(mode=self.mode, dynamic=False, fullgraph=True)

@@ -1,0 +1,75 @@
+"""What lies between the matrix products of a block in one pass over memory each, and fewer matrix products."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from importlib.util import find_spec
+from typing import TYPE_CHECKING, cast
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from swiftwan.models.dit import GELU, SelfAttention, each_block
+from swiftwan.techniques.base import Slot, Technique
+
+if TYPE_CHECKING:
+    from swiftwan.device import Device
+    from swiftwan.weights.build import Parts
+
+
+@dataclass(frozen=True)
+class Fused(Technique):
+    """Triton kernels for norms, modulation, gates and RoPE; GELU inside its matrix product; q, k and v in one."""
+
+    name = "fused"
+    kind = "exact"
+    reason = "the same maths in fewer passes over memory, rounded less often"
+    slot = Slot.BLOCKS
+    claims = ("blocks.ops",)
+    makes = frozenset({"fused-blocks", "merged-projections"})
+
+    def missing_on(self, device: Device) -> str:
+        if device.capability is None or device.capability < (8, 0):
+            return "it needs an NVIDIA GPU of compute capability 8.0 or more"
+        if find_spec("triton") is None:
+            return "the package is missing: pip install triton"
+        return ""
+
+    def install(self, parts: Parts) -> None:
+        from swiftwan.ops.fused import FUSED, linear_gelu
+
+        for transformer in filter(None, (parts.transformer, parts.transformer_2)):
+            transformer.ops = FUSED
+        for block in each_block(parts.transformer, parts.transformer_2):
+            block.ops = FUSED
+            # A layer that a technique before this one put there, 8-bit or with a LoRA, has a product of its own.
+            gelu = cast(GELU, block.ffn.net[0])
+            if _is_plain(gelu.proj):
+                gelu.linear_gelu = linear_gelu
+            if all(map(_is_plain, (block.attn1.to_q, block.attn1.to_k, block.attn1.to_v))):
+                block.attn1.project = MergedProjection(block.attn1)
+
+
+class MergedProjection:
+    """Queries, keys and values by one matrix product: for two pictures of 1560 tokens 670 instead of 564 TFLOP/s on
+    an H200, for 32,760 tokens 3 to 7 % more.
+
+    The layers keep their names; their weights become views of the merged ones, so that a change in place reaches
+    both, but a weight that is replaced or moved does not ("merged-projections").
+    """
+
+    def __init__(self, attention: SelfAttention) -> None:
+        layers = (attention.to_q, attention.to_k, attention.to_v)
+        self.weight = torch.cat([layer.weight.data for layer in layers])
+        self.bias = torch.cat([layer.bias.data for layer in layers])
+        for layer, weight, bias in zip(layers, self.weight.chunk(3), self.bias.chunk(3), strict=True):
+            layer.weight.data, layer.bias.data = weight, bias
+
+    def __call__(self, attention: SelfAttention, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        q, k, v = F.linear(x, self.weight, self.bias).chunk(3, dim=-1)
+        return q, k, v
+
+
+def _is_plain(layer: nn.Module) -> bool:
+    return type(layer) is nn.Linear

@@ -1,0 +1,92 @@
+import pytest
+import torch
+
+from swiftwan.device import pick_device
+from swiftwan.errors import PlanError, UnavailableError
+from swiftwan.ops import attention as kernels
+from swiftwan.plan import make_plan, parse
+from swiftwan.techniques.attention import Attention
+
+
+def test_the_kernel_is_set_in_every_block_of_both_experts(parts, forward, monkeypatch):
+    calls = []
+
+    def attend(q, k, v):
+        calls.append(q.shape)
+        return kernels.sdpa(q, k, v)
+
+    expected = forward(parts.transformer)
+    mine = kernels.Kernel("sdpa", "exact", lambda: attend)
+    monkeypatch.setattr(kernels, "KERNELS", (mine,))
+    Attention("sdpa").install(parts)
+    assert torch.equal(forward(parts.transformer), expected)
+    forward(parts.transformer_2)
+    assert calls == [(1, 2 * 4 * 4, 2, 32)] * 4
+
+
+def test_each_kernel_says_whether_it_is_exact():
+    assert parse("attention:cudnn").kind == "exact"
+    assert parse("attention:sage").kind == "near"
+    assert Attention.kind == "exact"
+
+
+@pytest.mark.parametrize(
+    ("spec", "words"),
+    [
+        ("attention:flash5", "Did you mean 'flash"),
+        ("attention", "needs a value"),
+        ("attention:cudnn", "it needs an NVIDIA GPU of compute capability 8.0"),
+        ("attention:flash4", "it needs an NVIDIA GPU of compute capability 9.0"),
+    ],
+)
+def test_what_cannot_run_on_a_cpu_is_told(spec, words):
+    with pytest.raises(PlanError, match=words):
+        make_plan([spec], pick_device("cpu"))
+
+
+def test_a_missing_package_is_told_with_the_way_to_it(gpu):
+    with pytest.raises(PlanError, match="pip install 'sageattention'"):
+        make_plan(["attention:sage"], gpu((8, 9)))
+
+
+def test_half_precision_kernels_refuse_float32(gpu):
+    with pytest.raises(PlanError, match="take dtype:bf16, or attention:sdpa"):
+        make_plan(["attention:cudnn"], gpu((9, 0)), "fp32")
+    assert make_plan(["attention:cudnn"], gpu((9, 0))).specs == ("attention:cudnn",)
+
+
+def test_a_broken_installation_is_told(parts, monkeypatch):
+    def broken():
+        raise ImportError("libcute.so: no such file\nmore")
+
+    monkeypatch.setattr(kernels, "KERNELS", (kernels.Kernel("flash4", "exact", broken),))
+    with pytest.raises(UnavailableError, match="cannot be loaded: libcute.so: no such file; take"):
+        Attention("flash4").install(parts)
+
+
+def test_auto_takes_the_fastest_exact_kernel_that_is_here(gpu, monkeypatch):
+    monkeypatch.setattr("swiftwan.techniques.fused.find_spec", lambda name: object())
+    monkeypatch.setattr(kernels, "_installed", lambda package: True)
+    assert make_plan("auto", gpu((9, 0))).specs == ("attention:flash4", "fused")
+    assert make_plan("auto", gpu((9, 0)), "fp32").specs == ("fused",)
+    assert make_plan("auto", gpu((8, 6))).specs == ("fused",)
+    assert make_plan("auto", gpu((7, 5))).specs == ()
+    monkeypatch.setattr(kernels, "_installed", lambda package: False)
+    assert make_plan("auto", gpu((9, 0))).specs == ("attention:cudnn", "fused")
+    monkeypatch.setattr("swiftwan.techniques.fused.find_spec", lambda name: None)
+    assert make_plan("auto", gpu((9, 0))).specs == ("attention:cudnn",)
+    assert make_plan("auto", pick_device("cpu")).specs == ()
+    assert make_plan("none", gpu((9, 0))).specs == ()
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@pytest.mark.parametrize("name", [kernel.name for kernel in kernels.KERNELS])
+def test_kernels_agree_with_the_reference(name):
+    chosen = kernels.kernel(name)
+    if told := chosen.missing_on(torch.cuda.get_device_capability()):
+        pytest.skip(told)
+    q, k, v = (torch.randn(2, 300, 4, 128, device="cuda", dtype=torch.bfloat16) for _ in range(3))
+    got, expected = chosen.load()(q, k, v), kernels.sdpa(q.float(), k.float(), v.float())
+    assert got.shape == q.shape
+    assert ((got.float() - expected).norm() / expected.norm()).item() < (5e-2 if chosen.kind == "near" else 5e-3)

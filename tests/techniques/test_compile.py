@@ -1,0 +1,36 @@
+import os
+
+import pytest
+import torch
+
+from swiftwan.errors import PlanError
+from swiftwan.plan import make_plan, parse
+from swiftwan.techniques.compile import Compile
+
+
+def test_an_unknown_mode_is_told():
+    with pytest.raises(PlanError, match="mode is 'fast'"):
+        parse("compile:mode=fast")
+    assert parse("compile:mode=max-autotune-no-cudagraphs").mode == "max-autotune-no-cudagraphs"
+
+
+def test_fused_blocks_leave_nothing_to_compile(gpu, monkeypatch):
+    monkeypatch.setattr("swiftwan.techniques.fused.find_spec", lambda name: object())
+    with pytest.raises(PlanError, match="compile cannot run beside fused: .* drop one"):
+        make_plan(["fused", "compile"], gpu((9, 0)))
+
+
+@pytest.mark.slow
+# torch's own, on first use of inductor (torch 2.13)
+@pytest.mark.filterwarnings("ignore:`torch.jit:DeprecationWarning")
+def test_the_flow_is_that_of_the_plain_model_and_the_cache_is_the_users(parts, forward, tmp_path, monkeypatch):
+    monkeypatch.delenv("TORCHINDUCTOR_CACHE_DIR", raising=False)
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    parts.transformer_2 = None
+    expected = forward(parts.transformer)
+    Compile().install(parts)
+    got = forward(parts.transformer)
+    monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", os.environ["TORCHINDUCTOR_CACHE_DIR"])  # so that it is taken back
+    assert ((got - expected).norm() / expected.norm()).item() < 1e-5
+    assert any((tmp_path / "swiftwan" / "inductor").iterdir())
+    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == 1, "blocks are equal: one graph serves them"
