@@ -21,12 +21,13 @@ th, td { border-bottom: 1px solid var(--line); padding: .35rem .6rem; text-align
 thead th { background: var(--soft); }
 th:first-child, td.reason { text-align: left; }
 td.reason, .wrap td { white-space: normal; overflow-wrap: anywhere; text-align: left; }
+.wrap th { white-space: normal; text-align: left; vertical-align: top; }
 td.reason { color: #b3261e; }
 @media (prefers-color-scheme: dark) { td.reason { color: #ff8a80; } }
 .charts, .pairs { display: grid; gap: 0 1.5rem; }
 .charts, .pairs { grid-template-columns: repeat(auto-fit, minmax(min(100%, 460px), 1fr)); }
 .chart { width: 100%; height: auto; } .chart text { fill: currentColor; font-size: 12px; }
-.chart .grid { stroke: var(--line); }
+.chart .grid { stroke: var(--line); } .chart .mark { fill: var(--back); stroke-width: 2; }
 .legend { list-style: none; display: flex; flex-wrap: wrap; gap: .1rem 1rem; padding: 0; margin: 0; font-size: .85rem; }
 .videos { display: grid; gap: 1rem; grid-template-columns: repeat(auto-fill, minmax(min(100%, 220px), 1fr)); }
 .videos figure { margin: 0; } .videos figcaption { font-weight: 400; font-size: .85rem; overflow-wrap: anywhere; }
@@ -34,6 +35,9 @@ td.reason { color: #b3261e; }
 .controls { display: flex; gap: .8rem; align-items: center; margin: .6rem 0; flex-wrap: wrap; }
 .controls button { font: inherit; padding: .4rem 1.1rem; min-height: 44px; }
 .controls input { flex: 1; min-width: 140px; min-height: 44px; }
+@media (max-width: 600px) {
+  th, td { padding: .3rem .35rem; } table { font-size: .78rem; } .chart text { font-size: 18px; }
+}
 @media print {
   :root { color-scheme: light; --line: #bbb; --soft: #eee; --text: #000; --back: #fff; --mute: #444; }
   main { max-width: none; padding: 0; } .controls { display: none; } .scroll { overflow: visible; }

@@ -89,7 +89,7 @@ def overview(rows: Sequence[Row]) -> list[list[str]]:
     table = [["Plan", "Rung", "Clip", "Spread", "Ratio", "Step", "Decode", "Peak", "Of ceiling", "Runs"]]
     for row in rows:
         if row["seconds"] is None:
-            table.append([row["plan_name"], row["rung"], _status(row), *[""] * 7])
+            table.append([row["plan_name"], row["rung"] or "-", _status(row), *[""] * 7])
             continue
         low, high = row["spread"]
         table.append(
@@ -292,39 +292,45 @@ def _html_table(title: str, table: list[list[str]], *, wrap: bool = False) -> st
 
 def _charts(rows: Sequence[Row]) -> str:
     done = [row for row in rows if row["seconds"] is not None]
-    steps = [
-        Series(row["plan_name"], [(float(i), 1000 * s) for i, s in enumerate(row["step_seconds"], 1)]) for row in done
-    ]
+    if not done:
+        return ""
+    numbers = {row["plan_name"]: number for number, row in enumerate(done)}
+
+    def series(
+        row: Row, points: Sequence[tuple[float, float]], marks: Sequence[tuple[float, float, str]] = ()
+    ) -> Series:
+        return Series(row["plan_name"], numbers[row["plan_name"]], points, marks)
+
+    steps = [series(row, [(float(i), 1000 * s) for i, s in enumerate(row["step_seconds"], 1)]) for row in done]
+    drawn = [_chart("Time of each denoising step", charts.lines(steps, x="step", y="ms"))]
     memory = [
-        Series(row["plan_name"], [(t, used / 2**30) for t, used in points])
+        series(row, points, _phase_ends(row, points))
         for row in done
-        for points in row["hardware"].get("memory_over_time", [])[:1]
+        for device in row["hardware"].get("memory_over_time", [])[:1]
+        if (points := [(seconds, used / 2**30) for seconds, used in device])
     ]
-    drawn = [_chart("Time of each denoising step", charts.lines(steps, x="step", y="ms"))] if steps else []
     if memory:
-        drawn.append(
-            _chart("Memory over time, all processes", charts.lines(memory, x="seconds", y="GiB"), _phases(done))
-        )
+        note = "Rings end a phase, by the host's clock: " + ", ".join(_PHASES.values()) + "."
+        drawn.append(_chart("Memory over time, all processes", charts.lines(memory, x="seconds", y="GiB"), note))
     for figure in QUALITY_FIGURES[:2]:
-        points = [
-            Series(row["plan_name"], [(row["seconds"], value)])
-            for row in done
-            if (value := number(row, figure.field)) is not None
-        ]
-        if points:
-            edge = [(r["seconds"], number(r, figure.field) or 0.0) for r in frontier(done, figure.field)]
-            chart = charts.scatter(points, edge, x="seconds a clip", y=f"{figure.name} against the baseline")
+        dots = [series(row, [(row["seconds"], value)]) for row in done if (value := number(row, figure.field))]
+        if dots:
+            edge = [(row["seconds"], number(row, figure.field) or 0.0) for row in frontier(done, figure.field)]
+            chart = charts.scatter(dots, edge, x="seconds a clip", y=f"{figure.name} against the baseline")
             drawn.append(_chart(f"Quality against speed: {figure.name}", chart, "Up and left is better."))
     return f"<div class='charts'>{''.join(drawn)}</div>"
 
 
-def _phases(rows: Sequence[Row]) -> str:
-    told = []
-    for row in rows:
-        ends = ", ".join(f"{phase} to {seconds:.2f} s" for seconds, phase in row["hardware"].get("phases", []))
-        if ends:
-            told.append(f"{row['plan_name']}: {ends}")
-    return "Phases. " + "; ".join(told) + "." if told else ""
+_PHASES = {"image": "Image", "text": "Text", "denoise": "Denoise", "decode": "VAE"}
+"""As the chart of memory calls them; their first letters differ."""
+
+
+def _phase_ends(row: Row, points: Sequence[tuple[float, float]]) -> list[tuple[float, float, str]]:
+    """Where each phase ends on the line of memory: at the sample nearest to it."""
+    return [
+        (seconds, min(points, key=lambda point: abs(point[0] - seconds))[1], _PHASES.get(phase, phase))
+        for seconds, phase in row["hardware"]["phases"]
+    ]
 
 
 def _chart(title: str, svg: str, note: str = "") -> str:

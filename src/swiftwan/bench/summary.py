@@ -43,7 +43,7 @@ def _row(cell: Cell, lines: list[Row]) -> Row:
         "is_baseline": cell.is_baseline,
         "status": bad["status"] if bad else "ok",
         "reason": bad["reason"] if bad else None,
-        "rung": cell.plan.rung or _rung(done[0]["kinds"] if done else ()),
+        "rung": cell.plan.rung or (_rung(done[0]["kinds"]) if done else None),
         "plan": done[0]["plan"] if done else list(cell.plan.with_ if not isinstance(cell.plan.with_, str) else ()),
         "request": done[0]["request"] if done else dict(cell.request),
         "repeats": 0,
