@@ -316,8 +316,10 @@ def _charts(rows: Sequence[Row]) -> str:
         dots = [series(row, [(row["seconds"], value)]) for row in done if (value := number(row, figure.field))]
         if dots:
             edge = [(row["seconds"], number(row, figure.field) or 0.0) for row in frontier(done, figure.field)]
-            chart = charts.scatter(dots, edge, x="seconds a clip", y=f"{figure.name} against the baseline")
-            drawn.append(_chart(f"Quality against speed: {figure.name}", chart, "Up and left is better."))
+            chart = charts.scatter(dots, edge, x="seconds a clip", y=figure.name)
+            drawn.append(
+                _chart(f"Quality against speed: {figure.name} to the baseline", chart, "Up and left is better.")
+            )
     return f"<div class='charts'>{''.join(drawn)}</div>"
 
 

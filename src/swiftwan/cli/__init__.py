@@ -13,7 +13,7 @@ from typing import Annotated
 
 import typer
 
-from swiftwan.cli import bench, doctor, generate, info, models
+from swiftwan.cli import bench, doctor, generate, info, models, verify
 from swiftwan.errors import Cancelled, SwiftwanError
 from swiftwan.train import pocket
 
@@ -24,7 +24,7 @@ app = typer.Typer(
     context_settings={"help_option_names": ["-h", "--help"]},
     add_completion=False,
 )
-for verb in (generate.generate, generate.explain, models.models, info.info, doctor.doctor, bench.bench):
+for verb in (generate.generate, generate.explain, models.models, info.info, doctor.doctor, bench.bench, verify.verify):
     app.command()(verb)
 app.add_typer(pocket.app, name="train", help="Train models: for now the parts of the embedded one.")
 
