@@ -3,10 +3,10 @@ import pytest
 from swiftwan.bench.run import lines_of, run_matrix
 from swiftwan.bench.summary import conclusion, frontier, number, rows_of, why_missing
 
-CONTRACT = (
-    "case rung plan seconds spread repeats peer peer_seconds ratio ceiling_fraction peak_bytes error device versions "
-    "commit date status reason"
-).split()
+CONTRACT = {
+    *("case", "rung", "plan", "seconds", "spread", "repeats", "peer", "peer_seconds", "ratio", "ceiling_fraction"),
+    *("peak_bytes", "error", "device", "versions", "commit", "date", "status", "reason"),
+}
 
 
 @pytest.fixture
@@ -16,7 +16,7 @@ def rows(tmp_path, matrix, machine, measured):
 
 
 def test_a_row_has_the_fields_other_programs_read(rows) -> None:
-    assert not set(CONTRACT) - set(rows[0])
+    assert set(rows[0]) >= CONTRACT
 
 
 def test_medians_spreads_and_ratios(rows) -> None:

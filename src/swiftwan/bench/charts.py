@@ -114,8 +114,8 @@ def ticks(low: float, high: float, wanted: int = 5) -> list[float]:
     """Round values, equally far apart, that hold low and high between them."""
     if high - low < 1e-3 * abs(high):  # six digits on an axis tell nobody anything
         low, high = low - 1e-3 * abs(high), high + 1e-3 * abs(high)
-    span = high - low or 1.0
-    raw = span / wanted
+    high = high if high > low else low + 1
+    raw = (high - low) / wanted
     size = 10.0 ** math.floor(math.log10(raw))
     step = next(m * size for m in (1, 2, 5, 10) if m * size >= raw * 0.999)
     first, last = math.floor(low / step), math.ceil(high / step - 1e-9)
