@@ -1,3 +1,5 @@
+import subprocess
+import sys
 from dataclasses import replace
 
 import pytest
@@ -104,3 +106,14 @@ def test_this_machine_is_asked_in_a_process_that_ends() -> None:
     assert len(machine.code) == 12
     with pytest.raises(RequestError, match="device is 'cuda:99'|device is 'cud'"):
         ask_machine("cud")
+
+
+def test_a_cell_ends_when_its_benchmark_is_gone(tmp_path) -> None:
+    code = "from swiftwan.bench import cell; cell.attempt = lambda job: __import__('time').sleep(60)\n"
+    code += "cell.Job.from_json = lambda values: None; cell.main([r'JOB', 'result'])"
+    (tmp_path / "job.json").write_text("{}")
+    code = code.replace("JOB", str(tmp_path / "job.json"))
+    process = subprocess.Popen([sys.executable, "-c", code], stdin=subprocess.PIPE)
+    assert process.stdin is not None
+    process.stdin.close()  # as the system does when the other end dies
+    assert process.wait(30) == 1

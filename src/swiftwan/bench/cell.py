@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import os
 import sys
+import threading
 import time
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -256,10 +257,18 @@ def _line(problem: BaseException) -> str:
 
 
 def main(arguments: list[str]) -> None:
+    """Run the job in a file and write its result to another."""
     from swiftwan.bench.rows import write_text
 
+    threading.Thread(target=_end_with_the_benchmark, daemon=True).start()
     job = Job.from_json(json.loads(Path(arguments[0]).read_text(encoding="utf-8")))
     write_text(Path(arguments[1]), json.dumps(attempt(job)))
+
+
+def _end_with_the_benchmark() -> None:
+    """Standard input closes when the process that started this one is gone, even by kill -9: leave nothing running."""
+    sys.stdin.buffer.read()
+    os._exit(1)
 
 
 if __name__ == "__main__":

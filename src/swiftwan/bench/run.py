@@ -142,20 +142,21 @@ def run_in_process(job: Job, timeout_seconds: float) -> Row:
     started = time.monotonic()
     try:
         told.write_text(json.dumps(job.to_json()), encoding="utf-8")
-        with log.open("wb") as output:
-            process = subprocess.Popen(
+        with (
+            log.open("wb") as output,
+            subprocess.Popen(
                 [sys.executable, "-m", "swiftwan.bench.cell", str(told), str(result)],
-                stdin=subprocess.DEVNULL,
+                stdin=subprocess.PIPE,  # never written to: the cell ends when it closes
                 stdout=output,
                 stderr=subprocess.STDOUT,
-            )
+            ) as process,
+        ):
             try:
                 code = process.wait(timeout_seconds)
             except subprocess.TimeoutExpired:
                 return {"status": "failed", "reason": f"not done after {timeout_seconds:g} s; stopped"}
             finally:
                 process.kill()  # also on Ctrl-C: no cell outlives its benchmark
-                process.wait()
         if result.exists():
             row: Row = json.loads(result.read_text(encoding="utf-8"))
             return row

@@ -17,10 +17,11 @@ import torch
 from torch import Tensor
 
 from swiftwan.bench.summary import RUNGS
+from swiftwan.device import pick_device
 from swiftwan.engine import Engine
 from swiftwan.measure.missing import Missing, to_json
 from swiftwan.measure.quality import Material, psnr_db, relative_distance, score, ssim
-from swiftwan.plan import complete
+from swiftwan.plan import complete, make_plan
 
 if TYPE_CHECKING:
     from swiftwan.pipelines.request import Request, Result
@@ -122,6 +123,7 @@ def verify(
         if on_run is not None:
             on_run(what)
 
+    make_plan(plan, pick_device(device), dtype)  # what is wrong with it is told before minutes of the exact run
     engine = Engine.load(model, plan=[], device=device, dtype=dtype)
     request = complete(request, engine.facts)
     exact, exact_steps = _recorded(engine, request)

@@ -32,14 +32,11 @@ def verify(
     """Compare a plan with the exact run step by step, run it ten times, and say whether it may be trusted."""
     if runs < 1:
         raise RequestError(f"--runs is {runs}; it must be 1 or more.")
-    from swiftwan.device import pick_device
+    from swiftwan.bench import verify as verification
     from swiftwan.pipelines.request import TextToVideo
-    from swiftwan.plan import RECIPES, make_plan
+    from swiftwan.plan import RECIPES
 
     asked = plan[0] if len(plan) == 1 and plan[0] in RECIPES else plan
-    make_plan([] if asked == "none" else asked, pick_device(device), dtype)  # what is wrong is told before loading
-    from swiftwan.bench import verify as verification
-
     request = TextToVideo(prompt, seed=seed, width=width, height=height, num_frames=frames, num_inference_steps=steps)
     try:
         verdict = verification.verify(
