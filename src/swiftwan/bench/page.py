@@ -25,7 +25,8 @@ td.reason, .wrap td { white-space: normal; overflow-wrap: anywhere; text-align: 
 td.reason { color: #b3261e; }
 @media (prefers-color-scheme: dark) { td.reason { color: #ff8a80; } }
 .charts, .pairs { display: grid; gap: 0 1.5rem; }
-.charts, .pairs { grid-template-columns: repeat(auto-fit, minmax(min(100%, 460px), 1fr)); }
+.charts, .pairs { grid-template-columns: repeat(auto-fit, minmax(min(100%, 500px), 1fr)); }
+.pairs table { font-size: .8rem; } .pairs th, .pairs td { padding: .3rem .35rem; }
 .chart { width: 100%; height: auto; } .chart text { fill: currentColor; font-size: 12px; }
 .chart .grid { stroke: var(--line); } .chart .mark { fill: var(--back); stroke-width: 2; }
 .legend { list-style: none; display: flex; flex-wrap: wrap; gap: .1rem 1rem; padding: 0; margin: 0; font-size: .85rem; }
