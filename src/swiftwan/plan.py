@@ -21,6 +21,7 @@ from swiftwan.techniques import TECHNIQUES
 from swiftwan.techniques.base import Settings, Technique
 from swiftwan.techniques.fused import Fused
 from swiftwan.techniques.precision import Dtype
+from swiftwan.techniques.vae import FastVae
 from swiftwan.weights.build import UMT5_XXL, parameter_count, text_parameter_count
 from swiftwan.weights.find import identify, known_model, locate, published_file, read_layout
 from swiftwan.weights.layout import RandomModel, WeightsFile

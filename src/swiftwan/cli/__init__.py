@@ -13,7 +13,7 @@ from typing import Annotated
 
 import typer
 
-from swiftwan.cli import convert, doctor, generate, info, models, serve, ui
+from swiftwan.cli import bench, convert, doctor, generate, info, models, serve, ui, verify
 from swiftwan.errors import Cancelled, SwiftwanError
 from swiftwan.train import pocket
 
@@ -31,6 +31,8 @@ for verb in (
     convert.convert,
     info.info,
     doctor.doctor,
+    bench.bench,
+    verify.verify,
     serve.serve,
     ui.ui,
 ):

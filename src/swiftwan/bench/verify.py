@@ -1,0 +1,235 @@
+"""Is a plan right on these weights, on this machine? The exact run and the plan's, same seed, beside each other.
+
+Five questions: how far apart are the latents after each step, how far the frames, does every run come out the same,
+does memory grow, and how much faster is it. The verdict's limits are by what the plan says of itself.
+"""
+
+from __future__ import annotations
+
+import gc
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from statistics import median
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from swiftwan.bench.summary import RUNGS
+from swiftwan.device import pick_device
+from swiftwan.engine import Engine
+from swiftwan.measure.missing import Missing, to_json
+from swiftwan.measure.quality import Material, psnr_db, relative_distance, score, ssim
+from swiftwan.plan import complete, make_plan
+
+if TYPE_CHECKING:
+    from swiftwan.pipelines.request import Request
+    from swiftwan.pipelines.result import Result
+
+MIB = 2**20
+
+
+@dataclass(frozen=True)
+class Limits:
+    """The least likeness to the exact run; None where the trajectory is meant to be another."""
+
+    psnr_db: float | None
+    ssim: float | None
+    latent_error: float | None
+
+
+LIMITS = {
+    "exact": Limits(30, 0.95, 0.1),
+    "near": Limits(20, 0.75, 0.5),
+    "approximate": Limits(15, 0.6, 0.8),
+    "few-step": Limits(None, None, None),
+}
+EXACT_FP32 = Limits(50, 0.995, 0.01)
+"""In float32 the same maths leaves only rounding; in 16 bits rounding grows over the steps.
+
+These are choices, not laws. The pocket model in float32 on a CPU, 9 frames and 4 steps, came to 91 dB with batched-cfg,
+39 with quantize:int8 and 21 with int4, whose latents (0.54 off) fail the limit of its kind.
+"""
+
+REPEAT_LIMIT = 0.01
+"""Largest distance between two runs of one seed: kernels that add in changing order stay far below it."""
+
+GROWTH_LIMIT_BYTES = 64 * MIB
+"""From the second run to the last; an allocator that settles takes less, a tensor kept from each run more."""
+
+
+@dataclass(frozen=True)
+class Check:
+    """One question answered: ``limit`` says in words what was allowed."""
+
+    name: str
+    value: float | bool
+    limit: str
+    passed: bool
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """What a verification found.
+
+    Attributes:
+        rung: the loosest of the plan's techniques; it chose the limits.
+        step_errors: (timestep, relative distance of the latents that go into it), down the schedule.
+        quality: PSNR, SSIM, and LPIPS where its weights are here.
+        exact_seconds, plan_seconds: of a clip; the plan's median.
+        memory_bytes: in use after each of the plan's runs.
+    """
+
+    plan: tuple[str, ...]
+    rung: str
+    checks: tuple[Check, ...]
+    step_errors: tuple[tuple[float, float], ...]
+    quality: dict[str, float | Missing]
+    exact_seconds: float
+    plan_seconds: float
+    memory_bytes: tuple[int, ...]
+
+    @property
+    def passed(self) -> bool:
+        return all(check.passed for check in self.checks)
+
+    def to_json(self) -> dict[str, Any]:
+        told = asdict(self) | {"passed": self.passed}
+        return told | {"quality": {name: to_json(value) for name, value in self.quality.items()}}
+
+
+def verify(
+    plan: str | Sequence[str],
+    model: str,
+    request: Request,
+    *,
+    runs: int = 10,
+    device: str | None = None,
+    dtype: str | None = None,
+    on_run: Callable[[str], None] | None = None,
+) -> Verdict:
+    """Compare a plan with the plain run, then run it again and again.
+
+    Args:
+        plan: a recipe's name or technique specs, as ``Engine.load`` takes them.
+        runs: of the plan, all with the same seed.
+        on_run: told what has just been done.
+
+    Raises:
+        PlanError, RequestError, WeightsError, MemoryLimitError: as the runs themselves would.
+    """
+
+    def tell(what: str) -> None:
+        if on_run is not None:
+            on_run(what)
+
+    make_plan(plan, pick_device(device), dtype)  # what is wrong with it is told before minutes of the exact run
+    engine = Engine.load(model, plan=[], device=device, dtype=dtype)
+    request = complete(request, engine.facts)
+    exact, exact_steps = _recorded(engine, request)
+    exact = engine.run(request)  # the first one warmed up
+    tell(f"exact run: {exact.seconds['total']:.2f} s")
+    del engine
+    _free()
+
+    engine = Engine.load(model, plan=plan, device=device, dtype=dtype)
+    first, steps = _recorded(engine, request)
+    seconds, memory, apart, finite = [], [_memory(engine)], 0.0, _is_whole(first)
+    for number in range(2, runs + 1):
+        result = engine.run(request)
+        seconds.append(result.seconds["total"])
+        memory.append(_memory(engine))
+        apart = max(apart, relative_distance(result.latents, first.latents))
+        finite = finite and _is_whole(result)
+        tell(f"run {number} of {runs}: {seconds[-1]:.2f} s, {memory[-1] / MIB:.0f} MiB in use")
+    kinds = [technique.kind for technique in engine.plan.techniques]
+    rung = RUNGS[max(kinds, key=list(RUNGS).index, default="exact")]
+    strict = rung == "exact" and engine.plan.settings.dtype == torch.float32
+    limits = EXACT_FP32 if strict else LIMITS[rung]
+    on = engine.torch_device
+    quality = score(Material(first.frames, request.prompt, exact.frames, on), ("psnr", "ssim", "lpips"))
+    checks = [
+        *_likeness(limits, first, exact),
+        Check("every value is finite and the frames are no flat colour", finite, "yes", finite),
+        Check("largest distance between runs", apart, f"at most {REPEAT_LIMIT:g}", apart <= REPEAT_LIMIT),
+        _growth(memory),
+    ]
+    common = [t for t in exact_steps if t in steps and exact_steps[t].shape == steps[t].shape]
+    return Verdict(
+        plan=engine.plan.specs,
+        rung=rung,
+        checks=tuple(checks),
+        step_errors=tuple((t, relative_distance(steps[t], exact_steps[t])) for t in sorted(common, reverse=True)),
+        quality=quality,
+        exact_seconds=exact.seconds["total"],
+        plan_seconds=median(seconds or [first.seconds["total"]]),
+        memory_bytes=tuple(memory),
+    )
+
+
+def _likeness(limits: Limits, ours: Result, exact: Result) -> list[Check]:
+    checks = []
+    if limits.latent_error is not None:
+        error = relative_distance(ours.latents, exact.latents)
+        told = f"at most {limits.latent_error:g}"
+        checks.append(Check("latent error at the end", error, told, error <= limits.latent_error))
+    for name, metric, limit in (("PSNR in dB", psnr_db, limits.psnr_db), ("SSIM", ssim, limits.ssim)):
+        if limit is not None:
+            value = metric(ours.frames, exact.frames)
+            checks.append(Check(name, value, f"at least {limit:g}", value >= limit))
+    return checks
+
+
+def _growth(memory: Sequence[int]) -> Check:
+    growth = max(0, memory[-1] - memory[1]) if len(memory) > 2 else 0
+    limit = f"at most {GROWTH_LIMIT_BYTES / MIB:.0f} MiB from run 2 to {len(memory)}"
+    return Check("memory growth in MiB", growth / MIB, limit, growth <= GROWTH_LIMIT_BYTES)
+
+
+def _is_whole(result: Result) -> bool:
+    return bool(torch.isfinite(result.latents).all()) and bool(result.frames.max() > result.frames.min())
+
+
+def _recorded(engine: Engine, request: Request) -> tuple[Result, dict[float, Tensor]]:
+    with latents_by_timestep(engine) as seen:
+        result = engine.run(request)
+    return result, seen
+
+
+@contextmanager
+def latents_by_timestep(engine: Engine) -> Iterator[dict[float, Tensor]]:
+    """Yield a dictionary that fills, as the engine runs, with the latents (1, C, f, h, w) entering each timestep.
+
+    Looks over the transformers' shoulder, so it holds for every plan whose steps still call them; each look waits for
+    the device, which is why no time is taken of such a run.
+    """
+    seen: dict[float, Tensor] = {}
+
+    def look(_module: Any, arguments: tuple[Tensor, ...]) -> None:
+        latents, timestep = arguments[0], arguments[1]
+        seen.setdefault(float(timestep.flatten()[0]), latents[:1].detach().float().cpu().clone())
+
+    transformers = [t for t in (engine.parts.transformer, engine.parts.transformer_2) if t is not None]
+    handles = [transformer.register_forward_pre_hook(look) for transformer in transformers]
+    try:
+        yield seen
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def _memory(engine: Engine) -> int:
+    """Bytes in use now: of torch's allocator on a GPU, of the process elsewhere."""
+    gc.collect()
+    if engine.torch_device.type == "cuda":
+        return int(torch.cuda.memory_allocated(engine.torch_device))
+    import psutil
+
+    return int(psutil.Process().memory_info().rss)
+
+
+def _free() -> None:
+    gc.collect()
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()

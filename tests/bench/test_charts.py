@@ -1,0 +1,36 @@
+import pytest
+
+from swiftwan.bench.charts import Series, lines, scatter, ticks
+
+
+@pytest.mark.parametrize(
+    ("low", "high", "wanted"),
+    [
+        (0, 10, [0, 2, 4, 6, 8, 10]),
+        (0.13, 0.29, [0.1, 0.15, 0.2, 0.25, 0.3]),
+        (0, 0, [0, 0.2, 0.4, 0.6, 0.8, 1.0]),
+        (1, 3, [1.0, 1.5, 2.0, 2.5, 3.0]),
+    ],
+)
+def test_ticks_are_round_and_hold_the_values(low, high, wanted) -> None:
+    found = ticks(low, high)
+    assert found == pytest.approx(wanted)
+    assert found[0] <= low
+    assert found[-1] >= high
+
+
+def test_values_that_hardly_differ_get_an_axis_that_shows_it() -> None:
+    found = ticks(0.99999, 0.99999)
+    assert found[0] < 0.999 + 1e-9
+    assert len({f"{tick:.6g}" for tick in found}) == len(found)
+
+
+def test_a_chart_names_its_lines_axes_and_marks() -> None:
+    svg = lines([Series("a<b", 0, [(0, 1), (2, 3)], [(2, 3, "Text")])], x="seconds", y="GiB")
+    assert "a&lt;b: Text" in svg
+    assert 'aria-label="GiB against seconds"' in svg
+
+
+def test_the_ninth_line_is_dashed_and_colours_are_the_same_everywhere() -> None:
+    assert 'stroke-dasharray="6 3"' in lines([Series("ninth", 8, [(0, 1), (1, 1)])], x="x", y="y")
+    assert "#d55e00" in scatter([Series("second", 1, [(1, 1)])], [(1, 1)], x="x", y="y")

@@ -1,0 +1,97 @@
+"""``swiftwan bench`` and ``swiftwan verify`` as a user calls them, cells in real processes."""
+
+import json
+import subprocess
+import sys
+import time
+
+import pytest
+
+from swiftwan.bench.rows import Journal, read_rows
+from swiftwan.cli import main
+
+MATRIX = """
+models = ["pocket"]
+device = "cpu"
+rounds = 1
+warm_up_steps = 1
+metrics = ["psnr", "judge"]
+[requests.a]
+prompt = "a red circle moves left over a blue background"
+seed = 7
+width = 32
+height = 32
+num_frames = 5
+num_inference_steps = 2
+[plans.diffusers]
+peer = "diffusers"
+dtype = "fp32"
+[plans.plain]
+with = []
+dtype = "fp32"
+[plans.unknown]
+with = ["warp-drive"]
+"""
+
+
+@pytest.mark.slow
+def test_a_killed_benchmark_goes_on_and_compares_itself(tmp_path, capsys) -> None:
+    matrix, out = tmp_path / "tiny.toml", tmp_path / "out"
+    matrix.write_text(MATRIX)
+    journal = Journal(out / "journal.jsonl")
+    first = subprocess.Popen(
+        [sys.executable, "-m", "swiftwan", "bench", str(matrix), "--out", str(out)],
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
+    )
+    try:
+        while first.poll() is None and not journal.read():
+            time.sleep(0.05)
+    finally:
+        first.kill()
+        first.wait()
+    kept = journal.read()
+    assert [row["plan_name"] for row in kept][:1] == ["diffusers"]
+
+    assert main(["bench", str(matrix), "--out", str(out)]) == 0
+
+    assert journal.read()[: len(kept)] == kept, "what was done is not done again"
+    rows = read_rows(out / "rows.jsonl")
+    assert [row["status"] for row in rows] == ["ok", "ok", "refused"]
+    assert rows[1]["error"] < 1e-3
+    assert capsys.readouterr().out.strip() == str(out / "report.html")
+    for row in rows:
+        if row["spread"]:
+            row |= {"seconds": row["seconds"] / 9, "spread": [each / 9 for each in row["spread"]]}
+    (tmp_path / "faster.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+
+    assert main(["bench", str(matrix), "--out", str(out), "--compare", str(tmp_path / "faster.jsonl")]) == 1
+    assert "worse: pocket / a / plain: seconds was" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("arguments", "told"),
+    [
+        (["bench", "poket", "--out", "x"], "Did you mean 'pocket'?"),
+        (["bench", "pocket", "--out", "x", "--compare", "none.jsonl"], "there are no rows at 'none.jsonl'"),
+        (["verify", "batched-cgf"], "Did you mean 'batched-cfg'?"),
+        (["verify", "batched-cfg", "--runs", "0"], "--runs is 0"),
+    ],
+)
+def test_what_is_wrong_is_told_in_one_line_before_anything_runs(arguments, told, capsys, tmp_path, monkeypatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert main(arguments) == 2
+    said = capsys.readouterr().err
+    assert told in said
+    assert said.count("\n") == 1
+    assert not list(tmp_path.iterdir())
+
+
+def test_verify_prints_its_checks_and_a_verdict(capsys) -> None:
+    small = ["--width", "32", "--height", "32", "--frames", "5", "--steps", "2", "--runs", "2", "--device", "cpu"]
+    assert main(["verify", "batched-cfg", *small]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[0] == "plan       batched-cfg (exact)"
+    assert lines[-1] == "verdict    passed"
+    assert main(["verify", "batched-cfg", *small, "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["rung"] == "exact"
