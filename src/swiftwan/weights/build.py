@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -207,6 +208,7 @@ def _tokenizer(folder: Path) -> Any:
 _KINDS: dict[type, type[nn.Module]] = {TransformerConfig: WanTransformer, VAEConfig: WanVAE, ClipConfig: ImageEncoder}
 
 
+@cache
 def parameter_count(config: TransformerConfig | VAEConfig | ClipConfig) -> int:
     """How many weights a transformer, VAE or image encoder of these sizes has; nothing is allocated."""
     model: nn.Module = _on_meta(_KINDS[type(config)], config)
