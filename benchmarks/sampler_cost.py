@@ -76,7 +76,9 @@ def main() -> None:
         }
         with options.out.open("a") as file:
             file.write(json.dumps(row) + "\n")
-        print(json.dumps({key: row[key] for key in ("interval_seconds", "seconds", "share", "share_spread")}), flush=True)
+        print(
+            json.dumps({key: row[key] for key in ("interval_seconds", "seconds", "share", "share_spread")}), flush=True
+        )
 
 
 if __name__ == "__main__":

@@ -63,6 +63,9 @@ def schedule(request: Request, device: torch.device) -> Any:
 
 # Denoising
 
+AfterStep = Callable[[Tensor, float], None]
+"""Told the latents (1, C, f, h, w) that a step left, and the timestep they have come down to."""
+
 
 @dataclass(frozen=True)
 class Expert:
@@ -100,11 +103,11 @@ def denoise(
     request: Request,
     text: Embeddings,
     start: Start,
-    after_step: Callable[[], None],
+    after_step: AfterStep,
 ) -> Tensor:
     """Follow the flow from where the task starts to a clean latent video (1, C, f, h, w), float32.
 
-    ``after_step`` is called behind each model evaluation and solver step; what it raises ends the run.
+    ``after_step`` is told behind each model evaluation and solver step; what it raises ends the run.
     """
     latents, given = start.latents, start.given
     shape = tuple(latents.shape)
@@ -112,12 +115,13 @@ def denoise(
     noise = torch.Generator("cpu").manual_seed(request.seed + 1)
     # Only the few-step solver draws noise; the others have no such argument.
     options = {"generator": noise} if request.scheduler == "lcm" else {}
+    reached = iter([*start.timesteps[1:].tolist(), 0.0])
     for expert in experts(parts, request, start.timesteps):
         predict = guide.guidance(expert.transformer, text, shape, expert.guidance_scale, expert.timesteps.tolist())
         for timestep in expert.timesteps:
             flow = predict(*given.inputs(latents, timestep.expand(1)))
             latents = scheduler.step(flow, timestep, latents, return_dict=False, **options)[0]
-            after_step()
+            after_step(latents, next(reached))
     return given.kept(latents)
 
 
