@@ -89,10 +89,10 @@ class Report:
 
 def overview(rows: Sequence[Row]) -> list[list[str]]:
     """A line a plan: what it is, how fast, how much memory."""
-    table = [["Plan", "Rung", "Clip", "Spread", "Ratio", "Step", "Decode", "Peak", "Of ceiling", "Runs"]]
+    table = [["Plan", "Rung", "Clip", "Spread", "Ratio", "Text", "Step", "VAE", "Encode", "Peak", "Of ceiling", "Runs"]]
     for row in rows:
         if row["seconds"] is None:
-            table.append([row["plan_name"], row["rung"] or "-", _status(row), *[""] * 7])
+            table.append([row["plan_name"], row["rung"] or "-", _status(row), *[""] * 9])
             continue
         low, high = row["spread"]
         table.append(
@@ -102,8 +102,10 @@ def overview(rows: Sequence[Row]) -> list[list[str]]:
                 _s(row["seconds"]) if row["status"] == "ok" else _status(row),
                 f"{low:.3g} to {high:.3g} s",
                 f"{row['ratio']:.2f}x" if row["ratio"] else "",
+                _s(row["phase_seconds"].get("text", 0.0)),
                 f"{1000 * row['step_median_seconds']:.0f} ms",
                 _s(row["phase_seconds"].get("decode", 0.0)),
+                _s(row["encode_seconds"]) if row["encode_seconds"] is not None else "-",
                 _gib(row["peak_bytes"]),
                 f"{100 * row['ceiling_fraction']:.0f} %",
                 str(row["repeats"]),

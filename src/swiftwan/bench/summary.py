@@ -82,7 +82,7 @@ def _numbers(lines: list[Row]) -> Row:
         },
         "step_median_seconds": median(run["step_median_seconds"] for run in runs),
         "step_seconds": middle["step_seconds"],
-        "save_seconds": first and first["save_seconds"],
+        "encode_seconds": first and first["encode_seconds"],
         "peak_bytes": max(line["peak_bytes"] for line in lines),
         "denoise_tflop_per_second": rate,
         "ceiling_tflop_per_second": ceiling,
