@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from swiftwan.bench.matrix import BenchPlan, Cell
+from swiftwan.bench.rows import ITSELF, write_text
 from swiftwan.errors import MemoryLimitError, OutputError, PlanError, RequestError, SwiftwanError, WeightsError
 
 if TYPE_CHECKING:
@@ -239,7 +240,7 @@ def _look(job: Job, frames: Tensor, latents: Tensor, request: Request) -> dict[s
     error: float | Missing
     if cell.is_baseline:
         save_file({"frames": frames.contiguous(), "latents": latents.contiguous()}, job.reference)
-        reference = error = Missing("it is the baseline")
+        reference = error = Missing(ITSELF)
     else:
         try:
             kept = load_file(job.reference)
@@ -269,8 +270,6 @@ def _line(problem: BaseException) -> str:
 
 def main(arguments: list[str]) -> None:
     """Run the job in a file and write its result to another."""
-    from swiftwan.bench.rows import write_text
-
     threading.Thread(target=_end_with_the_benchmark, daemon=True).start()
     job = Job.from_json(json.loads(Path(arguments[0]).read_text(encoding="utf-8")))
     write_text(Path(arguments[1]), json.dumps(attempt(job)))

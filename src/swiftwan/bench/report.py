@@ -19,7 +19,7 @@ from typing import Any
 from swiftwan.bench import charts
 from swiftwan.bench.charts import Series
 from swiftwan.bench.page import CONTROLS, SCRIPT, STYLE
-from swiftwan.bench.rows import Row
+from swiftwan.bench.rows import ITSELF, Row
 from swiftwan.bench.summary import conclusion, frontier, group, number, why_missing
 
 EMBEDDED_BYTES = 4 * 2**20
@@ -57,6 +57,13 @@ SEED_FIGURES = (
 )
 """The eight figures of the report this project began with, in its order."""
 
+POCKET_FIGURES = (
+    Figure("Pocket CLIP score", "pocket_clip_score", "{:.3f}".format),
+    Figure("Pocket perceptual distance", "pocket_perceptual", "{:.4f}".format),
+    Figure("Pocket temporal distance", "pocket_temporal_perceptual", "{:.4f}".format),
+)
+"""Of the pocket world's own scorers, which are not CLIP and LPIPS."""
+
 QUALITY_FIGURES = (
     Figure("PSNR", "psnr_db", "{:.2f} dB".format),
     Figure("SSIM", "ssim", "{:.4f}".format),
@@ -64,9 +71,7 @@ QUALITY_FIGURES = (
     Figure("Temporal LPIPS", "temporal_lpips", "{:.3f}".format),
     Figure("CLIP score", "clip_score", "{:.3f}".format),
     Figure("Judge", "judge_percent", "{:.0f} %".format),
-    Figure("Pocket CLIP score", "pocket_clip_score", "{:.3f}".format),
-    Figure("Pocket perceptual distance", "pocket_perceptual", "{:.4f}".format),
-    Figure("Pocket temporal distance", "pocket_temporal_perceptual", "{:.4f}".format),
+    *POCKET_FIGURES,
     Figure("Latent error", "error", "{:.2e}".format),
 )
 
@@ -126,19 +131,33 @@ def quality(rows: Sequence[Row]) -> list[list[str]]:
 
 def hardware(rows: Sequence[Row]) -> list[list[str]]:
     """A line a plan and device: what the sampler saw in its first run."""
-    table = [["Plan", "Utilisation", "Temperature", "Power", "Energy", "SM clock", "Held back", "Sampler"]]
+    table = [
+        [
+            "Plan",
+            "Free before",
+            "Used at most",
+            "Utilisation",
+            "Temperature",
+            "Power",
+            "Energy",
+            "SM clock",
+            "Held back",
+            "Sampler",
+        ]
+    ]
     for row in rows:
         for seen in (row.get("hardware") or {}).get("devices", []):
-            held = seen["clocks_held_back_percent"]
             table.append(
                 [
                     row["plan_name"],
-                    _or_dash(seen["utilisation_mean_percent"], "{:.0f} %"),
-                    _or_dash(seen["temperature_peak_celsius"], "{:.0f} C"),
-                    _or_dash(seen["power_mean_watts"], "{:.0f} W"),
-                    _or_dash(seen["energy_joules"], "{:.0f} J"),
-                    _or_dash(seen["sm_clock_mean_mhz"], "{:.0f} MHz"),
-                    _or_dash(held, "{:.0f} %"),
+                    _or_dash(seen["memory_free_before_bytes"], _gib),
+                    _or_dash(seen["memory_used_peak_bytes"], _gib),
+                    _or_dash(seen["utilisation_mean_percent"], "{:.0f} %".format),
+                    _or_dash(seen["temperature_peak_celsius"], "{:.0f} C".format),
+                    _or_dash(seen["power_mean_watts"], "{:.0f} W".format),
+                    _or_dash(seen["energy_joules"], "{:.0f} J".format),
+                    _or_dash(seen["sm_clock_mean_mhz"], "{:.0f} MHz".format),
+                    _or_dash(seen["clocks_held_back_percent"], "{:.0f} %".format),
                     f"{row['hardware']['cost_percent']:.2f} %",
                 ]
             )
@@ -146,9 +165,10 @@ def hardware(rows: Sequence[Row]) -> list[list[str]]:
 
 
 def beside_baseline(row: Row, baseline: Row) -> list[list[str]]:
-    """The eight figures of one plan beside the baseline's."""
+    """The eight figures of one plan beside the baseline's, and in the pocket world its own scorers'."""
     table = [["Metric", f"{baseline['plan_name']} (baseline)", row["plan_name"], "Ratio"]]
-    for figure in SEED_FIGURES:
+    own = [figure for figure in POCKET_FIGURES if number(baseline, figure.field) is not None]
+    for figure in (*SEED_FIGURES, *own):
         ours, theirs = number(row, figure.field), number(baseline, figure.field)
         ratio = ""
         if ours and theirs and figure.better:
@@ -164,7 +184,7 @@ def missing_values(rows: Sequence[Row]) -> list[str]:
     reasons: dict[str, list[str]] = {}
     for figure in QUALITY_FIGURES:
         for row in rows:
-            if (reason := why_missing(row, figure.field)) and reason != "it is the baseline":
+            if reason := _told_missing(row, figure):
                 names = reasons.setdefault(reason, [])
                 if figure.name not in names:
                     names.append(figure.name)
@@ -173,11 +193,19 @@ def missing_values(rows: Sequence[Row]) -> list[str]:
 
 def _value(row: Row, figure: Figure) -> str:
     value = number(row, figure.field)
-    return "-" if value is None else figure.form(value)
+    if value is not None:
+        return figure.form(value)
+    return "not measured" if _told_missing(row, figure) else "-"
 
 
-def _or_dash(value: float | None, form: str) -> str:
-    return "-" if value is None else form.format(value)
+def _told_missing(row: Row, figure: Figure) -> str | None:
+    """Why a value that was asked for is not there, unless the reason is that the row is its own baseline."""
+    reason = why_missing(row, figure.field)
+    return None if reason == ITSELF else reason
+
+
+def _or_dash(value: float | None, form: Callable[[float], str]) -> str:
+    return "-" if value is None else form(value)
 
 
 def _status(row: Row) -> str:
