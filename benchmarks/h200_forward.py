@@ -110,16 +110,21 @@ class Bench:
         with torch.device("meta"):
             return WanTransformer(self.case.known.transformer).eval().requires_grad_(False)
 
-    def ours(self, specs: list[str]) -> Callable[[], Tensor]:
-        """A run with a plan of its own over the shared weights."""
+    def model(self, specs: list[str]) -> WanTransformer:
+        """A transformer with a plan of its own over the shared weights."""
         model = self.empty()
         model.load_state_dict(self.weights.state_dict(), assign=True)
-        plan = make_plan(specs, self.where)
-        parts: Any = SimpleNamespace(transformer=model, transformer_2=None)
-        for technique in plan.techniques:
+        parts: Any = SimpleNamespace(transformer=model, transformer_2=None, vae=SimpleNamespace(run_fast=lambda: None))
+        for technique in make_plan(specs, self.where).techniques:
             technique.install(parts)
+        return model
+
+    def ours(self, specs: list[str]) -> Callable[[], Tensor]:
+        model = self.model(specs)
         if self.case.guided:
-            guide = plan.guide(model, self.text, self.case.latent_shape, GUIDANCE)
+            guide = make_plan(specs, self.where).guide.guidance(
+                model, self.text, self.case.latent_shape, GUIDANCE, [self.timestep.item()]
+            )
             return lambda: guide(self.latents, self.timestep)
         condition = model.condition(self.text.prompt, self.case.latent_shape)
         return lambda: model(self.latents, self.timestep, condition)
