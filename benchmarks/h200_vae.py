@@ -33,7 +33,7 @@ from torch import Tensor, nn
 from swiftwan.models.config import WAN21_VAE, WAN22_VAE, VAEConfig
 from swiftwan.models.vae import WanVAE
 from swiftwan.models.vae_fast import FastDecoder, Layout
-from swiftwan.ops.vae_between import PAIRS, STACKED, VOLUME, WINOGRAD, Window
+from swiftwan.ops.vae_between import STACKED, VOLUME, WINOGRAD, Window
 
 CASES = {
     "vae-832x480x81": (WAN21_VAE, 81, 480, 832),
@@ -42,7 +42,7 @@ CASES = {
 }
 CEILING = 705e12  # the largest bf16 product measured in DESIGN.md, for ceiling_fraction
 CHUNK = 4
-WINDOWS = {"volume": VOLUME, "stacked": STACKED, "pairs": PAIRS, "winograd": WINOGRAD}
+WINDOWS = {"volume": VOLUME, "stacked": STACKED, "winograd": WINOGRAD}
 WITH_FP32 = ("vae-832x480x81",)  # elsewhere it is too slow to repeat
 PREFIX = 5  # latent frames that errors are taken over
 
@@ -244,7 +244,7 @@ def layouts(out: Path) -> dict[str, Layout]:
     """Each window wherever it divides, and the fastest of each shape where components have been measured."""
 
     def all_in(window: Window) -> Layout:
-        return lambda i, o, t: window if not window.group or t % window.group == 0 else VOLUME
+        return lambda i, o, t: VOLUME if window is WINOGRAD and t % 2 else window
 
     found = {name: all_in(window) for name, window in WINDOWS.items()}
     file = out / "layout.json"
@@ -253,8 +253,7 @@ def layouts(out: Path) -> dict[str, Layout]:
 
         def fastest(i: int, o: int, t: int) -> Window:
             near = [(abs(int(key.split(",")[2]) - t), g) for key, g in measured.items() if key.startswith(f"{i},{o},")]
-            window = WINDOWS[min(near)[1]] if near else VOLUME
-            return window if not window.group or t % window.group == 0 else VOLUME
+            return all_in(WINDOWS[min(near)[1]] if near else VOLUME)(i, o, t)
 
         found["components"] = fastest
     return found

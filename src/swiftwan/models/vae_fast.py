@@ -108,7 +108,7 @@ class FastDecoder:
 
     def _chunk(self, z: Tensor, stream: Stream) -> Tensor:
         decoder = self.decoder
-        x = Sum(z.permute(1, 2, 3, 0).unsqueeze(3).contiguous())
+        x = Sum(z.permute(1, 2, 3, 0).contiguous())
         x, _ = self._causal(decoder.conv_in, x, stream)
         x = self._mid(decoder.mid_block, x, stream)
         for block in decoder.up_blocks:
@@ -153,7 +153,7 @@ class FastDecoder:
 
     def _attention(self, block: Attention, x: Sum) -> Sum:
         entered = enter(x, Step(POINT, block.norm.gamma, keep=True), None)
-        tokens = entered.buffer.flatten(1, 3)  # (T, H W, C)
+        tokens = entered.buffer.flatten(1, 2)  # (T, H W, C)
         qkv = F.linear(tokens, block.to_qkv.weight.flatten(1), block.to_qkv.bias)
         q, k, v = qkv.unsqueeze(1).chunk(3, dim=-1)
         attended = F.scaled_dot_product_attention(q, k, v).squeeze(1)
@@ -164,7 +164,7 @@ class FastDecoder:
         conv = block.resample[1]
         assert isinstance(conv, nn.Conv2d)
         if block.time_conv is None or stream.at_start:
-            images = enter(x, Step(POINT), None).buffer.squeeze(3)
+            images = enter(x, Step(POINT), None).buffer
         else:
             images = self._double_frames(block.time_conv, x, stream)
         (weight,) = self._laid_out(conv, "folded", lambda: (fold_upsample(conv.weight),))
@@ -173,12 +173,12 @@ class FastDecoder:
     def _double_frames(self, conv: CausalConv3d, x: Sum, stream: Stream) -> Tensor:
         """(T, H, W, C) -> (2 T, H, W, C): a convolution over time alone is a matrix product of stacked frames."""
         frames, height, width, channels = x.shape
-        entered = enter(x, Step(Window(1, conv.kernel_size[0] - 1)), stream.past.get(conv))
+        entered = enter(x, Step(Window("stacked", conv.kernel_size[0] - 1)), stream.past.get(conv))
         assert entered.past is not None
         assert conv.bias is not None
         stream.past[conv] = entered.past
         stacked = entered.buffer.flatten(3).flatten(1, 2)
-        (weights,) = self._laid_out(conv, "rows", lambda: (stack_taps(conv.weight, 1).flatten(1),))
+        (weights,) = self._laid_out(conv, "rows", lambda: (stack_taps(conv.weight).flatten(1),))
         doubled = stacked.new_empty(frames, 2, height * width, channels)
         # Frame by frame, since a product cannot leave gaps between rows for the frame in between.
         for frame in range(frames):
@@ -200,22 +200,24 @@ class FastDecoder:
         return Sum(self._convolve(conv, window, entered.buffer), conv.bias), entered.kept
 
     def _convolve(self, conv: CausalConv3d, window: Window, buffer: Tensor) -> Tensor | Products:
-        if window.winograd:
-            planes = self._laid_out(conv, window, lambda: winograd_taps(conv.weight))
-            return Products(*(_images(part, plane) for part, plane in zip(buffer, planes, strict=True)))
-        if window.group == 0:
-            (volume,) = self._laid_out(conv, window, lambda: (_last(conv.weight),))
-            y = F.conv3d(buffer.permute(3, 0, 1, 2).unsqueeze(0), volume, padding=(0, 1, 1))
-            return y[0].permute(1, 2, 3, 0).unsqueeze(3)
-        (stacked,) = self._laid_out(conv, window, lambda: (stack_taps(conv.weight, window.group),))
-        return _images(buffer.flatten(3), stacked).unflatten(3, (window.group, -1))
+        match window.form:
+            case "winograd":
+                planes = self._laid_out(conv, window, lambda: winograd_taps(conv.weight))
+                return Products(*(_images(part, plane) for part, plane in zip(buffer, planes, strict=True)))
+            case "stacked":
+                (stacked,) = self._laid_out(conv, window, lambda: (stack_taps(conv.weight),))
+                return _images(buffer.flatten(3), stacked)
+            case "volume":
+                (volume,) = self._laid_out(conv, window, lambda: (_last(conv.weight),))
+                y = F.conv3d(buffer.permute(3, 0, 1, 2).unsqueeze(0), volume, padding=(0, 1, 1))
+                return y[0].permute(1, 2, 3, 0)
 
     def _to_pixels(self, conv: CausalConv3d, norm: RMSNorm, x: Sum, stream: Stream) -> Tensor:
         """Norm, SiLU and the convolution to few channels: (C, T, H, W)."""
         entered = enter(x, Step(POINT, norm.gamma, silu=True), None)
         (weight,) = self._laid_out(conv, "rows", lambda: (conv.weight.permute(2, 3, 4, 0, 1).flatten(0, 3),))
         frames, height, width, _ = x.shape
-        products = torch.mm(weight, entered.buffer.flatten(0, 3).t()).view(-1, frames, height, width)
+        products = torch.mm(weight, entered.buffer.flatten(0, 2).t()).view(-1, frames, height, width)
         past = stream.past.get(conv)
         assert conv.bias is not None
         video = gather_taps(products, past, conv.bias)
