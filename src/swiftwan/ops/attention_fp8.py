@@ -1,4 +1,4 @@
-"""Self-attention whose two products are in 8-bit floats (E4M3), for Hopper's tensor cores, which do those twice as fast.
+"""Self-attention with both products in 8-bit floats (E4M3), which Hopper's tensor cores multiply twice as fast.
 
 What is rounded, and how (after FlashAttention-3, arXiv 2407.08608, and SageAttention, arXiv 2410.02367):
 
@@ -56,7 +56,7 @@ def kernel_order(tokens: int, device: torch.device | None = None) -> Tensor:
     """The token at each place of v, for a multiple of 16 tokens.
 
     The first product leaves a thread's scores two neighbours at a time, and the second wants its left side four at a
-    time. It adds up over tokens, so their order is free: with this one each thread has what it needs, where it needs it.
+    time. It adds up over tokens, so their order is free: with this one each thread has what it needs.
     """
     place = torch.arange(tokens, device=device)
     return place // 16 * 16 + (place >> 1 & 1) * 8 + (place >> 2 & 3) * 2 + (place & 1)

@@ -7,6 +7,7 @@ order, without atomics, so that the same input gives the same bits.
 
 from __future__ import annotations
 
+import functools
 import math
 
 import torch
@@ -128,19 +129,19 @@ def _round_attention(q: Tensor, k: Tensor, v: Tensor, means: bool) -> tuple[Roun
     assert width == WIDTH
     assert all(x.stride(3) == 1 and x.stride(2) == WIDTH for x in (q, k, v))
     blocks, parts = triton.cdiv(length, BLOCK), triton.cdiv(length, PART)
-    empty = {"device": q.device, "dtype": torch.float32}
-    sums = torch.empty(batch, heads, parts, 3, WIDTH, **empty)
-    mean, v_scale = (torch.empty(batch, heads, WIDTH, **empty) for _ in range(2))
-    k_scale = torch.empty(batch, heads, **empty)
-    bytes8 = {"device": q.device, "dtype": torch.float8_e4m3fn}
+    empty = functools.partial(torch.empty, device=q.device, dtype=torch.float32)
+    empty8 = functools.partial(empty, dtype=torch.float8_e4m3fn)
+    sums = empty(batch, heads, parts, 3, WIDTH)
+    mean, v_scale = (empty(batch, heads, WIDTH) for _ in range(2))
+    k_scale = empty(batch, heads)
     rounded = RoundedAttention(
-        torch.empty(batch, length, heads, WIDTH, **bytes8),
-        torch.empty(batch, length, heads, WIDTH, **bytes8),
-        torch.empty(batch, heads, length, **empty),
-        torch.empty(batch, heads, WIDTH, blocks * BLOCK, **bytes8),
+        empty8(batch, length, heads, WIDTH),
+        empty8(batch, length, heads, WIDTH),
+        empty(batch, heads, length),
+        empty8(batch, heads, WIDTH, blocks * BLOCK),
         v_scale,
     )
-    pooled = [torch.empty(batch, heads, blocks if means else 0, WIDTH, **empty) for _ in range(2)]
+    pooled = [empty(batch, heads, blocks if means else 0, WIDTH) for _ in range(2)]
     _statistics_kernel[(parts, heads, batch)](
         k, v, sums, length, k.stride(0), k.stride(1), v.stride(0), v.stride(1),
         PART=PART, ROWS=64, WIDTH=WIDTH, num_warps=8,

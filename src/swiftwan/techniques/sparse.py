@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
-from weakref import WeakKeyDictionary
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
@@ -23,9 +22,9 @@ from swiftwan.ops.sparse import (
     tile_order,
 )
 from swiftwan.techniques.base import Slot, Technique
+from swiftwan.techniques.ends import Ends
 
 if TYPE_CHECKING:
-    from swiftwan.models.dit import Condition, WanTransformer
     from swiftwan.weights.build import Parts
 
 
@@ -65,7 +64,7 @@ class SparseAttention(Technique):
     def install(self, parts: Parts) -> None:
         kernel = best_kernel(parts.device)
         for transformer in filter(None, (parts.transformer, parts.transformer_2)):
-            steps = DenseSteps(self.dense_steps)
+            steps = Ends(first=self.dense_steps)
             transformer.token_order = tile_order
             transformer.register_forward_pre_hook(steps)
             for block in list(each_block(transformer))[self.dense_layers :]:
@@ -81,25 +80,10 @@ def best_kernel(device: torch.device) -> SparseKernel:
     return sparse_flex()
 
 
-class DenseSteps:
-    """Counts the calls of a transformer, each guidance branch by itself, and says whether this one is dense."""
-
-    def __init__(self, count: int) -> None:
-        self.count = count
-        self.calls: WeakKeyDictionary[Condition, int] = WeakKeyDictionary()
-        self.now = False
-
-    def __call__(self, transformer: WanTransformer, inputs: tuple[Any, ...]) -> None:
-        condition = inputs[2]
-        done = self.calls.get(condition, 0)
-        self.calls[condition] = done + 1
-        self.now = done < self.count
-
-
 class Sparse:
     """An attention kernel that is block-sparse but for the dense steps."""
 
-    def __init__(self, kernel: SparseKernel, dense: Attend, steps: DenseSteps, keep: float, block: int) -> None:
+    def __init__(self, kernel: SparseKernel, dense: Attend, steps: Ends, keep: float, block: int) -> None:
         self.kernel, self.dense, self.steps = kernel, dense, steps
         self.keep, self.block = keep, block
 
