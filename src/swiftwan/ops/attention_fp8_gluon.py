@@ -26,7 +26,8 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
 from swiftwan.ops.attention_fp8 import BLOCK, WIDTH, RoundedAttention
-from swiftwan.ops.round_attention import round_attention
+from swiftwan.ops.round_attention import round_and_pool, round_attention
+from swiftwan.ops.sparse import choose_blocks
 
 HALF = 64
 """Queries of one group of warps."""
@@ -227,3 +228,9 @@ def _tiles(x: Tensor, rows: int) -> TensorDescriptor:
 def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     """:data:`swiftwan.ops.attention.Attend` in 8 bits, for heads of 128."""
     return attend_rounded(round_attention(q, k, v), q.dtype)
+
+
+def attend_sparse(q: Tensor, k: Tensor, v: Tensor, keep: float) -> Tensor:
+    """The same over a share ``keep`` of the blocks (:mod:`swiftwan.ops.sparse`), pooled where they are rounded."""
+    rounded, q_means, k_means = round_and_pool(q, k, v)
+    return attend_rounded(rounded, q.dtype, choose_blocks(q_means, k_means, keep))

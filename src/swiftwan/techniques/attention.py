@@ -6,13 +6,12 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import torch
-from torch import Tensor
 
 from swiftwan.errors import PlanError, UnavailableError, did_you_mean
 from swiftwan.models.dit import each_block
 from swiftwan.ops.attention import KERNELS, Attend, Kernel, kernel
 from swiftwan.techniques.base import Settings, Slot, Technique
-from swiftwan.techniques.ends import Ends
+from swiftwan.techniques.ends import Ends, OtherAtEnds
 
 if TYPE_CHECKING:
     from swiftwan.device import Device
@@ -100,7 +99,7 @@ class Attention(Technique):
             blocks = list(each_block(transformer))
             for number, block in enumerate(blocks):
                 inside = self.keep_layers <= number < len(blocks) - self.keep_layers
-                block.attn1.attend = ExactAtEnds(attend, exact, steps) if inside else exact
+                block.attn1.attend = OtherAtEnds(attend, exact, steps) if inside else exact
 
     def _load(self, chosen: Kernel) -> Attend:
         try:
@@ -117,13 +116,3 @@ def fastest_exact(device: torch.device) -> Kernel:
     capability = torch.cuda.get_device_capability(device) if device.type == "cuda" else None
     names = ("flash4", "cudnn") if capability is not None and capability >= (9, 0) else ()
     return next((kernel(name) for name in names if not kernel(name).missing_on(capability)), kernel("sdpa"))
-
-
-class ExactAtEnds:
-    """An 8-bit kernel, but for the first and last steps."""
-
-    def __init__(self, near: Attend, exact: Attend, steps: Ends) -> None:
-        self.near, self.exact, self.steps = near, exact, steps
-
-    def __call__(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        return (self.exact if self.steps.now else self.near)(q, k, v)
