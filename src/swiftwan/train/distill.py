@@ -29,6 +29,7 @@ from swiftwan.models.dit import WanTransformer
 from swiftwan.sampling import warped
 
 Role = Literal["teacher", "student", "average", "critic"]
+ROLES: tuple[Role, ...] = ("teacher", "student", "average", "critic")
 TARGETS = (
     r"blocks\.\d+\.(attn[12]\.to_[qkv]|attn[12]\.to_out\.0|ffn\.net\.(0\.proj|2))|proj_out|"
     r"condition_embedder\.(time_embedder\.linear_[12]|time_proj)"
@@ -74,7 +75,7 @@ class Roles:
         self.transformer = transformer.requires_grad_(False)
         self.config = LoraConfig(r=rank, lora_alpha=rank, target_modules=TARGETS)
         device = transformer.patch_embedding.weight.device
-        roles: tuple[Role, ...] = ("student", "average", "critic")
+        roles = ROLES[1:]
         for role in roles:
             with torch.random.fork_rng([device] if device.type == "cuda" else []), warnings.catch_warnings():
                 # peft warns of a second adapter on one model, which is what we are here for.
