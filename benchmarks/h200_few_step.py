@@ -5,8 +5,8 @@
 Weights and LoRA are random, of true size: this times, and says nothing of how good a video is. The schedule is that of
 the LightX2V distillation (4 steps of lcm, shift 5, no guidance). Each plan makes a video first that does not count.
 Timed: text (no prompt cache), denoising, decoding, and writing the mp4. ``error`` is the distance of the last latents
-to those of the exact plan. The peer is diffusers' pipeline, eager in bf16, with 50 guided steps of UniPC, as the model was
-published; its four unguided steps are a row too, since a few-step LoRA runs there as well.
+to those of the exact plan. The peer is diffusers' pipeline, eager in bf16, with 50 guided steps of UniPC, as the model
+was published; its four unguided steps are a row too, since a few-step LoRA runs there as well.
 """
 
 from __future__ import annotations

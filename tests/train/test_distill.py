@@ -87,7 +87,7 @@ def test_a_walk_is_eulers_method_with_guidance(roles, batch):
 def test_the_consistency_loss_is_the_students_distance_from_teacher_and_average(roles, batch):
     clips, noise, text, negative = batch
     here, near, edge = level(0.9, 0.7, 0.5), level(0.8, 0.6, 0.4), level(0.75, 0.6, 0.0)
-    loss = distill.consistency(roles, clips, noise, text, negative, here, near, edge, 4.0)
+    loss = distill.consistency(roles, clips, noise, text, negative, here, near, edge, scale=4.0)
     errors = []
     for i in range(3):
         x = (1 - here[i]) * clips[i] + here[i] * noise[i]

@@ -165,6 +165,7 @@ def consistency(
     here: Tensor,
     near: Tensor,
     edge: Tensor,
+    *,
     scale: float,
 ) -> Tensor:
     """How far the student is from where one step of the teacher, and its own average from there, lead; scalar.

@@ -48,11 +48,11 @@ def distill(
 
     facts = describe(model)
     refuse_unfit(facts.known)
-    request = TextToVideo(
+    asked = TextToVideo(
         "", width=width, height=height, num_frames=frames, guidance_scale=guidance, flow_shift=shift, seed=seed
     )
     lines = read_prompts(prompts, facts.known, seed)
-    request = complete(replace(request, prompt=lines[0]), facts)
+    request = complete(replace(asked, prompt=lines[0]), facts)
     assert request.flow_shift is not None
     assert request.guidance_scale is not None
     settings = distill_run.Settings(

@@ -346,7 +346,7 @@ class Trainer:
 
     def consistency(self, *drawn: Tensor) -> Tensor:
         with autocast(self.device):
-            return distill.consistency(self.roles, *drawn, self.settings.guidance_scale)
+            return distill.consistency(self.roles, *drawn, scale=self.settings.guidance_scale)
 
     def _criticism(self, step: int) -> Tensor:
         generator = self._generator(4, step)
