@@ -15,7 +15,7 @@ import typer
 
 from swiftwan.cli import bench, convert, doctor, generate, info, models, serve, ui, verify
 from swiftwan.errors import Cancelled, SwiftwanError
-from swiftwan.train import pocket
+from swiftwan.train import distill_command, pocket
 
 app = typer.Typer(
     name="swiftwan",
@@ -37,7 +37,8 @@ for verb in (
     ui.ui,
 ):
     app.command()(verb)
-app.add_typer(pocket.app, name="train", help="Train models: for now the parts of the embedded one.")
+pocket.app.command("distill")(distill_command.distill)
+app.add_typer(pocket.app, name="train", help="Train few-step students, and the parts of the embedded model.")
 
 
 @app.callback(invoke_without_command=True)
