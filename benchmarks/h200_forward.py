@@ -115,7 +115,7 @@ class Bench:
         model = self.empty()
         model.load_state_dict(self.weights.state_dict(), assign=True)
         plan = make_plan(specs, self.where)
-        parts: Any = SimpleNamespace(transformer=model, transformer_2=None)
+        parts: Any = SimpleNamespace(transformer=model, transformer_2=None, weights_move=False)
         for technique in plan.techniques:
             technique.install(parts)
         if self.case.guided:

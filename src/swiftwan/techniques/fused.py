@@ -27,7 +27,7 @@ class Fused(Technique):
     reason = "the same maths in fewer passes over memory, rounded less often"
     slot = Slot.BLOCKS
     claims = ("blocks.ops",)
-    makes = frozenset({"fused-blocks", "merged-projections"})
+    makes = frozenset({"fused-blocks"})
 
     def missing_on(self, device: Device) -> str:
         if device.capability is None or device.capability < (8, 0):
@@ -47,7 +47,7 @@ class Fused(Technique):
             gelu = cast(GELU, block.ffn.net[0])
             if _is_plain(gelu.proj):
                 gelu.linear_gelu = linear_gelu
-            if all(map(_is_plain, (block.attn1.to_q, block.attn1.to_k, block.attn1.to_v))):
+            if not parts.weights_move and all(map(_is_plain, (block.attn1.to_q, block.attn1.to_k, block.attn1.to_v))):
                 block.attn1.project = MergedProjection(block.attn1)
 
 
@@ -56,7 +56,7 @@ class MergedProjection:
     an H200, for 32,760 tokens 3 to 7 % more.
 
     The layers keep their names; their weights become views of the merged ones, so that a change in place reaches
-    both, but a weight that is replaced or moved does not ("merged-projections").
+    both; one that is replaced or moved does not, so offloaded weights stay three.
     """
 
     def __init__(self, attention: SelfAttention) -> None:

@@ -36,7 +36,6 @@ class Offload(Technique):
     refuses = MappingProxyType(
         {
             "scales beside weights": "bitsandbytes keeps them out of reach of a copy; take quantize:int4",
-            "merged-projections": "its q, k and v weights are one tensor, which cannot move in parts; drop fused",
         }
     )
 
@@ -57,6 +56,7 @@ class Offload(Technique):
         return replace(settings, transformers_on_host=True)
 
     def install(self, parts: Parts) -> None:
+        parts.weights_move = True
         if self.value == "blocks":
             _stream_blocks(parts, self.resident)
         else:
