@@ -73,8 +73,15 @@ class Quantize(Technique):
     def is_dynamic(self) -> bool:
         return self.activations == "dynamic" or (self.activations == "" and self.value == "fp8")
 
+    @property
+    def _is_ours(self) -> bool:
+        """Whether it runs by ops/fp8, without a package."""
+        return self.value == "fp8" and self.is_dynamic and self.scale == "row"
+
     def missing_on(self, device: Device) -> str:
         package = {"fp8": "torchao", "int8": "torchao", "nf4": "bitsandbytes"}.get(self.value)
+        if self._is_ours:
+            package = None
         if package and importlib.util.find_spec(package) is None:
             return f"{package} is not installed; pip install 'swiftwan[quantize]'"
         if self.value == "fp8" and self.is_dynamic and (device.capability or (0, 0)) < (8, 9):
@@ -117,8 +124,8 @@ class Quantize(Technique):
                 return Int4Linear(linear) if linear.in_features % GROUP == 0 else linear
             case "nf4":
                 return _nf4(linear)
-            case "fp8" if self.is_dynamic and self.scale == "row" and _by_16(linear):
-                return Fp8Linear(linear)
+            case "fp8" if self._is_ours:
+                return Fp8Linear(linear) if _by_16(linear) else linear
             case _:
                 return self._by_torchao(linear)
 
