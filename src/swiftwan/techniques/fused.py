@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from importlib.util import find_spec
 from typing import TYPE_CHECKING, cast
 
@@ -15,6 +15,7 @@ from swiftwan.techniques.base import Slot, Technique
 
 if TYPE_CHECKING:
     from swiftwan.device import Device
+    from swiftwan.techniques.costs import Costs
     from swiftwan.weights.build import Parts
 
 
@@ -35,6 +36,9 @@ class Fused(Technique):
         if find_spec("triton") is None:
             return "the package is missing: pip install triton"
         return ""
+
+    def cost(self, costs: Costs) -> Costs:
+        return replace(costs, fused=True)
 
     def install(self, parts: Parts) -> None:
         from swiftwan.ops.fused import FUSED, linear_gelu

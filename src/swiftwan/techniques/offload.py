@@ -13,6 +13,7 @@ from swiftwan.techniques.base import Settings, Slot, Technique
 
 if TYPE_CHECKING:
     from swiftwan.models.config import KnownModel
+    from swiftwan.techniques.costs import Costs
     from swiftwan.weights.build import Parts
 
 KINDS = ("blocks", "experts", "model")
@@ -54,6 +55,12 @@ class Offload(Technique):
 
     def apply(self, settings: Settings) -> Settings:
         return replace(settings, transformers_on_host=True)
+
+    def cost(self, costs: Costs) -> Costs:
+        if self.value == "blocks":
+            return replace(costs, residency="streamed", resident_blocks=min(self.resident, costs.sizes.num_layers))
+        home = "unload" if self.value == "model" and costs.text_home == "gpu" else costs.text_home
+        return replace(costs, residency="one at a time", text_home=home)
 
     def install(self, parts: Parts) -> None:
         parts.weights_move = True

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 from weakref import WeakKeyDictionary
 
@@ -26,6 +26,7 @@ from swiftwan.techniques.base import Slot, Technique
 
 if TYPE_CHECKING:
     from swiftwan.models.dit import Condition, WanTransformer
+    from swiftwan.techniques.costs import Costs
     from swiftwan.weights.build import Parts
 
 
@@ -61,6 +62,11 @@ class SparseAttention(Technique):
                 raise PlanError(f"sparse-attention: {option.replace('_', '-')} is {count}; it is 0 or more.")
         if self.block < 1:
             raise PlanError(f"sparse-attention: block is {self.block}; it is a number of tokens.")
+
+    def cost(self, costs: Costs) -> Costs:
+        """But for the dense first steps, of which there are few."""
+        sparse = max(0, costs.sizes.num_layers - self.dense_layers) / costs.sizes.num_layers
+        return replace(costs, attention_share=costs.attention_share * (1 - sparse * (1 - self.keep)))
 
     def install(self, parts: Parts) -> None:
         kernel = best_kernel(parts.device)
