@@ -10,7 +10,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from swiftwan.models.dit import GELU, SelfAttention, each_block
+from swiftwan.models.dit import GELU, Block, SelfAttention, each_block
+from swiftwan.ops.fp8 import Fp8Linear
 from swiftwan.techniques.base import Slot, Technique
 
 if TYPE_CHECKING:
@@ -46,6 +47,9 @@ class Fused(Technique):
         for transformer in filter(None, (parts.transformer, parts.transformer_2)):
             transformer.ops = FUSED
         for block in each_block(parts.transformer, parts.transformer_2):
+            if _is_fp8(block):
+                _round_in_passing(block)
+                continue
             block.ops = FUSED
             # A layer that a technique before this one put there, 8-bit or with a LoRA, has a product of its own.
             gelu = cast(GELU, block.ffn.net[0])
@@ -77,3 +81,25 @@ class MergedProjection:
 
 def _is_plain(layer: nn.Module) -> bool:
     return type(layer) is nn.Linear
+
+
+# Blocks of 8-bit layers
+
+
+def _is_fp8(block: Block) -> bool:
+    one, other, gelu = block.attn1, block.attn2, cast(GELU, block.ffn.net[0])
+    # Those that read what a fused kernel wrote.
+    readers = (one.to_q, one.to_k, one.to_v, other.to_q, gelu.proj, block.ffn.net[2])
+    return all(type(layer) is Fp8Linear for layer in readers)
+
+
+def _round_in_passing(block: Block) -> None:
+    """Kernels before an 8-bit layer hand it its bytes, and q, k and v are one product."""
+    from swiftwan.ops.fused_fp8 import FUSED_FP8, linear_gelu
+
+    block.ops = FUSED_FP8
+    cast(GELU, block.ffn.net[0]).linear_gelu = linear_gelu
+    attention = block.attn1
+    layers = cast(list[Fp8Linear], [attention.to_q, attention.to_k, attention.to_v])
+    merged = Fp8Linear.merged(layers)
+    attention.project = lambda _, x: merged(x).chunk(3, dim=-1)

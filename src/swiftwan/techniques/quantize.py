@@ -142,7 +142,7 @@ class Quantize(Technique):
             case "nf4":
                 return _nf4(linear)
             case "fp8" if self._is_ours:
-                return Fp8Linear(linear) if _by_16(linear) else linear
+                return Fp8Linear.of(linear) if _by_16(linear) else linear
             case _:
                 return self._by_torchao(linear)
 
