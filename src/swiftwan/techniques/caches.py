@@ -39,7 +39,7 @@ class DeepCache(Technique):
     reason = "early blocks change slowly from step to step"
     slot = Slot.SCHEDULE
     claims = ("blocks.*",)
-    makes = frozenset({"steps-differ"})
+    makes = frozenset({"steps-differ", "steps-reused"})
 
     def __post_init__(self) -> None:
         if self.interval < 1:
@@ -107,7 +107,7 @@ class StepCache(Technique):
     reason = "a step that hardly differs from the one before adds what that one added"
     slot = Slot.SCHEDULE
     claims = ("blocks.*",)
-    makes = frozenset({"steps-differ"})
+    makes = frozenset({"steps-differ", "steps-reused"})
 
     def __post_init__(self) -> None:
         if not self.threshold >= 0:

@@ -48,7 +48,7 @@ class Fused(Technique):
             transformer.ops = FUSED
         for block in each_block(parts.transformer, parts.transformer_2):
             if _is_fp8(block):
-                _round_in_passing(block)
+                _round_in_passing(block, merge=not parts.weights_move)
                 continue
             block.ops = FUSED
             # A layer that a technique before this one put there, 8-bit or with a LoRA, has a product of its own.
@@ -93,12 +93,14 @@ def _is_fp8(block: Block) -> bool:
     return all(type(layer) is Fp8Linear for layer in readers)
 
 
-def _round_in_passing(block: Block) -> None:
-    """Kernels before an 8-bit layer hand it its bytes, and q, k and v are one product."""
+def _round_in_passing(block: Block, merge: bool) -> None:
+    """Kernels before an 8-bit layer hand it its bytes; q, k and v become one product where weights stay."""
     from swiftwan.ops.fused_fp8 import FUSED_FP8, linear_gelu
 
     block.ops = FUSED_FP8
     cast(GELU, block.ffn.net[0]).linear_gelu = linear_gelu
+    if not merge:
+        return
     attention = block.attn1
     layers = cast(list[Fp8Linear], [attention.to_q, attention.to_k, attention.to_v])
     merged = Fp8Linear.merged(layers)

@@ -19,6 +19,7 @@ class BatchedCfg(Technique):
     kind = "exact"
     reason = "the same two predictions, as a batch of two"
     slot = Slot.GUIDANCE
+    makes = frozenset({"guided"})
     claims = ("pair",)
 
     def apply(self, settings: Settings) -> Settings:
@@ -40,6 +41,7 @@ class CfgInterval(Technique):
     kind = "approximate"
     reason = "guidance matters least at the ends of the schedule"
     slot = Slot.GUIDANCE
+    makes = frozenset({"guided"})
     claims = ("interval",)
 
     def __post_init__(self) -> None:
@@ -65,6 +67,7 @@ class CfgSkip(Technique):
     kind = "approximate"
     reason = "the difference of the two predictions changes slowly from step to step"
     slot = Slot.GUIDANCE
+    makes = frozenset({"guided"})
     claims = ("reuse",)
 
     def __post_init__(self) -> None:
