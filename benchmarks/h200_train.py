@@ -2,9 +2,9 @@
 
     python benchmarks/h200_train.py CASE... [--ours SETTINGS...] [--peers SETTINGS...] [--repeats 5] [--out rows.jsonl]
 
-A step is everything from latents on the device to the changed adapter: noise, forward, backward, clipping, AdamW; rank
-32 on all linears of the blocks, batch 1. SETTINGS are words joined by ``+``; for a peer: ``eager`` or ``compiled`` (block by
-block), ``checkpointed``, ``cudnn``, ``fp32`` (adapters; default bf16, which is faster).
+A step is everything from latents on the device to the changed adapter: noise, forward, backward, clipping, AdamW;
+rank 32 on all linears of the blocks, batch 1. SETTINGS are words joined by ``+``; for a peer: ``eager`` or ``compiled``
+(block by block), ``checkpointed``, ``cudnn``, ``fp32`` (adapters; default bf16, which is faster).
 """
 
 from __future__ import annotations

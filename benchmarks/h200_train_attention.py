@@ -77,6 +77,25 @@ def errors(attend: Callable[[Tensor, Tensor, Tensor], Tensor]) -> dict[str, floa
     }
 
 
+def measured(
+    attend: Callable[[Tensor, Tensor, Tensor], Tensor], tokens: int, heads: int, repeats: int
+) -> dict[str, object]:
+    qkv = inputs(tokens, heads)
+    grad = torch.randn_like(qkv[0])
+    work = 4 * tokens**2 * heads * 128 / 1e12
+    forward = seconds(lambda: attend(*qkv), repeats)
+    out = attend(*qkv)
+    backward = seconds(lambda: torch.autograd.grad(out, qkv, grad, retain_graph=True), repeats)
+    return {
+        "forward_seconds": forward,
+        "backward_seconds": backward,
+        "forward_tflops": work / forward,
+        "backward_tflops": 2.5 * work / backward,
+        "errors": errors(attend),
+        "status": "ok",
+    }
+
+
 def main() -> None:
     parser = argparse.ArgumentParser()
     parser.add_argument("--out", type=Path)
@@ -87,24 +106,7 @@ def main() -> None:
         for name, attend in KERNELS.items():
             row: dict[str, object] = {"case": f"attention {heads} x {options.tokens} x 128, bf16", "kernel": name}
             try:
-                qkv = inputs(options.tokens, heads)
-                grad = torch.randn_like(qkv[0])
-                work = 4 * options.tokens**2 * heads * 128 / 1e12
-                forward = seconds(lambda: attend(*qkv), options.repeats)  # noqa: B023
-                out = attend(*qkv)
-                backward = seconds(
-                    lambda: torch.autograd.grad(out, qkv, grad, retain_graph=True),  # noqa: B023
-                    options.repeats,
-                )
-                row |= {
-                    "forward_seconds": forward,
-                    "backward_seconds": backward,
-                    "forward_tflops": work / forward,
-                    "backward_tflops": 2.5 * work / backward,
-                    "errors": errors(attend),
-                    "status": "done",
-                }
-                del out, qkv, grad
+                row |= measured(attend, options.tokens, heads, options.repeats)
             except Exception as error:
                 row |= {"status": "failed", "reason": f"{type(error).__name__}: {error}"[:400]}
             row |= {

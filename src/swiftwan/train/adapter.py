@@ -6,8 +6,9 @@ is ours, since peft widens the activations to the factors' float32 where we cast
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, cast
 
 import torch
 import torch.nn.functional as F
@@ -16,6 +17,8 @@ from torch import Tensor, nn
 from swiftwan.errors import RequestError, UnavailableError, did_you_mean
 from swiftwan.models.dit import WanTransformer
 
+for _name in ("torchao", "torch.utils._pytree", "bitsandbytes"):  # peft imports them, and they tell what they lack
+    logging.getLogger(_name).setLevel(logging.ERROR)
 try:
     from peft import LoraConfig, inject_adapter_in_model
     from peft.tuners.lora import Linear
@@ -70,7 +73,7 @@ class LoraLinear(Linear):
         if self.disable_adapters:
             return y
         for name in self.active_adapters:
-            down, up = self.lora_A[name].weight, self.lora_B[name].weight
+            down, up = cast(nn.Linear, self.lora_A[name]).weight, cast(nn.Linear, self.lora_B[name]).weight
             y = y + F.linear(F.linear(x, down.to(x.dtype)), (up * self.scaling[name]).to(x.dtype))
         return y
 
@@ -92,7 +95,7 @@ def inject(
     if rank < 1:
         raise RequestError(f"rank is {rank}; it must be at least 1.")
     block = transformer.blocks[0]
-    widths = {name: min(block.get_submodule(name).weight.shape) for name in targets}  # type: ignore[type-var]
+    widths = {name: min(cast(nn.Linear, block.get_submodule(name)).weight.shape) for name in targets}
     narrowest = min(widths, key=lambda name: widths[name])
     if rank > widths[narrowest]:
         raise RequestError(
@@ -111,7 +114,7 @@ def inject(
 def lora_config(rank: int, alpha: float, targets: Sequence[str]) -> LoraConfig:
     """peft's own record of the adapter; its pattern matches within blocks only."""
     names = "|".join(name.replace(".", r"\.") for name in targets)
-    return LoraConfig(r=rank, lora_alpha=alpha, target_modules=rf".*blocks\.\d+\.({names})", lora_dropout=0.0)
+    return LoraConfig(r=rank, lora_alpha=alpha, target_modules=rf".*blocks\.\d+\.({names})", lora_dropout=0.0)  # type: ignore[arg-type]
 
 
 def factors(transformer: WanTransformer) -> dict[str, nn.Parameter]:

@@ -69,9 +69,6 @@ class Cache:
         tensor: Tensor = self._new[key] if key in self._new else self._files[key].get_tensor(key)
         return tensor
 
-    def get(self, key: str) -> Tensor | None:
-        return self[key] if key in self else None
-
     def put(self, key: str, tensor: Tensor) -> None:
         """Keep a tensor; it is on the disk after :meth:`flush`, or when a shard is full."""
         self._new[key] = tensor.cpu().contiguous()
@@ -118,9 +115,9 @@ def _stamp(path: Path, identity: dict[str, str]) -> None:
         return
     stamped = check.read_json(path) or {}
     if stamped != identity:
+        theirs, ours = stamped.get("model"), identity["model"]
         raise RequestError(
-            f"{path.parent} is the cache of '{stamped.get('model')}', with other encoders than '{identity['model']}' has; "
-            "give another --cache."
+            f"{path.parent} is a cache of '{theirs}', not of '{ours}' as it is loaded; give another --cache."
         )
 
 

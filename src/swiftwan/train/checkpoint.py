@@ -74,8 +74,8 @@ class Checkpoints:
             last = self.paths()
             kept = f"the last good one is {last[-1]}" if last else "there is none before it"
             raise OutputError(
-                f"the checkpoint of step {step} cannot be written: {error}; {kept}: free room, and run the same command "
-                "again."
+                f"the checkpoint of step {step} cannot be written: {error}; {kept}: free room, and run the same "
+                "command again."
             ) from None
         for old in self.paths()[:-KEPT]:
             old.unlink(missing_ok=True)

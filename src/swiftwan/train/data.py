@@ -221,8 +221,8 @@ def _of_hub(name: str, downloads: Path | None) -> Iterator[Entry]:
     caption = next((column for column in CAPTION_COLUMNS if column in table.column_names), None)
     if media is None or caption is None:
         raise RequestError(
-            f"'hf:{name}' has the columns {', '.join(table.column_names)}; it needs one of {', '.join(MEDIA_COLUMNS)} and "
-            f"one of {', '.join(CAPTION_COLUMNS)}."
+            f"'hf:{name}' has the columns {', '.join(table.column_names)}; it needs one of {', '.join(MEDIA_COLUMNS)} "
+            f"and one of {', '.join(CAPTION_COLUMNS)}."
         )
     if not isinstance(table.features[media], datasets.Value):
         table = table.cast_column(media, type(table.features[media])(decode=False))

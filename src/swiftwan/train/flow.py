@@ -45,7 +45,7 @@ class Levels:
             raise RequestError(f"shift is {self.shift}; it must be above 0 (1 is no shift).")
 
     def quantile(self, share: Tensor) -> Tensor:
-        """The level below which ``share`` of the draws fall: any shape in [0, 1], float64 inside, returned in float32."""
+        """The level below which ``share`` of the draws fall: any shape in [0, 1]; float32."""
         low, high = self.share_below(self.low), self.share_below(self.high)
         share = low + share.double() * (high - low)
         plain = torch.sigmoid(torch.special.ndtri(share)) if self.distribution == "logit-normal" else share

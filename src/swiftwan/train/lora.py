@@ -2,19 +2,20 @@
 
     swiftwan train lora DATA --model wan2.1-t2v-1.3b --out runs/style
 
-A run lives in a folder: ``run.json`` (what it is), ``data.txt`` (what could be used, and what not), ``log.jsonl``, ``loss.svg``,
-``checkpoints/``, ``samples/``, ``lora.safetensors``. All chance of a step follows from (seed, step), so a checkpoint and the
-step's number are the whole state: a run that was killed goes on to the bit as if it had not been.
+A run lives in a folder: ``run.json`` (what it is), ``data.txt`` (what could be used, and what not), ``log.jsonl``,
+``loss.svg``, ``checkpoints/``, ``samples/``, ``lora.safetensors``. All chance of a step follows from (seed, step), so a
+checkpoint is the whole state: a run that was killed goes on to the bit as if it had not been.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from swiftwan.device import pick_device
 from swiftwan.engine import Engine
-from swiftwan.errors import RequestError
+from swiftwan.errors import RequestError, UnavailableError, did_you_mean
 from swiftwan.train import buckets, validate
 from swiftwan.train.cache import Cache, Encoders
 from swiftwan.train.data import Problem, find
@@ -34,6 +35,34 @@ LOG_EVERY = 10
 # Before the loop
 
 
+def open_engine(model: str, *, device: str | None, dtype: str | None) -> Engine:
+    """Load a model to train beside: plain, but for the fastest attention that has a backward pass."""
+    hopper = (pick_device(device).capability or (0, 0)) >= (9, 0)
+    return Engine.load(model, plan=["attention:cudnn"] if hopper else [], device=device, dtype=dtype)
+
+
+def trackers(names: Sequence[str], out: Path) -> list[Any]:
+    """Where rows of the log go beside the run's folder, by accelerate's names.
+
+    Raises:
+        RequestError: the name is unknown.
+        UnavailableError: its package is not installed.
+    """
+    if not names:
+        return []
+    from accelerate.tracking import LOGGER_TYPE_TO_CLASS, get_available_trackers
+
+    made = []
+    for name in names:
+        if name not in LOGGER_TYPE_TO_CLASS:
+            raise RequestError(f"log is '{name}'." + did_you_mean(name, LOGGER_TYPE_TO_CLASS))
+        if name not in get_available_trackers():
+            raise UnavailableError(f"logging to {name} needs its package: pip install {name}.")
+        kind = LOGGER_TYPE_TO_CLASS[name]
+        made.append(kind(out.name, logging_dir=out) if kind.requires_logging_directory else kind(out.name))
+    return made
+
+
 def prepare(engine: Engine, source: str, settings: Settings, out: Path, cache: Path | None, on_step: OnStep) -> Data:
     """Check the data, write the report, encode what is not in the cache, and let the encoders go.
 
@@ -43,7 +72,7 @@ def prepare(engine: Engine, source: str, settings: Settings, out: Path, cache: P
     known, defaults = engine.facts.known, engine.facts.known.defaults
     if known.image_end == "always":
         raise RequestError(f"'{known.name}' goes from a first frame to a last one, which training does not know yet.")
-    check_form(settings.form)
+    check_form(settings.format)
     shapes = buckets.Shapes.of(
         known,
         settings.width or defaults.width,
@@ -116,8 +145,10 @@ def train(
         OutputError: the disk is full; the last good checkpoint stays.
     """
     data = prepare(engine, source, settings, out, cache, on_step)
-    _same_run(out / "run.json", engine, settings, data.sha256)
+    identity = {"model": engine.model_name, "data": data.sha256, "dtype": engine.dtype_name} | settings.identity()
+    _same_run(out, identity)
     run = Run(engine, settings, data, out)
+    write_json(out / "run.json", identity)
     resumed = run.resume()
     validate.forget_after(run.log_path, run.step)
     if not resumed:
@@ -137,22 +168,17 @@ def train(
     return run.deliver()
 
 
-def _same_run(path: Path, engine: Engine, settings: Settings, data_sha256: str) -> None:
-    """Write what a run is, or compare with what the run in this folder was.
-
-    Raises:
-        RequestError: it was another.
-    """
-    wanted = {"model": engine.model_name, "data": data_sha256, "dtype": engine.dtype_name} | settings.identity()
-    if (before := read_json(path)) is None:
-        write_json(path, wanted)
+def _same_run(out: Path, identity: Mapping[str, Any]) -> None:
+    """Raise RequestError if the folder holds another run."""
+    before = read_json(out / "run.json")
+    if before is None:
         return
-    if before.get("data") != data_sha256:
+    if before.get("data") != identity["data"]:
         raise RequestError(
-            f"the data changed since the run in '{path.parent}' began, so it cannot go on as it would have; bring the "
-            "clips and captions back, or give another --out (its checkpoints stay)."
+            f"the data changed since the run in '{out}' began, so it cannot go on as it would have; bring the clips and "
+            "captions back, or give another --out (its checkpoints stay)."
         )
-    wanted = {key: list(value) if isinstance(value, tuple) else value for key, value in wanted.items()}
-    other = [f"{key} {before.get(key)} (now {value})" for key, value in wanted.items() if before.get(key) != value]
+    now = {key: list(value) if isinstance(value, tuple) else value for key, value in identity.items()}
+    other = [f"{key} {before.get(key)} (now {value})" for key, value in now.items() if before.get(key) != value]
     if other:
-        raise RequestError(f"'{path.parent}' holds a run with {', '.join(other)}; say the same, or give another --out.")
+        raise RequestError(f"'{out}' holds a run with {', '.join(other)}; say the same, or give another --out.")

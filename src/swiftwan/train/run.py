@@ -100,7 +100,8 @@ class Run:
 
     def _adapted(self) -> dict[str, nn.Parameter]:
         """Adapters in place, blocks wrapped and compiled; the parameters to train."""
-        settings, parameters = self.settings, {}
+        settings = self.settings
+        parameters: dict[str, nn.Parameter] = {}
         targets = adapter.chosen_targets(settings.targets)
         for number, trainee in enumerate(self.trainees):
             transformer = trainee.transformer
@@ -130,7 +131,8 @@ class Run:
 
     def update(self) -> None:
         """One step: gradients of some batches, clipped, AdamW, average. Nothing is read back from the device."""
-        settings, parameters = self.settings, list(self.parameters.values())
+        settings = self.settings
+        parameters: list[Tensor] = list(self.parameters.values())
         for group in self.optimizer.param_groups:
             group["lr"] = self.schedule.at(self.step)
         total = torch.zeros((), device=self.device)
@@ -184,9 +186,9 @@ class Run:
         """Read a batch from the cache to the device; ``drop`` is the share of captions to leave out."""
         cache, encoders = self.data.cache, self.data.encoders
         samples = [encoders.sample(item) for item in items]
-        dropped = (torch.rand(len(items), generator=chance, device=self.device) < drop).tolist() if drop else []
+        dropped = (torch.rand(len(items), generator=chance, device=self.device) < drop).tolist()
         empty = encoders.text_key("")
-        keys = [empty if out else sample.text for sample, out in zip(samples, dropped or [False] * len(items))]
+        keys = [empty if out else sample.text for sample, out in zip(samples, dropped, strict=True)]
         text = torch.stack([_padded(cache[key], self.data.text_tokens) for key in keys])
         share = self.settings.first_frame
         given = torch.rand(len(items), generator=chance, device=self.device) < share if share else None
@@ -339,7 +341,7 @@ class Run:
                 "settings": json.dumps(settings.identity()),
                 "versions": json.dumps(versions(self.engine.device)),
             },
-            form=settings.form,
+            form=settings.format,
         )
 
 

@@ -59,7 +59,7 @@ class Settings:
     prompts: tuple[str, ...] = ()
     checkpoint_every: int = 100
     keep: Literal["auto", "all", "attention", "nothing"] = "auto"
-    form: str = "diffusers"
+    format: str = "diffusers"
 
     def identity(self) -> dict[str, Any]:
         """What must be the same for a run to go on; its end may move."""

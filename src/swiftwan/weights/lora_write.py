@@ -1,9 +1,9 @@
 """A trained LoRA as a file, under the names that others read.
 
-``diffusers``: ``transformer.blocks.0.attn1.to_q.lora_A.weight``, alpha and rank in the metadata as diffusers writes them;
-``transformer_2.`` for a low-noise expert, in the same file. ``comfyui``: ``diffusion_model.blocks.0.self_attn.q.lora_A.weight`` with an
-``alpha`` beside it. ``kohya`` (musubi): ``lora_unet_blocks_0_self_attn_q.lora_down.weight``. The last two have
-no name for a second expert, so each gets a file of its own.
+``diffusers``: ``transformer.blocks.0.attn1.to_q.lora_A.weight``, alpha and rank in the metadata as diffusers has them;
+``transformer_2.`` for a low-noise expert, in the same file. ``comfyui``:
+``diffusion_model.blocks.0.self_attn.q.lora_A.weight``, an ``alpha`` beside it. ``kohya`` (musubi):
+``lora_unet_blocks_0_self_attn_q.lora_down.weight``. The last two have no name for a second expert, so each gets a file.
 """
 
 from __future__ import annotations
