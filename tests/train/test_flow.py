@@ -37,7 +37,9 @@ def test_the_ends_are_finite():
     assert level.tolist() == [0.0, 1.0]
 
 
-@pytest.mark.parametrize(("values", "told"), [({"distribution": "normal"}, "Did you mean"), ({"shift": 0.0}, "above 0")])
+@pytest.mark.parametrize(
+    ("values", "told"), [({"distribution": "normal"}, "Did you mean"), ({"shift": 0.0}, "above 0")]
+)
 def test_levels_that_are_refused(values, told):
     with pytest.raises(RequestError, match=told):
         Levels(**values)

@@ -64,7 +64,8 @@ class Checkpoints:
         partial = path.with_suffix(".tmp")
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
-            owned = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
+            # Copies: bitsandbytes gives all parameters one table, and safetensors refuses memory that names share.
+            owned = {name: tensor.detach().cpu().contiguous().clone() for name, tensor in tensors.items()}
             save_file(owned, partial, metadata={"step": str(step), "facts": json.dumps(dict(facts))})
             sync(partial)
             partial.replace(path)

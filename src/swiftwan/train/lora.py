@@ -150,7 +150,7 @@ def train(
     run = Run(engine, settings, data, out)
     write_json(out / "run.json", identity)
     resumed = run.resume()
-    validate.forget_after(run.log_path, run.step)
+    validate.forget_after(run.log_path, run.step if resumed else -1)
     if not resumed:
         run.validate()
     while run.step < settings.steps:

@@ -190,7 +190,7 @@ class Run:
         empty = encoders.text_key("")
         keys = [empty if out else sample.text for sample, out in zip(samples, dropped, strict=True)]
         text = torch.stack([_padded(cache[key], self.data.text_tokens) for key in keys])
-        share = self.settings.first_frame
+        share = self.settings.first_frame if items[0].bucket.frames > 1 else 0.0
         given = torch.rand(len(items), generator=chance, device=self.device) < share if share else None
         return flow.Batch(
             latents=self._stacked([sample.latents for sample in samples]).float(),

@@ -92,9 +92,9 @@ def _save(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str]
     partial = path.with_suffix(".tmp")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        save_file(
-            {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}, partial, dict(metadata)
-        )
+        # Copies: safetensors refuses memory that two names share, as two experts with one adapter do.
+        owned = {name: tensor.detach().cpu().contiguous().clone() for name, tensor in tensors.items()}
+        save_file(owned, partial, dict(metadata))
         sync(partial)
         partial.replace(path)
     except (OSError, SafetensorError) as error:
