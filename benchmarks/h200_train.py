@@ -2,15 +2,18 @@
 
     python benchmarks/h200_train.py CASE... [--ours SETTINGS...] [--peers SETTINGS...] [--repeats 5] [--out rows.jsonl]
 
-A step is everything from latents on the device to the changed adapter: noise, forward, backward, clipping, AdamW;
-rank 32 on all linears of the blocks, batch 1. SETTINGS are words joined by ``+``; for a peer: ``eager`` or ``compiled``
-(block by block), ``checkpointed``, ``cudnn``, ``fp32`` (adapters; default bf16, which is faster).
+A step is everything from latents on the device to the changed adapter: noise, forward, backward, clipping, AdamW; rank
+32 on all linears of the blocks, batch 1. SETTINGS are words joined by ``+``. For a peer: ``eager`` or ``compiled``
+(block by block), ``checkpointed``, ``cudnn``, ``fp32`` (adapters; default bf16, which is faster). For ours: the
+attention (``cudnn``, ``flash4``), what blocks keep (``all``, ``attention``, ``nothing``, or what fits ``24gb``),
+``fp8``, ``eager``; our adapters are fp32.
 """
 
 from __future__ import annotations
 
 import argparse
 import datetime
+import functools
 import gc
 import inspect
 import json
@@ -26,10 +29,13 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from swiftwan.device import pick_device, versions
 from swiftwan.models.config import KNOWN_MODELS, POCKET, KnownModel
 from swiftwan.models.dit import KEEP_FP32, WanTransformer
+from swiftwan.ops.attention import sdpa
+from swiftwan.ops.flash4_training import flash4
 from swiftwan.weights.load import randomize
 
 RANK = 32
@@ -145,6 +151,54 @@ class Bench:
 
         return optimized(parameters, loss)
 
+    def ours(self, words: set[str]) -> Callable[[], Tensor]:
+        from swiftwan.train import adapter, flow, memory
+
+        with torch.device("meta"):
+            model = WanTransformer(self.case.known.transformer).requires_grad_(False)
+        model.load_state_dict(self.weights.state_dict(), assign=True)
+        targets = adapter.chosen_targets(["all"])
+        factors = adapter.inject(model, RANK, RANK, targets, seed=0)
+        attend = next((attend for word, attend in ATTENTION.items() if word in words), ATTENTION["sdpa"])
+        for block in model.blocks:
+            block.attn1.attend = attend
+        if "fp8" in words:
+            adapter.freeze_in_fp8(model)
+        layers = self.case.known.transformer.num_layers
+        keep = next((keep for keep in memory.KEEPS if keep in words), "all")
+        choice = [keep] * layers
+        if limit := next((int(word.removesuffix("gb")) for word in words if word.endswith("gb")), None):
+            budget = limit * 10**9 - torch.cuda.memory_allocated() - 8 * sum(f.nbytes for f in factors.values())
+            choice = memory.choose(self.case.known.transformer, self.case.tokens, int(0.95 * budget), 2)
+        print(label_of(choice), flush=True)
+        memory.keep_in_blocks(model, choice)
+        if "eager" not in words:
+            for block in model.blocks:
+                block.compile(dynamic=False)
+
+        def loss() -> Tensor:
+            noise = torch.randn_like(self.latents)
+            level = torch.sigmoid(torch.randn(1, device=self.device))
+            return flow.loss(model, flow.Batch(self.latents, self.text), level, noise)
+
+        return optimized(list(factors.values()), loss)
+
+
+def label_of(choice: list[str]) -> str:
+    return ", ".join(f"{choice.count(keep)} blocks keep {keep}" for keep in dict.fromkeys(choice))
+
+
+def _backend(backend: SDPBackend, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    with sdpa_kernel(backend):
+        return sdpa(q, k, v)
+
+
+ATTENTION = {
+    "sdpa": sdpa,
+    "cudnn": functools.partial(_backend, SDPBackend.CUDNN_ATTENTION),
+    "flash4": flash4,
+}
+
 
 def timed(step: Callable[[], Tensor], on_gpu: bool) -> float:
     if on_gpu:
@@ -181,6 +235,8 @@ def measure(bench: Bench, name: str, label: str, options: argparse.Namespace) ->
             "ceiling_fraction": round(bench.case.floor_seconds() / seconds, 3),
             "loss": step().item(),
         }
+        if options.profile:
+            profile(step, options.profile, f"{name}: {label}")
     except Exception as problem:
         traceback.print_exc()
         row |= {"status": "failed", "reason": f"{type(problem).__name__}: {str(problem).strip()[:300]}"}
@@ -196,6 +252,18 @@ def measure(bench: Bench, name: str, label: str, options: argparse.Namespace) ->
     }
 
 
+def profile(step: Callable[[], Tensor], path: Path, title: str) -> None:
+    """Append the kernels of one step, longest total first."""
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as trace:
+        step()
+        torch.cuda.synchronize()
+    kernels = sorted(trace.key_averages(), key=lambda item: -item.device_time_total)
+    with path.open("a") as out:
+        out.write(f"\n{title}: {sum(item.device_time_total for item in kernels) / 1e3:.1f} ms of kernels\n")
+        for item in kernels[:40]:
+            out.write(f"{item.device_time_total / 1e3:10.2f} ms {item.count:6} x  {item.key[:170]}\n")
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("cases", nargs="+", choices=CASES)
@@ -204,6 +272,7 @@ def main() -> None:
     parser.add_argument("--repeats", type=int, default=5)
     parser.add_argument("--device", default="cuda")
     parser.add_argument("--out", type=Path)
+    parser.add_argument("--profile", type=Path)
     parser.add_argument("--commit", default="")
     options = parser.parse_args()
     if not options.commit:

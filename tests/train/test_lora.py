@@ -41,10 +41,32 @@ SMALL = Settings(
     validate_every=3,
     checkpoint_every=2,
 )
-ARGUMENTS = (
-    "--steps 6 --rank 2 --targets self,ffn-out --frames 9 --learning-rate 3e-3 --warmup 1 --held-out 0.2 --ema 0.9 "
-    "--validate-every 3 --checkpoint-every 2 --device cpu --dtype fp32"
-).split()
+ARGUMENTS = [
+    "--steps",
+    "6",
+    "--rank",
+    "2",
+    "--targets",
+    "self,ffn-out",
+    "--frames",
+    "9",
+    "--learning-rate",
+    "3e-3",
+    "--warmup",
+    "1",
+    "--held-out",
+    "0.2",
+    "--ema",
+    "0.9",
+    "--validate-every",
+    "3",
+    "--checkpoint-every",
+    "2",
+    "--device",
+    "cpu",
+    "--dtype",
+    "fp32",
+]
 
 
 @pytest.fixture(scope="module")

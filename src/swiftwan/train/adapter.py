@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Sequence
-from typing import Any, cast
+from typing import Any, TypeGuard, cast
 
 import torch
 import torch.nn.functional as F
@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from swiftwan.errors import RequestError, UnavailableError, did_you_mean
 from swiftwan.models.dit import WanTransformer
+from swiftwan.ops.fp8_training import Fp8FrozenLinear
 
 for _name in ("torchao", "torch.utils._pytree", "bitsandbytes"):  # peft imports them, and they tell what they lack
     logging.getLogger(_name).setLevel(logging.ERROR)
@@ -108,7 +109,14 @@ def inject(
     with torch.random.fork_rng([device] if device.type == "cuda" else []):
         torch.manual_seed(seed)
         inject_adapter_in_model(config, transformer, adapter_name=NAME)
+    # As if the first block's input learnt too: so one compilation serves it and the others.
+    transformer.patch_embedding.register_forward_hook(_require_gradient)
     return factors(transformer)
+
+
+def _require_gradient(module: nn.Module, inputs: tuple[Tensor, ...], tokens: Tensor) -> None:
+    if torch.is_grad_enabled():
+        tokens.requires_grad_()
 
 
 def lora_config(rank: int, alpha: float, targets: Sequence[str]) -> LoraConfig:
@@ -127,6 +135,13 @@ def factors(transformer: WanTransformer) -> dict[str, nn.Parameter]:
     return found
 
 
+def freeze_in_fp8(transformer: WanTransformer) -> None:
+    """Run the products with the frozen weights below the adapters in 8 bits."""
+    for module in transformer.modules():
+        if isinstance(module, LoraLinear) and _by_16(module.base_layer):
+            module.base_layer = Fp8FrozenLinear(module.base_layer)
+
+
 def tie(transformer: WanTransformer, to: WanTransformer) -> None:
     """Make two adapters one: the first transformer's factors become the other's own."""
     for name, module in transformer.named_modules():
@@ -134,3 +149,7 @@ def tie(transformer: WanTransformer, to: WanTransformer) -> None:
             other = to.get_submodule(name)
             assert isinstance(other, LoraLinear)
             module.lora_A, module.lora_B = other.lora_A, other.lora_B
+
+
+def _by_16(layer: nn.Module) -> TypeGuard[nn.Linear]:
+    return type(layer) is nn.Linear and layer.in_features % 16 == 0 and layer.out_features % 16 == 0

@@ -175,8 +175,8 @@ def _same_run(out: Path, identity: Mapping[str, Any]) -> None:
         return
     if before.get("data") != identity["data"]:
         raise RequestError(
-            f"the data changed since the run in '{out}' began, so it cannot go on as it would have; bring the clips and "
-            "captions back, or give another --out (its checkpoints stay)."
+            f"the data changed since the run in '{out}' began, so it cannot go on as it would have; bring the clips "
+            "and captions back, or give another --out (its checkpoints stay)."
         )
     now = {key: list(value) if isinstance(value, tuple) else value for key, value in identity.items()}
     other = [f"{key} {before.get(key)} (now {value})" for key, value in now.items() if before.get(key) != value]

@@ -17,6 +17,7 @@ from torch.utils.checkpoint import CheckpointPolicy, create_selective_checkpoint
 
 from swiftwan.models.config import TransformerConfig
 from swiftwan.models.dit import Block, WanTransformer
+from swiftwan.ops.flash4_training import flash4_forward
 
 Keep = Literal["all", "attention", "nothing"]
 KEEPS: tuple[Keep, ...] = ("all", "attention", "nothing")
@@ -27,6 +28,7 @@ ATTENTION_OPS = (
     _aten._scaled_dot_product_flash_attention_for_cpu.default,
     _aten._scaled_dot_product_efficient_attention.default,
     _aten._scaled_dot_product_cudnn_attention.default,
+    flash4_forward._opoverload,
 )
 """Attention as the checkpointing sees it: each returns the output and the log-sum-exp."""
 
