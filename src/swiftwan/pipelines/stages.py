@@ -17,7 +17,7 @@ from swiftwan.models.text import TextEncoder
 from swiftwan.models.vae import Tiling, WanVAE
 from swiftwan.pipelines.request import ImageToVideo, Request
 from swiftwan.pipelines.start import Start
-from swiftwan.sampling import make_scheduler
+from swiftwan.sampling import FewStep, make_scheduler
 from swiftwan.weights.build import Parts
 
 TRAIN_TIMESTEPS = 1000
@@ -48,8 +48,8 @@ def encode_image(encoder: ImageEncoder | None, request: Request, given: Given | 
     return encoder.encode(given.pixels[:, 0])
 
 
-def schedule(request: Request, device: torch.device) -> Any:
-    """The request's scheduler at its first step."""
+def schedule(request: Request, few_step: FewStep | None, device: torch.device) -> Any:
+    """The request's scheduler at its first step; a few-step model says at which noise levels it is evaluated."""
     assert request.scheduler is not None
     assert request.num_inference_steps is not None
     assert request.flow_shift is not None
@@ -58,6 +58,7 @@ def schedule(request: Request, device: torch.device) -> Any:
         num_inference_steps=request.num_inference_steps,
         flow_shift=request.flow_shift,
         device=device,
+        levels=few_step.levels_for(request.num_inference_steps, request.flow_shift) if few_step else None,
     )
 
 
@@ -134,9 +135,19 @@ def decode(
     tiling: Tiling | None,
     after_chunk: Callable[[], None],
 ) -> Tensor:
-    """Decode to uint8 frames (F, H, W, 3) on the CPU, a chunk at a time, so that memory stays bounded."""
-    chunks = []
+    """Decode to uint8 frames (F, H, W, 3) on the CPU, a chunk at a time, so that memory stays bounded.
+
+    The frames lie in page-locked memory where there is CUDA: the GPU goes on while a chunk is copied.
+    """
+    _, _, count, rows, columns = latents.shape
+    time, space = vae.config.scale_factor_temporal, vae.config.scale_factor_spatial
+    shape = ((count - 1) * time + 1, rows * space, columns * space, 3)
+    frames = torch.empty(shape, dtype=torch.uint8, pin_memory=latents.is_cuda)
+    at = 0
     for chunk in vae.stream_frames(latents, vae.latent_frames_at_once(latents), tiling):
-        chunks.append(chunk.cpu())
+        frames[at : at + len(chunk)].copy_(chunk, non_blocking=True)
+        at += len(chunk)
         after_chunk()
-    return torch.cat(chunks)
+    if latents.is_cuda:
+        torch.cuda.synchronize(latents.device)
+    return frames
