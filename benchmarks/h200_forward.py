@@ -117,7 +117,9 @@ class Bench:
         """A transformer with a plan of its own over the shared weights."""
         model = self.empty()
         model.load_state_dict(self.weights.state_dict(), assign=True)
-        parts: Any = SimpleNamespace(transformer=model, transformer_2=None, vae=SimpleNamespace(run_fast=lambda: None))
+        parts: Any = SimpleNamespace(
+            transformer=model, transformer_2=None, vae=SimpleNamespace(run_fast=lambda: None), weights_move=False
+        )
         for technique in make_plan(specs, self.where).techniques:
             technique.install(parts)
         return model

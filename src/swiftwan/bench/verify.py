@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import gc
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from statistics import median
 from typing import TYPE_CHECKING, Any
 
@@ -125,7 +125,7 @@ def verify(
 
     make_plan(plan, pick_device(device), dtype)  # what is wrong with it is told before minutes of the exact run
     engine = Engine.load(model, plan=[], device=device, dtype=dtype)
-    request = complete(request, engine.facts)
+    request = replace(request, seed=complete(request, engine.facts).seed)  # one noise; each takes its own defaults
     exact, exact_steps = _recorded(engine, request)
     exact = engine.run(request)  # the first one warmed up
     tell(f"exact run: {exact.seconds['total']:.2f} s")

@@ -29,7 +29,7 @@ def generate(engine: Engine, request: Request, on_step: OnStep | None) -> Result
     parts, plan = engine.parts, engine.plan
     progress = Progress(engine.torch_device, on_step)
 
-    scheduler = schedule(request, engine.torch_device)
+    scheduler = schedule(request, plan.settings.few_step, engine.torch_device)
     noise = draw_noise(engine.latent_shape(request), request.seed, engine.torch_device)
 
     given = read(request)

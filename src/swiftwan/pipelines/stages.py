@@ -17,7 +17,7 @@ from swiftwan.models.text import TextEncoder
 from swiftwan.models.vae import Tiling, WanVAE
 from swiftwan.pipelines.request import ImageToVideo, Request
 from swiftwan.pipelines.start import Start
-from swiftwan.sampling import make_scheduler
+from swiftwan.sampling import FewStep, make_scheduler
 from swiftwan.weights.build import Parts
 
 TRAIN_TIMESTEPS = 1000
@@ -48,8 +48,8 @@ def encode_image(encoder: ImageEncoder | None, request: Request, given: Given | 
     return encoder.encode(given.pixels[:, 0])
 
 
-def schedule(request: Request, device: torch.device) -> Any:
-    """The request's scheduler at its first step."""
+def schedule(request: Request, few_step: FewStep | None, device: torch.device) -> Any:
+    """The request's scheduler at its first step; a few-step model says at which noise levels it is evaluated."""
     assert request.scheduler is not None
     assert request.num_inference_steps is not None
     assert request.flow_shift is not None
@@ -58,6 +58,7 @@ def schedule(request: Request, device: torch.device) -> Any:
         num_inference_steps=request.num_inference_steps,
         flow_shift=request.flow_shift,
         device=device,
+        levels=few_step.levels_for(request.num_inference_steps, request.flow_shift) if few_step else None,
     )
 
 
