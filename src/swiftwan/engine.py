@@ -139,10 +139,11 @@ class Engine:
             on_step: told after each unit of work; what it raises ends the run within a step.
 
         Raises:
-            RequestError: a task or a value that the model cannot take, or an input that cannot be read.
+            RequestError: a task or a value that the model or the plan cannot take, or an input that cannot be read.
             MemoryLimitError: the device's memory ran out; says which settings would fit.
         """
         request = complete(request, self.facts)
+        self.plan.check(request)
         if self.torch_device.type == "cuda":
             torch.cuda.reset_peak_memory_stats(self.torch_device)
         try:

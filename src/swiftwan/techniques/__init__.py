@@ -10,6 +10,7 @@ from swiftwan.techniques.guidance import BatchedCfg, CfgInterval, CfgSkip
 from swiftwan.techniques.lora import Lora
 from swiftwan.techniques.offload import Offload
 from swiftwan.techniques.precision import Dtype, Tf32
+from swiftwan.techniques.progressive import ProgressiveResolution
 from swiftwan.techniques.prompts import PromptCaching, TextEncoderHome
 from swiftwan.techniques.quantize import Quantize
 from swiftwan.techniques.sparse import SparseAttention
@@ -27,6 +28,7 @@ _ALL: tuple[type[Technique], ...] = (
     Fused,
     Lora,
     Offload,
+    ProgressiveResolution,
     PromptCaching,
     Quantize,
     SparseAttention,

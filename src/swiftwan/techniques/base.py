@@ -18,6 +18,8 @@ if TYPE_CHECKING:
 
     from swiftwan.device import Device
     from swiftwan.models.config import KnownModel
+    from swiftwan.pipelines.request import Request
+    from swiftwan.progressive import Progressive
     from swiftwan.weights.build import Parts
     from swiftwan.weights.load import AsLoaded
 
@@ -55,6 +57,7 @@ class Settings:
     transformers_on_host: bool = False
     as_loaded: AsLoaded | None = None
     merges: bool = False
+    progressive: Progressive | None = None
 
 
 @dataclass(frozen=True)
@@ -84,6 +87,10 @@ class Technique:
 
     def unfit_for(self, model: KnownModel) -> str:
         """Why this model cannot take it, in words; empty if it can."""
+        return ""
+
+    def unfit_for_request(self, request: Request) -> str:
+        """Why it cannot meet this request, in words; empty if it can."""
         return ""
 
     def conflict(self, other: Technique) -> str:

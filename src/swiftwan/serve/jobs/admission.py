@@ -48,6 +48,7 @@ class Admission:
         """
         chosen = make_plan(self.plan if plan is None else plan, self.device, self.dtype, self.facts.known)
         full = complete(request, self.facts)
+        chosen.check(full)
         return Explanation(self.facts, full, chosen, self.device, estimate(full, self.facts, chosen.settings.dtype))
 
     def check(self, request: Request, plan: str | Sequence[str] | None = None) -> Explanation:

@@ -67,7 +67,7 @@ class Glimpse:
         if self._before is None or self._now is None:
             return None
         (x_before, sigma_before), (x, sigma) = (self._point(*seen) for seen in (self._before, self._now))
-        if sigma_before == sigma:
+        if sigma_before == sigma or x_before.shape != x.shape:  # progressive-resolution enlarges between two steps
             return None
         flow = (x_before - x) / (sigma_before - sigma)
         return x - sigma * flow
