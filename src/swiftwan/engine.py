@@ -69,6 +69,7 @@ class Engine:
                 locate(model),
                 device=torch.device(where.torch_device),
                 dtype=chosen.settings.dtype,
+                vae_dtype=chosen.settings.vae_dtype,
                 transformers_on=torch.device("cpu") if chosen.settings.transformers_on_host else None,
                 as_loaded=chosen.settings.as_loaded,
             )

@@ -14,14 +14,17 @@ from swiftwan.techniques.precision import Dtype, Tf32
 from swiftwan.techniques.progressive import ProgressiveResolution
 from swiftwan.techniques.prompts import PromptCaching, TextEncoderHome
 from swiftwan.techniques.quantize import Quantize
+from swiftwan.techniques.slicing import AttentionSlicing
 from swiftwan.techniques.sparse import SparseAttention
-from swiftwan.techniques.vae import Vae
+from swiftwan.techniques.vae import ChannelsLast, Vae
 
 _ALL: tuple[type[Technique], ...] = (
     Attention,
+    AttentionSlicing,
     BatchedCfg,
     CfgInterval,
     CfgSkip,
+    ChannelsLast,
     Compile,
     CudaGraphs,
     DeepCache,

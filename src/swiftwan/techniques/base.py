@@ -48,7 +48,8 @@ class Settings:
     """What techniques decide before anything loads.
 
     ``as_loaded`` changes layers as they get their weights; ``merges`` says that something is to be added to the
-    weights first, so that they must stay as they are until then; ``few_step`` is how a distilled model is sampled.
+    weights first, so that they must stay as they are until then; ``few_step`` is how a distilled model is sampled;
+    ``vae_dtype`` is the VAE's own format; ``progressive`` makes the first steps smaller.
     """
 
     dtype: torch.dtype
@@ -59,6 +60,7 @@ class Settings:
     transformers_on_host: bool = False
     as_loaded: AsLoaded | None = None
     merges: bool = False
+    vae_dtype: torch.dtype | None = None
     progressive: Progressive | None = None
     few_step: FewStep | None = None
 
