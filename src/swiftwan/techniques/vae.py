@@ -12,17 +12,20 @@ from torch import nn
 
 from swiftwan.device import parse_dtype
 from swiftwan.errors import PlanError, did_you_mean
+from swiftwan.models.config import POCKET
 from swiftwan.models.vae import Tiling
 from swiftwan.techniques.base import Settings, Slot, Technique
+from swiftwan.weights.tiny import find_tiny, load_tiny
 
 if TYPE_CHECKING:
     from swiftwan.device import Device
+    from swiftwan.models.config import KnownModel
     from swiftwan.weights.build import Parts
 
 
 @dataclass(frozen=True)
 class Vae(Technique):
-    """``vae:fast``, ``vae:tiling``, ``vae:bf16``, ``fp16`` or ``fp32``; each is a technique of its own."""
+    """``vae:fast``, ``vae:tiling``, ``vae:tiny``, ``vae:bf16``, ``fp16`` or ``fp32``; each a technique of its own."""
 
     name = "vae"
     kind = "exact"
@@ -99,9 +102,54 @@ class VaeDtype(Technique):
         return replace(settings, vae_dtype=parse_dtype(self.value))
 
 
+@dataclass(frozen=True)
+class TinyVae(Technique):
+    """``vae:tiny=FILE``: frames by a small decoder that imitates the VAE's, in TAEHV's format (``taew2_1`` for Wan2.1
+    and A14B, ``taew2_2`` for TI2V-5B, of github.com/madebyollin/taehv); FILE may be ``OWNER/NAME/FILE`` on the hub.
+    The pocket model has its own: ``vae:tiny``. Encoding stays the VAE's."""
+
+    path: str = ""
+
+    name = "vae"
+    kind = "approximate"
+    reason = "a small network trained to draw what the VAE's decoder would"
+    slot = Slot.BLOCKS
+    claims = ("vae.layers", "vae.frame")
+
+    @classmethod
+    def read(cls, text: str) -> Technique:  # type: ignore[override]
+        word, _, path = text.partition("=")
+        if word != "tiny":
+            raise PlanError(f"vae:{text} is not known; a tiny decoder is given as vae:tiny=FILE.")
+        return cls(path)
+
+    @property
+    def spec(self) -> str:
+        return f"vae:tiny={self.path}" if self.path else "vae:tiny"
+
+    def unfit_for(self, model: KnownModel) -> str:
+        if not self.path and model.name != POCKET.name:
+            size = "taew2_2" if model.vae.z_dim == 48 else "taew2_1"
+            return f"'{model.name}' has no tiny decoder of its own; give one: vae:tiny={size}.safetensors"
+        return ""
+
+    def apply(self, settings: Settings) -> Settings:
+        if self.path:
+            find_tiny(self.path)  # before the model loads
+        return settings
+
+    def install(self, parts: Parts) -> None:
+        vae = parts.vae
+        weight, config = vae.decoder.conv_out.weight, vae.config
+        vae.tiny = load_tiny(
+            self.path, config.z_dim, config.scale_factor_spatial, device=weight.device, dtype=weight.dtype
+        )
+
+
 _BY_WORD: dict[str, type[Technique]] = {
     "fast": FastVae,
     "tiling": TiledVae,
+    "tiny": TinyVae,
     "bf16": VaeDtype,
     "fp16": VaeDtype,
     "fp32": VaeDtype,
