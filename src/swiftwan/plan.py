@@ -57,6 +57,12 @@ class Plan:
     def specs(self) -> tuple[str, ...]:
         return tuple(technique.spec for technique in self.techniques)
 
+    def check(self, request: Request) -> None:
+        """Raise PlanError for every technique that cannot meet this request."""
+        found = ((technique, technique.unfit_for_request(request)) for technique in self.techniques)
+        if problems := [f"{technique.name}: {unfit}" for technique, unfit in found if unfit]:
+            raise PlanError("; ".join(problems) + ".")
+
     def adapt(self, facts: Facts) -> Facts:
         """What is known of a model once this plan has changed it: a few-step model has other defaults."""
         if self.settings.few_step is None:
@@ -378,6 +384,7 @@ def explain(
     chosen = make_plan(plan, where, dtype, facts.known)
     facts = chosen.adapt(facts)
     full = complete(request, facts)
+    chosen.check(full)
     given = inputs.read(full)
     load = estimate(full, facts, chosen.settings.dtype)
     return Explanation(facts, full, chosen, where, load, given.inputs if given else ())
