@@ -163,13 +163,20 @@ def readers(torch_devices: str | Sequence[str]) -> list[Reader] | Missing:
     nvml = _nvml()
     if isinstance(nvml, Missing):
         return nvml
-    return [NvmlReader(nvml, str(torch.cuda.get_device_properties(name).uuid)) for name in names]
+    return _opened(nvml, [str(torch.cuda.get_device_properties(name).uuid) for name in names])
 
 
 def gpu_readers(uuids: Sequence[str]) -> list[Reader] | Missing:
     """Readers of GPUs by their UUIDs; this needs no CUDA, of which each process pays hundreds of MB."""
     nvml = _nvml()
-    return nvml if isinstance(nvml, Missing) else [NvmlReader(nvml, uuid) for uuid in uuids]
+    return nvml if isinstance(nvml, Missing) else _opened(nvml, uuids)
+
+
+def _opened(nvml: Any, uuids: Sequence[str]) -> list[Reader] | Missing:
+    try:
+        return [NvmlReader(nvml, uuid) for uuid in uuids]
+    except nvml.NVMLError as error:
+        return Missing(f"NVML cannot be asked: {error}")
 
 
 def _nvml() -> Any | Missing:

@@ -138,7 +138,9 @@ def send_file(service: Service, job_id: str, variant: str) -> FileResponse:
     if job.state != "completed":
         raise ApiError(409, f"this job is {job.state}; its content is there once it is completed.", code="not_ready")
     if job.expired:
-        raise ApiError(410, "the files of this job have expired; its record has the seed to make it anew.", code="expired")
+        raise ApiError(
+            410, "the files of this job have expired; its record has the seed to make it anew.", code="expired"
+        )
     path = service.folder.path(job.files[variant])
     return FileResponse(path, media_type=MEDIA_TYPES[path.suffix], filename=f"{job.id}.{variant}{path.suffix}")
 

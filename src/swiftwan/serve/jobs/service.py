@@ -191,6 +191,10 @@ class Service:
         """Seconds until a waiting job starts, if that can be told."""
         return self.store.wait_s(job, workers=len(self.supervisor.slots)) if job.state == "queued" else None
 
+    def wait_for_new_s(self) -> float | None:
+        """Seconds until a job that is added now would start, if that can be told."""
+        return self.store.wait_for_new_s(workers=len(self.supervisor.slots))
+
     def wait_for(self, job_id: str, *, timeout_s: float) -> Job:
         """Return a job when it has ended, or as it is after the time."""
         end = time.monotonic() + timeout_s

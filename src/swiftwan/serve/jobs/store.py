@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import secrets
 import sqlite3
 import time
@@ -246,7 +247,14 @@ class Store(Attempts):
 
     def wait_s(self, job: Job, *, workers: int) -> float | None:
         """Seconds until a waiting job starts, from the speed of the last jobs; None while no job was measured."""
-        row = self._row("SELECT sum(work) AS ahead FROM jobs WHERE state = 'queued' AND place < ?", (job.place,))
+        return self._wait_behind(job.place, workers)
+
+    def wait_for_new_s(self, *, workers: int) -> float | None:
+        """The same for a job that is added now."""
+        return self._wait_behind(math.inf, workers)
+
+    def _wait_behind(self, place: float, workers: int) -> float | None:
+        row = self._row("SELECT sum(work) AS ahead FROM jobs WHERE state = 'queued' AND place < ?", (place,))
         assert row is not None
         rate = self.seconds_per_tflop()
         if rate is None:

@@ -3,7 +3,8 @@
     python -m swiftwan.serve.jobs.worker '{"name": ..., "root": ..., ...}'
 
 It tells its supervisor what it does, one JSON object a line on stdout, and is told `drain` (end after this job),
-`stop` (put this job back within a step) or `reload` (load the model anew for the next job) on stdin. When stdin closes the supervisor is gone, and so is the worker.
+`stop` (put this job back within a step) or `reload` (load the model anew for the next job) on stdin. When stdin closes
+the supervisor is gone, and so is the worker.
 """
 
 from __future__ import annotations
