@@ -172,7 +172,7 @@ def _inputs(page: Page) -> tuple[Form, Any]:
         with gr.Row():
             scheduler = gr.Dropdown(SCHEDULERS, value=values.scheduler, label="Scheduler")
             seed = gr.Textbox("", label="Seed", placeholder="drawn, and recorded", max_lines=1)
-        with gr.Row(equal_height=True):
+        with gr.Row():
             model = gr.Dropdown(page.models, value=page.models[0], label="Model", scale=3)
             reload = gr.Button("Reload", scale=1, min_width=90, elem_id="reload")
     with gr.Column(elem_classes="glass"):
@@ -180,7 +180,7 @@ def _inputs(page: Page) -> tuple[Form, Any]:
         with gr.Column(visible=False) as checklist:
             line = _techniques()
     with gr.Accordion("Settings from a file", open=False, elem_classes="glass"):
-        given = gr.File(label="An .mp4 or .png that swiftwan wrote", file_types=[".mp4", ".png"], height=110)
+        given = gr.File(label="An .mp4 or .png that swiftwan wrote", file_types=[".mp4", ".png"], height=110, elem_classes="drop")
 
     components = Inputs(
         kind=kind,
@@ -212,12 +212,12 @@ def _inputs(page: Page) -> tuple[Form, Any]:
 
 def _files() -> dict[str, Any]:
     """Inputs for files; a browser shows no picture of them, since nothing decodes them here."""
-    pictures: dict[str, Any] = {"file_types": [".png", ".jpg", ".jpeg", ".webp"], "visible": False, "height": 104}
+    pictures: dict[str, Any] = {"file_types": [".png", ".jpg", ".jpeg", ".webp"], "visible": False, "height": 110, "elem_classes": "drop"}
     with gr.Row():
         image = gr.File(label="Image", **pictures)
         last = gr.File(label="Last image, if the model knows one", **pictures)
     images = gr.File(label="Two or more images of one size", file_count="multiple", **pictures)
-    clip = gr.File(label="Clip", file_types=[".mp4"], visible=False, height=104)
+    clip = gr.File(**pictures | {"label": "Clip", "file_types": [".mp4"]})
     return {"image": image, "last_image": last, "images": images, "video": clip}
 
 
