@@ -86,8 +86,18 @@ def main() -> None:
     every = 1 + frames[..., 0].numel() // _MOST_PIXELS
     reference = read_frames(Path(told["reference"]))[::every] if told["reference"] else Missing("no other run")
     material = Material(frames[::every], told["prompt"], reference, torch.device("cpu"))
+    if not _has_clip():  # asked first, since importing what would load it takes longer than all other metrics
+        material.__dict__["clip"] = Missing("no CLIP on this machine; 'swiftwan bench' brings one")
     json.dump({name: to_json(measure(material)) for name, (_, measure) in METRICS.items()}, out)
     out.flush()
+
+
+def _has_clip() -> bool:
+    from huggingface_hub import try_to_load_from_cache
+
+    from swiftwan.measure.clip_score import MODEL, PLACE
+
+    return bool(os.environ.get(PLACE)) or isinstance(try_to_load_from_cache(MODEL, "config.json"), str)
 
 
 if __name__ == "__main__":
