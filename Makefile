@@ -53,7 +53,8 @@ clean:
 	$(INSTALL) --editable .
 	@touch $@
 
-.venv/installed-dev: .venv/created pyproject.toml constraints.txt
+.venv/installed-dev: .venv/created pyproject.toml constraints.txt requirements-page.txt
 	@echo "Installing swiftwan and its test tools into .venv (once; minutes, most of them PyTorch's download) ..."
 	$(INSTALL) --editable '.[dev]'
+	$(INSTALL) --no-deps --requirement requirements-page.txt
 	@touch $@ .venv/installed
