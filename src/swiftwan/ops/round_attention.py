@@ -30,7 +30,8 @@ def _statistics_kernel(
     channel = tl.arange(0, WIDTH)
     k += batch.to(tl.int64) * k_batch + head * WIDTH + channel
     v += batch.to(tl.int64) * v_batch + head * WIDTH + channel
-    total = tl.zeros((WIDTH,), tl.float32)
+    total_k = tl.zeros((WIDTH,), tl.float32)
+    total_v = tl.zeros((WIDTH,), tl.float32)
     largest_k = tl.zeros((WIDTH,), tl.float32)
     largest_v = tl.zeros((WIDTH,), tl.float32)
     for first in range(0, PART, ROWS):
@@ -39,38 +40,51 @@ def _statistics_kernel(
         token = token.to(tl.int64)[:, None]
         key = tl.load(k + token * k_row, inside, other=0.0).to(tl.float32)
         value = tl.load(v + token * v_row, inside, other=0.0).to(tl.float32)
-        total += tl.sum(key, 0)
+        total_k += tl.sum(key, 0)
+        total_v += tl.sum(value, 0)
         largest_k = tl.maximum(largest_k, tl.max(tl.abs(key), 0))
         largest_v = tl.maximum(largest_v, tl.max(tl.abs(value), 0))
     line = (batch * tl.num_programs(1) + head) * tl.num_programs(0) + part
-    place = parts + line * 3 * WIDTH + channel
-    tl.store(place, total)
-    tl.store(place + WIDTH, largest_k)
-    tl.store(place + 2 * WIDTH, largest_v)
+    place = parts + line * 4 * WIDTH + channel
+    tl.store(place, total_k)
+    tl.store(place + WIDTH, total_v)
+    tl.store(place + 2 * WIDTH, largest_k)
+    tl.store(place + 3 * WIDTH, largest_v)
 
 
 @triton.jit
-def _finish_kernel(parts, mean, k_scale, v_scale, length, PARTS: tl.constexpr, WIDTH: tl.constexpr):
+def _finish_kernel(parts, k_mean, v_mean, k_scale, v_scale, length, PARTS: tl.constexpr, WIDTH: tl.constexpr):
     line = tl.program_id(0)
     channel = tl.arange(0, WIDTH)
-    parts += line * PARTS * 3 * WIDTH + channel
-    total = tl.zeros((WIDTH,), tl.float32)
+    parts += line * PARTS * 4 * WIDTH + channel
+    total_k = tl.zeros((WIDTH,), tl.float32)
+    total_v = tl.zeros((WIDTH,), tl.float32)
     largest_k = tl.zeros((WIDTH,), tl.float32)
     largest_v = tl.zeros((WIDTH,), tl.float32)
     for part in range(PARTS):
-        place = parts + part * 3 * WIDTH
-        total += tl.load(place)
-        largest_k = tl.maximum(largest_k, tl.load(place + WIDTH))
-        largest_v = tl.maximum(largest_v, tl.load(place + 2 * WIDTH))
-    total /= length
-    tl.store(mean + line * WIDTH + channel, total)
-    tl.store(k_scale + line, tl.maximum(tl.max(largest_k + tl.abs(total), 0), 1e-12) / 448.0)
-    tl.store(v_scale + line * WIDTH + channel, tl.maximum(largest_v, 1e-12) / 448.0)
+        place = parts + part * 4 * WIDTH
+        total_k += tl.load(place)
+        total_v += tl.load(place + WIDTH)
+        largest_k = tl.maximum(largest_k, tl.load(place + 2 * WIDTH))
+        largest_v = tl.maximum(largest_v, tl.load(place + 3 * WIDTH))
+    total_k /= length
+    total_v /= length
+    here = line * WIDTH + channel
+    tl.store(k_mean + here, total_k)
+    tl.store(v_mean + here, total_v)
+    tl.store(k_scale + line, tl.maximum(tl.max(largest_k + tl.abs(total_k), 0), 1e-12) / 127.0)
+    tl.store(v_scale + here, tl.maximum(largest_v + tl.abs(total_v), 1e-12) / 448.0)
+
+
+@triton.jit
+def _to_int8(x):
+    """The nearest integer: adding 1.5 * 2**23 leaves it in the last bits of a float32."""
+    return ((x + 12582912.0).to(tl.int32, bitcast=True) - 0x4B400000).to(tl.int8)
 
 
 @triton.jit
 def _round_kernel(
-    q, k, v, mean, k_scale, v_scale, q_out, k_out, v_out, factor, q_mean, k_mean,
+    q, k, v, k_mean, v_mean, k_scale, v_scale, q_out, k_out, v_out, factor, q_pooled, k_pooled,
     length, q_batch, q_row, k_batch, k_row, v_batch, v_row, out_row, v_out_row, softmax_scale,
     BLOCK: tl.constexpr, WIDTH: tl.constexpr, MEANS: tl.constexpr,
 ):  # fmt: skip
@@ -87,18 +101,18 @@ def _round_kernel(
 
     key_scale = tl.load(k_scale + line)
     query = tl.load(q + batch.to(tl.int64) * q_batch + row * q_row + column, inside, other=0.0).to(tl.float32)
-    scale = tl.maximum(tl.max(tl.abs(query), 1), 1e-12) / 448.0
-    tl.store(q_out + out, (query / scale[:, None]).to(tl.float8e4nv), inside)
+    scale = tl.maximum(tl.max(tl.abs(query), 1), 1e-12) / 127.0
+    tl.store(q_out + out, _to_int8(query / scale[:, None]), inside)
     tl.store(factor + line.to(tl.int64) * length + token, scale * key_scale * softmax_scale, token < length)
 
     key = tl.load(k + batch.to(tl.int64) * k_batch + row * k_row + column, inside, other=0.0).to(tl.float32)
-    centred = key - tl.load(mean + line * WIDTH + channel)[None, :]
-    tl.store(k_out + out, (centred / key_scale).to(tl.float8e4nv), inside)
+    centred = key - tl.load(k_mean + line * WIDTH + channel)[None, :]
+    tl.store(k_out + out, _to_int8(centred / key_scale), inside)
     if MEANS:
         count = tl.minimum(length - block * BLOCK, BLOCK)
         mean_place = (line * tl.num_programs(0) + block) * WIDTH + channel
-        tl.store(q_mean + mean_place, tl.sum(query, 0) / count)
-        tl.store(k_mean + mean_place, tl.sum(key, 0) / count)
+        tl.store(q_pooled + mean_place, tl.sum(query, 0) / count)
+        tl.store(k_pooled + mean_place, tl.sum(key, 0) / count)
 
     # See kernel_order: which token stands at each place.
     moved = (place // 16) * 16 + ((place >> 1) & 1) * 8 + ((place >> 2) & 3) * 2 + (place & 1)
@@ -108,7 +122,8 @@ def _round_kernel(
         (source < length)[:, None],
         other=0.0,
     ).to(tl.float32)
-    value = value / tl.load(v_scale + line * WIDTH + channel)[None, :]
+    value -= tl.load(v_mean + line * WIDTH + channel)[None, :]
+    value = tl.where((source < length)[:, None], value / tl.load(v_scale + line * WIDTH + channel)[None, :], 0.0)
     turned = tl.trans(value.to(tl.float8e4nv))
     target = (line * WIDTH + channel).to(tl.int64)[:, None] * v_out_row + (block * BLOCK + place)[None, :]
     tl.store(v_out + target, turned)
@@ -130,25 +145,27 @@ def _round_attention(q: Tensor, k: Tensor, v: Tensor, means: bool) -> tuple[Roun
     assert all(x.stride(3) == 1 and x.stride(2) == WIDTH for x in (q, k, v))
     blocks, parts = triton.cdiv(length, BLOCK), triton.cdiv(length, PART)
     empty = functools.partial(torch.empty, device=q.device, dtype=torch.float32)
-    empty8 = functools.partial(empty, dtype=torch.float8_e4m3fn)
-    sums = empty(batch, heads, parts, 3, WIDTH)
-    mean, v_scale = (empty(batch, heads, WIDTH) for _ in range(2))
+    sums = empty(batch, heads, parts, 4, WIDTH)
+    k_mean, v_mean, v_scale = (empty(batch, heads, WIDTH) for _ in range(3))
     k_scale = empty(batch, heads)
     rounded = RoundedAttention(
-        empty8(batch, length, heads, WIDTH),
-        empty8(batch, length, heads, WIDTH),
+        empty(batch, length, heads, WIDTH, dtype=torch.int8),
+        empty(batch, length, heads, WIDTH, dtype=torch.int8),
         empty(batch, heads, length),
-        empty8(batch, heads, WIDTH, blocks * BLOCK),
+        empty(batch, heads, WIDTH, blocks * BLOCK, dtype=torch.float8_e4m3fn),
         v_scale,
+        v_mean,
     )
     pooled = [empty(batch, heads, blocks if means else 0, WIDTH) for _ in range(2)]
     _statistics_kernel[(parts, heads, batch)](
         k, v, sums, length, k.stride(0), k.stride(1), v.stride(0), v.stride(1),
         PART=PART, ROWS=64, WIDTH=WIDTH, num_warps=8,
     )  # fmt: skip
-    _finish_kernel[(batch * heads,)](sums, mean, k_scale, v_scale, length, PARTS=parts, WIDTH=WIDTH, num_warps=4)
+    _finish_kernel[(batch * heads,)](
+        sums, k_mean, v_mean, k_scale, v_scale, length, PARTS=parts, WIDTH=WIDTH, num_warps=4
+    )
     _round_kernel[(blocks, heads, batch)](
-        q, k, v, mean, k_scale, v_scale, rounded.q, rounded.k, rounded.v, rounded.factor, *pooled,
+        q, k, v, k_mean, v_mean, k_scale, v_scale, rounded.q, rounded.k, rounded.v, rounded.factor, *pooled,
         length, q.stride(0), q.stride(1), k.stride(0), k.stride(1), v.stride(0), v.stride(1),
         heads * WIDTH, blocks * BLOCK, WIDTH**-0.5 * math.log2(math.e),
         BLOCK=BLOCK, WIDTH=WIDTH, MEANS=means, num_warps=8,
