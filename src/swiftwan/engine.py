@@ -85,7 +85,7 @@ class Engine:
                 f"{where.name} has {where.free_bytes / 1e9:.1f} GB free, too little for the weights of '{model}' in "
                 f"{_name(chosen.settings.dtype)}; take a smaller model or a 16-bit --dtype."
             )
-        return cls(facts, parts, chosen, where)
+        return cls(chosen.adapt(facts), parts, chosen, where)
 
     @property
     def model_name(self) -> str:

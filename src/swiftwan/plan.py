@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -56,6 +56,13 @@ class Plan:
     @property
     def specs(self) -> tuple[str, ...]:
         return tuple(technique.spec for technique in self.techniques)
+
+    def adapt(self, facts: Facts) -> Facts:
+        """What is known of a model once this plan has changed it: a few-step model has other defaults."""
+        if self.settings.few_step is None:
+            return facts
+        defaults = self.settings.few_step.over(facts.known.defaults)
+        return replace(facts, known=replace(facts.known, defaults=defaults))
 
     @property
     def guide(self) -> Guide:
@@ -291,7 +298,8 @@ class Explanation:
             *(f"input      {given}" for given in self.given),
             f"size       {request.width}x{request.height}"
             + (f", {request.num_frames} frames at {request.fps} fps" if request.num_frames != 1 else ""),
-            f"sampling   {request.scheduler}, {_steps(request)}, guidance {scale}, shift {request.flow_shift:g}",
+            f"sampling   {request.scheduler}, {_steps(request)}, guidance {scale}, shift {request.flow_shift:g}"
+            + self._asked_above_the_plan(),
             f"work       {load.forwards} forwards of {load.tokens} tokens, {load.tflop_per_forward:.3g} TFLOP each",
             f"memory     {_gib(load.weight_bytes)} of weights + about {_gib(load.activation_bytes)}; "
             f"{_gib(self.device.free_bytes)} free: {'fits' if self.fits else 'does not fit'}",
@@ -300,6 +308,20 @@ class Explanation:
             lines.append(f"{number}. {technique.spec} ({technique.kind}): {technique.reason}")
             lines += [f"   {line}" for line in technique.tell(self.facts.known)]
         return lines if self.plan.techniques else [*lines, "plan       plain: no techniques"]
+
+    def _asked_above_the_plan(self) -> str:
+        """Which of a few-step model's own settings the request changes."""
+        if self.plan.settings.few_step is None:
+            return ""
+        words = {
+            "scheduler": "scheduler",
+            "num_inference_steps": "steps",
+            "guidance_scale": "guidance",
+            "flow_shift": "shift",
+        }
+        own = self.facts.known.defaults
+        asked = [word for key, word in words.items() if getattr(self.request, key) != getattr(own, key)]
+        return f" ({' and '.join(asked)} as asked for, against the few-step model's own)" if asked else ""
 
     def to_json(self) -> dict[str, Any]:
         return {
@@ -354,6 +376,7 @@ def explain(
     where = pick_device(device)
     facts = describe(model)
     chosen = make_plan(plan, where, dtype, facts.known)
+    facts = chosen.adapt(facts)
     full = complete(request, facts)
     given = inputs.read(full)
     load = estimate(full, facts, chosen.settings.dtype)

@@ -27,6 +27,7 @@ if TYPE_CHECKING:
     from swiftwan.measure.missing import Missing
     from swiftwan.measure.timeline import Timeline
     from swiftwan.pipelines.request import Request
+    from swiftwan.plan import Facts
 
 
 @dataclass(frozen=True)
@@ -85,11 +86,11 @@ def measure(job: Job) -> dict[str, Any]:
     from swiftwan.measure.hardware import HardwareSampler, readers
     from swiftwan.measure.missing import Missing
     from swiftwan.measure.timeline import timeline
-    from swiftwan.plan import complete, describe, estimate
+    from swiftwan.plan import complete, estimate
 
     cell = job.cell
     device = pick_device(cell.device)
-    facts = describe(cell.model)
+    facts = _facts(cell, device)
     request = complete(_request(cell), facts)
     _check_room(job, request)
 
@@ -145,6 +146,16 @@ class Contestant:
 
     def run(self, request: Request, on_step: Any = None) -> Any:
         return self.model.run(request, on_step=on_step)
+
+
+def _facts(cell: Cell, device: Device) -> Facts:
+    """What is known of the model as this cell runs it."""
+    from swiftwan.plan import describe, make_plan
+
+    facts = describe(cell.model)
+    if cell.plan.peer:
+        return facts
+    return make_plan(expanded(cell.plan), device, cell.plan.dtype, facts.known).adapt(facts)
 
 
 def _load(cell: Cell, device: Device) -> Contestant:
@@ -243,7 +254,8 @@ def _look(job: Job, frames: Tensor, latents: Tensor, request: Request) -> dict[s
     on = torch.device(pick_device(cell.device).torch_device)
     if on.type == "cuda":
         torch.cuda.empty_cache()
-    quality = score(Material(frames, request.prompt, reference, on), cell.metrics)
+    there = reference if isinstance(reference, Missing) else reference.to(on)
+    quality = score(Material(frames.to(on), request.prompt, there, on), cell.metrics)
     return {
         "save_seconds": save_seconds,
         "video": path.relative_to(job.folder).as_posix(),

@@ -4,6 +4,7 @@ from swiftwan.techniques.attention import Attention
 from swiftwan.techniques.base import Technique
 from swiftwan.techniques.caches import DeepCache, StepCache
 from swiftwan.techniques.compile import Compile
+from swiftwan.techniques.few_step import FewStepModel
 from swiftwan.techniques.fused import Fused
 from swiftwan.techniques.graphs import CudaGraphs
 from swiftwan.techniques.guidance import BatchedCfg, CfgInterval, CfgSkip
@@ -24,6 +25,7 @@ _ALL: tuple[type[Technique], ...] = (
     CudaGraphs,
     DeepCache,
     Dtype,
+    FewStepModel,
     Fused,
     Lora,
     Offload,

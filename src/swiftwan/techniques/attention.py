@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 import torch
@@ -16,6 +16,7 @@ from swiftwan.techniques.ends import Ends, OtherAtEnds
 if TYPE_CHECKING:
     from swiftwan.device import Device
     from swiftwan.models.config import KnownModel
+    from swiftwan.techniques.costs import Costs
     from swiftwan.weights.build import Parts
 
 _NEAR_REASONS = {
@@ -82,6 +83,9 @@ class Attention(Technique):
                 f"'{self.spec}' computes in bf16 or fp16 and this run is in fp32; take dtype:bf16, or attention:sdpa."
             )
         return settings
+
+    def cost(self, costs: Costs) -> Costs:
+        return replace(costs, attention=self.value)
 
     def install(self, parts: Parts) -> None:
         """Raises:

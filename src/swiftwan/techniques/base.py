@@ -18,6 +18,8 @@ if TYPE_CHECKING:
 
     from swiftwan.device import Device
     from swiftwan.models.config import KnownModel
+    from swiftwan.sampling import FewStep
+    from swiftwan.techniques.costs import Costs
     from swiftwan.weights.build import Parts
     from swiftwan.weights.load import AsLoaded
 
@@ -44,7 +46,7 @@ class Settings:
     """What techniques decide before anything loads.
 
     ``as_loaded`` changes layers as they get their weights; ``merges`` says that something is to be added to the
-    weights first, so that they must stay as they are until then.
+    weights first, so that they must stay as they are until then; ``few_step`` is how a distilled model is sampled.
     """
 
     dtype: torch.dtype
@@ -55,6 +57,7 @@ class Settings:
     transformers_on_host: bool = False
     as_loaded: AsLoaded | None = None
     merges: bool = False
+    few_step: FewStep | None = None
 
 
 @dataclass(frozen=True)
@@ -103,6 +106,10 @@ class Technique:
     def apply(self, settings: Settings) -> Settings:
         """Decide what is settled before loading."""
         return settings
+
+    def cost(self, costs: Costs) -> Costs:
+        """What it changes of a run's memory and work, told before anything loads."""
+        return costs
 
     def install(self, parts: Parts) -> None:
         """Change what was loaded, before the first run; techniques install in the order of their slots."""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from importlib.util import find_spec
 from typing import TYPE_CHECKING, cast
 
@@ -16,6 +16,7 @@ from swiftwan.techniques.base import Slot, Technique
 
 if TYPE_CHECKING:
     from swiftwan.device import Device
+    from swiftwan.techniques.costs import Costs
     from swiftwan.weights.build import Parts
 
 
@@ -28,7 +29,7 @@ class Fused(Technique):
     reason = "the same maths in fewer passes over memory, rounded less often"
     slot = Slot.BLOCKS
     claims = ("blocks.ops",)
-    makes = frozenset({"fused-blocks", "merged-projections"})
+    makes = frozenset({"fused-blocks"})
 
     def missing_on(self, device: Device) -> str:
         if device.capability is None or device.capability < (8, 0):
@@ -37,6 +38,9 @@ class Fused(Technique):
             return "the package is missing: pip install triton"
         return ""
 
+    def cost(self, costs: Costs) -> Costs:
+        return replace(costs, fused=True)
+
     def install(self, parts: Parts) -> None:
         from swiftwan.ops.fused import FUSED, linear_gelu
 
@@ -44,14 +48,14 @@ class Fused(Technique):
             transformer.ops = FUSED
         for block in each_block(parts.transformer, parts.transformer_2):
             if _is_fp8(block):
-                _round_in_passing(block)
+                _round_in_passing(block, merge=not parts.weights_move)
                 continue
             block.ops = FUSED
             # A layer that a technique before this one put there, 8-bit or with a LoRA, has a product of its own.
             gelu = cast(GELU, block.ffn.net[0])
             if _is_plain(gelu.proj):
                 gelu.linear_gelu = linear_gelu
-            if all(map(_is_plain, (block.attn1.to_q, block.attn1.to_k, block.attn1.to_v))):
+            if not parts.weights_move and all(map(_is_plain, (block.attn1.to_q, block.attn1.to_k, block.attn1.to_v))):
                 block.attn1.project = MergedProjection(block.attn1)
 
 
@@ -60,7 +64,7 @@ class MergedProjection:
     an H200, for 32,760 tokens 3 to 7 % more.
 
     The layers keep their names; their weights become views of the merged ones, so that a change in place reaches
-    both, but a weight that is replaced or moved does not ("merged-projections").
+    both; one that is replaced or moved does not, so offloaded weights stay three.
     """
 
     def __init__(self, attention: SelfAttention) -> None:
@@ -89,12 +93,14 @@ def _is_fp8(block: Block) -> bool:
     return all(type(layer) is Fp8Linear for layer in readers)
 
 
-def _round_in_passing(block: Block) -> None:
-    """Kernels before an 8-bit layer hand it its bytes, and q, k and v are one product."""
+def _round_in_passing(block: Block, merge: bool) -> None:
+    """Kernels before an 8-bit layer hand it its bytes; q, k and v become one product where weights stay."""
     from swiftwan.ops.fused_fp8 import FUSED_FP8, linear_gelu
 
     block.ops = FUSED_FP8
     cast(GELU, block.ffn.net[0]).linear_gelu = linear_gelu
+    if not merge:
+        return
     attention = block.attn1
     layers = cast(list[Fp8Linear], [attention.to_q, attention.to_k, attention.to_v])
     merged = Fp8Linear.merged(layers)

@@ -16,9 +16,12 @@ from swiftwan.techniques.base import Settings, Slot, Technique
 
 if TYPE_CHECKING:
     from swiftwan.device import Device
+    from swiftwan.techniques.costs import Costs
     from swiftwan.weights.build import Parts
 
 FORMATS = ("fp8", "int8", "int4", "nf4")
+BYTES_EACH = {"fp8": 1.0, "int8": 1.0, "int4": 0.625, "nf4": 0.516}
+"""A weight with its share of the scales."""
 _CHOICES = {
     "value": FORMATS,
     "on": ("transformer", "text"),
@@ -92,6 +95,20 @@ class Quantize(Technique):
         if self.on == "text" or settings.merges:
             return settings
         return replace(settings, as_loaded=self._as_loaded)
+
+    def cost(self, costs: Costs) -> Costs:
+        each = BYTES_EACH[self.value]
+        if self.on == "text":
+            return costs.lighter_text(each)
+        layers = costs.sizes.num_layers
+        share = max(0, layers - 2 * self.keep) / layers
+        costs = costs.lighter_linear(each, share)
+        if self.is_dynamic:
+            return replace(costs, product=self.value)
+        # The largest layer is expanded whole, with float32 in between.
+        largest = costs.sizes.dim * costs.sizes.ffn_dim
+        expanded = share * costs.linear_parameters * 2 * costs.dtype.itemsize
+        return replace(costs, scratch_bytes=largest * (5 + costs.dtype.itemsize), expanded=expanded)
 
     def _as_loaded(self, model: nn.Module, path: str, layer: nn.Module) -> nn.Module:
         """Each layer as soon as it is there, so that the model is never whole in 16 bits."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import TYPE_CHECKING
 
@@ -27,6 +27,7 @@ from swiftwan.techniques.ends import Ends, OtherAtEnds
 if TYPE_CHECKING:
     from swiftwan.device import Device
     from swiftwan.models.config import KnownModel
+    from swiftwan.techniques.costs import Costs
     from swiftwan.weights.build import Parts
 
 
@@ -77,6 +78,11 @@ class SparseAttention(Technique):
         if self.bits == 8 and width not in widths:
             return f"bits=8 takes heads of {' or '.join(map(str, widths))}, those of '{model.name}' are {width}"
         return ""
+
+    def cost(self, costs: Costs) -> Costs:
+        """But for the dense first steps, of which there are few."""
+        sparse = max(0, costs.sizes.num_layers - self.dense_layers) / costs.sizes.num_layers
+        return replace(costs, attention_share=costs.attention_share * (1 - sparse * (1 - self.keep)))
 
     def install(self, parts: Parts) -> None:
         attend = self.attend(parts.device)

@@ -47,8 +47,9 @@ class Admission:
             RequestError, PlanError: as the run would.
         """
         chosen = make_plan(self.plan if plan is None else plan, self.device, self.dtype, self.facts.known)
-        full = complete(request, self.facts)
-        return Explanation(self.facts, full, chosen, self.device, estimate(full, self.facts, chosen.settings.dtype))
+        facts = chosen.adapt(self.facts)
+        full = complete(request, facts)
+        return Explanation(facts, full, chosen, self.device, estimate(full, facts, chosen.settings.dtype))
 
     def check(self, request: Request, plan: str | Sequence[str] | None = None) -> Explanation:
         """As :meth:`explain`, and refuse what cannot fit.
