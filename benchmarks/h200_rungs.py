@@ -21,7 +21,6 @@ import time
 import traceback
 from collections.abc import Callable
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import h200_forward as exact
@@ -29,8 +28,6 @@ import torch
 from torch import Tensor
 
 from swiftwan.device import versions
-from swiftwan.models.dit import WanTransformer
-from swiftwan.plan import make_plan
 
 VIDEO, IMAGE = "forward-1.3b-832x480x81", "image-1.3b-832x480x1"
 EXACT = "fused attention:flash4"
@@ -55,23 +52,6 @@ DEPTHS = (1, 5, 10, 15, 20, 25, 30)
 
 
 class Bench(exact.Bench):
-    def ours(self, specs: list[str]) -> Callable[[], Tensor]:
-        model = self.model(specs)
-        plan = make_plan(specs, self.where)
-        if self.case.guided:
-            guide = plan.guide.guidance(model, self.text, self.case.latent_shape, exact.GUIDANCE, [700.0])
-            return lambda: guide(self.latents, self.timestep)
-        condition = model.condition(self.text.prompt, self.case.latent_shape)
-        return lambda: model(self.latents, self.timestep, condition)
-
-    def model(self, specs: list[str]) -> WanTransformer:
-        model = self.empty()
-        model.load_state_dict(self.weights.state_dict(), assign=True)
-        parts: Any = SimpleNamespace(transformer=model, transformer_2=None, device=self.device)
-        for technique in make_plan(specs, self.where).techniques:
-            technique.install(parts)
-        return model
-
     def by_depth(self, specs: list[str]) -> list[Tensor]:
         """The tokens behind some blocks, in the order of the grid."""
         model = self.model(specs)
