@@ -2,9 +2,9 @@
 
     python benchmarks/pocket_verify.py pocket_verify.jsonl [--prompts 8] [--device cuda]
 
-A plan is one technique, or several in one argument. A row a plan and dtype, beside the plain run of the same dtype, seeds and prompts: mean and worst latent error, PSNR and
-SSIM over the prompts, and what the world's judge says of both. A plan that cannot run here is a row with
-its reason.
+A plan is one technique, or several in one argument. A row a plan and dtype, beside the plain run of the same dtype,
+seeds and prompts: mean and worst latent error, PSNR and SSIM over the prompts, and what the world's judge says of
+both. A plan that cannot run here is a row with its reason.
 """
 
 from __future__ import annotations
