@@ -69,17 +69,16 @@ def round_attention(q: Tensor, k: Tensor, v: Tensor) -> RoundedAttention:
     length, width = q.shape[1], q.shape[-1]
     q, k, v = q.float(), k.float(), v.float()
     k_mean, v_mean = k.mean(1), v.mean(1)
-    q_scale = _scale(q.abs().amax(-1), 127)
-    # Not the largest of what is left, but a bound of it, so that one pass over keys and values tells both.
-    k_scale = _scale((k.abs().amax(1) + k_mean.abs()).amax(-1), 127)
-    v_scale = _scale(v.abs().amax(1) + v_mean.abs(), LARGEST)
+    k, v = k - k_mean[:, None], v - v_mean[:, None]
+    q_scale, k_scale = _scale(q.abs().amax(-1), 127), _scale(k.abs().amax((1, 3)), 127)
+    v_scale = _scale(v.abs().amax(1), LARGEST)
     factor = q_scale.transpose(1, 2) * k_scale[..., None] * (width**-0.5 * math.log2(math.e))
-    values = ((v - v_mean[:, None]) / v_scale[:, None]).to(torch.float8_e4m3fn).view(torch.uint8)
+    values = (v / v_scale[:, None]).to(torch.float8_e4m3fn).view(torch.uint8)
     values = torch.nn.functional.pad(values, (0, 0, 0, 0, 0, -length % BLOCK))
     values = values[:, kernel_order(values.shape[1], v.device)].permute(0, 2, 3, 1).contiguous()
     return RoundedAttention(
         (q / q_scale[..., None]).round().to(torch.int8),
-        ((k - k_mean[:, None]) / k_scale[:, None, :, None]).round().to(torch.int8),
+        (k / k_scale[:, None, :, None]).round().to(torch.int8),
         factor.contiguous(),
         values.view(torch.float8_e4m3fn),
         v_scale,
