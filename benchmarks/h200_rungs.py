@@ -19,7 +19,7 @@ import statistics
 import subprocess
 import time
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -29,7 +29,7 @@ from torch import Tensor
 
 from swiftwan.device import versions
 
-VIDEO, IMAGE = "forward-1.3b-832x480x81", "image-1.3b-832x480x1"
+VIDEO, LARGE, IMAGE = "forward-1.3b-832x480x81", "forward-1.3b-1280x720x97", "image-1.3b-832x480x1"
 EXACT = "fused attention:flash4"
 FP8 = "fused quantize:fp8"
 CELLS: dict[str, tuple[str, str, str]] = {  # name: case, rung, plan
@@ -42,6 +42,10 @@ CELLS: dict[str, tuple[str, str, str]] = {  # name: case, rung, plan
     "sparse12": (VIDEO, "sparse12", f"{FP8} attention:flash4 sparse-attention:keep=0.125,bits=8"),
     "sparse25-16": (VIDEO, "sparse25", f"{FP8} attention:flash4 sparse-attention:keep=0.25"),
     "sparse12-16": (VIDEO, "sparse12", f"{FP8} attention:flash4 sparse-attention:keep=0.125"),
+    "large-exact": (LARGE, "exact", EXACT),
+    "large-near": (LARGE, "near", f"{FP8} attention:fp8"),
+    "large-sparse25": (LARGE, "sparse25", f"{FP8} attention:flash4 sparse-attention:keep=0.25,bits=8"),
+    "large-sparse12": (LARGE, "sparse12", f"{FP8} attention:flash4 sparse-attention:keep=0.125,bits=8"),
     "image-exact": (IMAGE, "exact", "fused batched-cfg cuda-graphs"),
     "image-near": (IMAGE, "near", f"{FP8} batched-cfg cuda-graphs"),
 }
@@ -76,13 +80,14 @@ def floor_seconds(case: exact.Case, rung: str) -> float:
     return config.num_layers * work / 1e12 * (2 if case.guided else 1)
 
 
-def measure(case_name: str, names: list[str], arguments: argparse.Namespace) -> list[dict[str, Any]]:
+def measure(case_name: str, names: list[str], arguments: argparse.Namespace) -> Iterator[list[dict[str, Any]]]:
+    """All rows, as soon as there is something to tell of them, and again when there is more."""
     case = exact.CASES[case_name]
     bench = Bench(case, "cuda:0")
     weight_bytes = sum(p.nbytes for p in bench.weights.parameters())
-    reference = bench.float32()
-    exact_plan = EXACT if case_name == VIDEO else CELLS["image-exact"][2]
-    exact_flow = bench.ours(exact_plan.split())()
+    exact_flow = bench.ours((EXACT if case_name != IMAGE else CELLS["image-exact"][2]).split())()
+    # 33 s in float32 at the large size.
+    reference, against = (exact_flow, "the exact plan") if case_name == LARGE else (bench.float32(), "plain float32")
     makers: dict[str, Callable[[], Callable[[], Tensor]]] = {
         f"diffusers {kind}": functools.partial(bench.peer, kind) for kind in arguments.peers
     }
@@ -111,58 +116,57 @@ def measure(case_name: str, names: list[str], arguments: argparse.Namespace) -> 
             traceback.print_exc()
             rows[label] = {"status": "failed", "reason": exact.failed(problem)}
         print(label, rows[label], flush=True)
-    if case_name == VIDEO and not arguments.quick:
-        states = bench.by_depth(EXACT.split())
-        for name in runs.keys() & names:
-            ours = bench.by_depth(CELLS[name][2].split())
-            errors = [round(exact.relative_error(a, b), 5) for a, b in zip(ours, states, strict=True)]
-            rows[name]["error_by_depth"] = dict(zip(map(str, DEPTHS), errors, strict=True))
-            del ours
-        del states
+    facts = {
+        "error_against": against,
+        "exact_plan_error": exact.relative_error(exact_flow, reference),
+        "tokens": case.tokens,
+        "device": bench.where.name,
+        "versions": versions(bench.where),
+        "commit": arguments.commit,
+        "date": datetime.date.today().isoformat(),
+    }
     seconds: dict[str, list[float]] = {label: [] for label in runs}
     for _ in range(arguments.repeats):
         for label, run in runs.items():
             seconds[label].append(exact.timed(run, 10 if case.guided else 1))
-    finished = []
-    best = [kind for kind in ("compiled", "eager") if f"diffusers {kind}" in seconds]
     for label, row in rows.items():
         _, rung, plan = CELLS.get(label, (case_name, "exact", ""))
-        row = {"case": case_name, "rung": rung, "plan": plan.split()} | row
-        if label in seconds:
-            ours = seconds[label]
-            row |= {
-                "seconds": round(statistics.median(ours), 5),
-                "spread": [round(min(ours), 5), round(max(ours), 5)],
-                "repeats": len(ours),
-                "ceiling_fraction": round(floor_seconds(case, rung) / statistics.median(ours), 3),
-            }
-            for kind in best:
-                peers = seconds[f"diffusers {kind}"]
-                row[f"ratio_to_{kind}"] = round(statistics.median(b / a for a, b in zip(ours, peers, strict=True)), 3)
-            if best:
-                row |= {
-                    "peer": f"diffusers {best[0]}, bf16" + (", cuDNN attention" if best[0] == "compiled" else ""),
-                    "peer_seconds": round(statistics.median(seconds[f"diffusers {best[0]}"]), 5),
-                    "ratio": row[f"ratio_to_{best[0]}"],
-                }
-        row |= {
-            "error_against": "the plain float32 run",
-            "exact_plan_error": exact.relative_error(exact_flow, reference),
-            "tokens": case.tokens,
-            "floor_seconds": round(floor_seconds(case, rung), 5),
-            "device": bench.where.name,
-            "versions": versions(bench.where),
-            "commit": arguments.commit,
-            "date": datetime.date.today().isoformat(),
-        }
-        if label.startswith("diffusers"):
-            row["runner"] = label
-        finished.append(row)
-        print(f"{label:32} {row.get('seconds', 0) * 1e3:9.2f} ms  {row.get('ceiling_fraction')}", flush=True)
+        runner = {"runner": label} if label.startswith("diffusers") else {}
+        rows[label] = {"case": case_name, "rung": rung, "plan": plan.split(), **runner, **row, **facts}
+        if label in runs:
+            rows[label] |= times(label, seconds, floor_seconds(case, rung))
+            print(f"{label:32} {rows[label]['seconds'] * 1e3:9.2f} ms  {rows[label]['ceiling_fraction']}", flush=True)
+    yield list(rows.values())
     if arguments.profile:
         for label in runs.keys() & names:
             exact.profile(runs[label], Path(arguments.profile), label)
-    return finished
+    if case_name == VIDEO and arguments.depth:
+        states = bench.by_depth(EXACT.split())
+        for name in [name for name in names if name in runs and "cuda-graphs" not in CELLS[name][2]]:
+            ours = bench.by_depth(CELLS[name][2].split())
+            errors = [round(exact.relative_error(a, b), 5) for a, b in zip(ours, states, strict=True)]
+            rows[name]["error_by_depth"] = dict(zip(map(str, DEPTHS), errors, strict=True))
+            print(name, rows[name]["error_by_depth"], flush=True)
+            yield list(rows.values())
+
+
+def times(label: str, seconds: dict[str, list[float]], floor: float) -> dict[str, Any]:
+    """What a row says of its own time and of the peers', which took turns with it."""
+    ours = seconds[label]
+    row: dict[str, Any] = {
+        "seconds": round(statistics.median(ours), 5),
+        "spread": [round(min(ours), 5), round(max(ours), 5)],
+        "repeats": len(ours),
+        "floor_seconds": round(floor, 5),
+        "ceiling_fraction": round(floor / statistics.median(ours), 3),
+    }
+    for kind in ("eager", "compiled"):
+        if peers := seconds.get(f"diffusers {kind}"):
+            ratio = round(statistics.median(b / a for a, b in zip(ours, peers, strict=True)), 3)
+            told = f"diffusers {kind}, bf16" + (", cuDNN attention" if kind == "compiled" else "")
+            row |= {f"ratio_to_{kind}": ratio, "ratio": ratio, "peer": told}
+            row["peer_seconds"] = round(statistics.median(peers), 5)
+    return row
 
 
 def main() -> None:
@@ -172,19 +176,21 @@ def main() -> None:
     parser.add_argument("--repeats", type=int, default=5)
     parser.add_argument("--out", default="rungs.jsonl")
     parser.add_argument("--profile")
-    parser.add_argument("--quick", action="store_true", help="leave the errors by depth out")
+    parser.add_argument("--depth", action="store_true", help="also errors by depth")
     parser.add_argument("--commit", default="")
     arguments = parser.parse_args()
     if not arguments.commit:
         asked = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True)
         arguments.commit = asked.stdout.strip()
     with torch.no_grad():
-        for case in (VIDEO, IMAGE):
-            if names := [name for name in arguments.cells if CELLS[name][0] == case]:
-                rows = measure(case, names, arguments)
-                with Path(arguments.out).open("a") as out:
-                    out.writelines(json.dumps(row) + "\n" for row in rows)
-                torch.cuda.empty_cache()
+        done: list[dict[str, Any]] = []
+        for case in (VIDEO, LARGE, IMAGE):
+            names = [name for name in arguments.cells if CELLS[name][0] == case]
+            rows: list[dict[str, Any]] = []
+            for rows in measure(case, names, arguments) if names else ():
+                Path(arguments.out).write_text("".join(json.dumps(row) + "\n" for row in done + rows))
+            done += rows
+            torch.cuda.empty_cache()
 
 
 if __name__ == "__main__":
