@@ -13,7 +13,7 @@ import typer
 from swiftwan.errors import RequestError
 from swiftwan.models.config import POCKET, KnownModel
 
-WORLD_PROMPTS = 6144
+WORLD_PROMPTS = 4096
 """Prompts that the embedded model's own world gives where no file does."""
 
 

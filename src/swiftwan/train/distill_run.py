@@ -36,9 +36,7 @@ from swiftwan.weights.check import write_json
 from swiftwan.weights.write import sync
 
 LOG_EVERY = 100
-SAVE_EVERY = 500
-HELD_OUT = 32
-"""So many of the last prompts are never trained on; how far the student ends from the teacher there is logged."""
+SAVE_EVERY = 400
 SMALL = 200_000_000
 """Parameters below which a step waits for launches: its blocks are compiled, and the step recorded as a CUDA graph.
 Larger models compute their blocks again in the backward pass instead of keeping what lies between."""
@@ -104,19 +102,16 @@ class Walks:
     """What the teacher passed on its way, one walk a prompt.
 
     Attributes:
-        places: (N, edges, C, f, h, w) float16, from noise to video.
+        places: (N, edges, C, f, h, w) float16, from noise to video; on the host for large models.
         text: (N, S, D) in the text encoder's dtype.
         negative: (1, S, D), what guidance leads away from.
+        count: how many are trained on; the others show how far the student ends from the teacher.
     """
 
     places: Tensor
     text: Tensor
     negative: Tensor
-
-    @property
-    def count(self) -> int:
-        """How many are trained on."""
-        return len(self.places) - min(HELD_OUT, len(self.places) // 4)
+    count: int
 
     @property
     def latent_shape(self) -> torch.Size:
@@ -163,6 +158,7 @@ def run(
     if not small:
         transformer.walk = _checkpointed
     elif on_gpu:
+        torch._dynamo.config.recompile_limit = 16  # each role, with gradients and without
         for block in transformer.blocks:
             block.compile(dynamic=False)
     walks = walked(folder / "walks", roles, text, latent_shape, settings, say)
@@ -245,7 +241,10 @@ def walked(
             say(f"walks: {start + len(part)} of {len(text)}")
         with safe_open(path, framework="pt") as file:
             places.append(file.get_tensor("places"))
-    return Walks(torch.cat(places), text, negative)
+    together = torch.cat(places)
+    if is_small(roles.transformer.config):
+        together = together.to(text.device)
+    return Walks(together, text, negative, count=len(text) - min(settings.batch, len(text) // 4))
 
 
 def autocast(device: torch.device) -> torch.autocast:
@@ -322,18 +321,24 @@ class Trainer:
         place = torch.where(visited, place // stride * stride, place)
         end = torch.full((batch,), self.settings.steps)
         here, near, edge = self.levels[torch.stack((place, place + 1, (place // stride + 1) * stride)).to(self.device)]
-        noise = torch.randn((batch, *self.walks.latent_shape), generator=generator).to(self.device)
-        text = self._text(index)
+        noise, text = self._noise(2, step, 1)[0], self._text(index)
         return self._place(index, end), noise, text, self.walks.negative.expand_as(text), here, near, edge
 
     def _generator(self, stage: int, step: int) -> torch.Generator:
         return torch.Generator("cpu").manual_seed(seed_of(self.settings.seed + stage, step))
 
+    def _noise(self, stage: int, step: int, count: int) -> Tensor:
+        """Drawn on the device: five million numbers take a CPU as long as the step."""
+        generator = torch.Generator(self.device).manual_seed(seed_of(self.settings.seed + stage, step))
+        shape = (count, self.settings.batch, *self.walks.latent_shape)
+        return torch.randn(shape, generator=generator, device=self.device)
+
     def _draw(self, count: int, generator: torch.Generator) -> Tensor:
         return torch.randint(count, (self.settings.batch,), generator=generator)
 
     def _place(self, index: Tensor, edge: Tensor) -> Tensor:
-        return self.walks.places[index, edge].to(self.device).float()
+        where = self.walks.places.device
+        return self.walks.places[index.to(where), edge.to(where)].to(self.device).float()
 
     def _text(self, index: Tensor) -> Tensor:
         return self.walks.text[index.to(self.device)]
@@ -349,26 +354,24 @@ class Trainer:
             return distill.consistency(self.roles, *drawn, scale=self.settings.guidance_scale)
 
     def _criticism(self, step: int) -> Tensor:
-        generator = self._generator(4, step)
         with autocast(self.device):
             with torch.no_grad():
-                made, text, here, there, noise = self._made(generator)
+                made, text, here, there, noise = self._made(4, step)
             return distill.criticism(self.roles, made, noise, text, here, there)
 
     def _matching(self, step: int) -> Tensor:
-        generator = self._generator(5, step)
         with autocast(self.device):
-            made, text, here, there, noise = self._made(generator)
+            made, text, here, there, noise = self._made(5, step)
             negative = self.walks.negative.expand_as(text)
             return distill.matching(self.roles, made, noise, text, negative, here, there, self.settings.guidance_scale)
 
-    def _made(self, generator: torch.Generator) -> tuple[Tensor, ...]:
+    def _made(self, stage: int, step: int) -> tuple[Tensor, ...]:
         """What the student makes of noise up to a random edge, the last jump with gradients; its text, its level, a
         higher level, and noise to get there."""
+        generator, noise = self._generator(stage, step), self._noise(stage, step, 2)
         batch, edges = self.settings.batch, self.settings.phases.edges
         jumps = int(torch.randint(1, len(edges), (), generator=generator))
         text = self._text(self._draw(self.walks.count, generator))
-        noise = torch.randn((2, batch, *self.walks.latent_shape), generator=generator).to(self.device)
         latents = distill.sample(self.roles, "student", edges[:jumps], noise[0], text)
         before, here = next(distill.steps_of(edges[jumps - 1 : jumps + 1], latents))
         made = distill.between(latents, self.roles.flow("student", latents, before, text), before, here)
