@@ -28,7 +28,7 @@ class Parked:
             for name, tensor in (*owner.named_parameters(recurse=False), *owner.named_buffers(recurse=False)):
                 copies = {id(plain): _to_host(plain, pin) for plain in plain_tensors(tensor)}
                 self._host.append((owner, name, rebuilt(tensor, copies)))
-        self.leave()
+                put(owner, name, self._host[-1][2])  # at once, so that no more than one tensor is there twice
 
     def come(self) -> None:
         """Bring the weights to the device."""

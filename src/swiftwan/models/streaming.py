@@ -106,12 +106,17 @@ def stream(blocks: nn.ModuleList, resident: int, slots: Slots) -> None:
 
 def bring(module: nn.Module, device: torch.device) -> None:
     """Move what is elsewhere to ``device``; ``module.to`` cannot swap quantized tensors while others hold them."""
-    device = torch.empty(0, device=device).device  # "cuda" has an index, too
     for owner in module.modules():
-        for name, tensor in (*owner.named_parameters(recurse=False), *owner.named_buffers(recurse=False)):
-            plain = list(plain_tensors(tensor))
-            if any(part.device != device for part in plain):
-                put(owner, name, rebuilt(tensor, {id(part): part.detach().to(device) for part in plain}))
+        bring_own(owner, device)
+
+
+def bring_own(owner: nn.Module, device: torch.device) -> None:
+    """Move a layer's own parameters and buffers, not those of layers inside it."""
+    device = torch.empty(0, device=device).device  # "cuda" has an index, too
+    for name, tensor in (*owner.named_parameters(recurse=False), *owner.named_buffers(recurse=False)):
+        plain = list(plain_tensors(tensor))
+        if any(part.device != device for part in plain):
+            put(owner, name, rebuilt(tensor, {id(part): part.detach().to(device) for part in plain}))
 
 
 def put(owner: nn.Module, name: str, tensor: Tensor) -> None:

@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from swiftwan.device import Device
     from swiftwan.models.config import KnownModel
     from swiftwan.sampling import FewStep
+    from swiftwan.techniques.costs import Costs
     from swiftwan.weights.build import Parts
     from swiftwan.weights.load import AsLoaded
 
@@ -105,6 +106,10 @@ class Technique:
     def apply(self, settings: Settings) -> Settings:
         """Decide what is settled before loading."""
         return settings
+
+    def cost(self, costs: Costs) -> Costs:
+        """What it changes of a run's memory and work, told before anything loads."""
+        return costs
 
     def install(self, parts: Parts) -> None:
         """Change what was loaded, before the first run; techniques install in the order of their slots."""

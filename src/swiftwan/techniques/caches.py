@@ -7,7 +7,7 @@ mix, and a new run begins afresh.
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 from weakref import WeakKeyDictionary
 
@@ -19,6 +19,7 @@ from swiftwan.techniques.base import Slot, Technique
 if TYPE_CHECKING:
     from swiftwan.models.config import KnownModel
     from swiftwan.models.dit import Condition
+    from swiftwan.techniques.costs import Costs
     from swiftwan.weights.build import Parts
 
 Run = Callable[[int, Tensor], Tensor]
@@ -50,6 +51,12 @@ class DeepCache(Technique):
         if self.block_num >= (layers := model.transformer.num_layers):
             return f"block-num is {self.block_num}, and '{model.name}' has {layers} blocks; take fewer"
         return ""
+
+    def cost(self, costs: Costs) -> Costs:
+        cached = self.block_num / costs.sizes.num_layers * (1 - 1 / self.interval)
+        # What was added, for either prediction, and the tokens before, while it is made.
+        kept = costs.kept_bytes + 3 * costs.token_bytes
+        return replace(costs, kept_bytes=kept, block_share=costs.block_share * (1 - cached))
 
     def install(self, parts: Parts) -> None:
         for transformer in filter(None, (parts.transformer, parts.transformer_2)):
@@ -108,6 +115,10 @@ class StepCache(Technique):
         for option in ("first", "last"):
             if (count := getattr(self, option)) < 0:
                 raise PlanError(f"step-cache: {option} is {count}; it is 0 or more steps.")
+
+    def cost(self, costs: Costs) -> Costs:
+        # Two changes for either prediction, and the tokens behind the first block.
+        return replace(costs, kept_bytes=costs.kept_bytes + 5 * costs.token_bytes, skips=True)
 
     def install(self, parts: Parts) -> None:
         for transformer in filter(None, (parts.transformer, parts.transformer_2)):

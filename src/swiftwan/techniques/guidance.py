@@ -7,6 +7,7 @@ from dataclasses import dataclass, replace
 from swiftwan.errors import PlanError
 from swiftwan.guidance import BatchedGuidance
 from swiftwan.techniques.base import Settings, Slot, Technique
+from swiftwan.techniques.costs import Costs
 
 
 @dataclass(frozen=True)
@@ -23,6 +24,9 @@ class BatchedCfg(Technique):
 
     def apply(self, settings: Settings) -> Settings:
         return replace(settings, guide=replace(settings.guide, kind=BatchedGuidance))
+
+    def cost(self, costs: Costs) -> Costs:
+        return replace(costs, batch=2)
 
 
 @dataclass(frozen=True)

@@ -13,6 +13,7 @@ from swiftwan.techniques.base import Settings, Slot, Technique
 
 if TYPE_CHECKING:
     from swiftwan.models.config import KnownModel
+    from swiftwan.techniques.costs import Costs
     from swiftwan.weights.build import Parts
 
 KINDS = ("blocks", "experts", "model")
@@ -36,7 +37,6 @@ class Offload(Technique):
     refuses = MappingProxyType(
         {
             "scales beside weights": "bitsandbytes keeps them out of reach of a copy; take quantize:int4",
-            "merged-projections": "its q, k and v weights are one tensor, which cannot move in parts; drop fused",
         }
     )
 
@@ -56,7 +56,14 @@ class Offload(Technique):
     def apply(self, settings: Settings) -> Settings:
         return replace(settings, transformers_on_host=True)
 
+    def cost(self, costs: Costs) -> Costs:
+        if self.value == "blocks":
+            return replace(costs, residency="streamed", resident_blocks=min(self.resident, costs.sizes.num_layers))
+        home = "unload" if self.value == "model" and costs.text_home == "gpu" else costs.text_home
+        return replace(costs, residency="one at a time", text_home=home)
+
     def install(self, parts: Parts) -> None:
+        parts.weights_move = True
         if self.value == "blocks":
             _stream_blocks(parts, self.resident)
         else:

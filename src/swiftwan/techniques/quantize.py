@@ -16,9 +16,12 @@ from swiftwan.techniques.base import Settings, Slot, Technique
 
 if TYPE_CHECKING:
     from swiftwan.device import Device
+    from swiftwan.techniques.costs import Costs
     from swiftwan.weights.build import Parts
 
 FORMATS = ("fp8", "int8", "int4", "nf4")
+BYTES_EACH = {"fp8": 1.0, "int8": 1.0, "int4": 0.625, "nf4": 0.516}
+"""A weight with its share of the scales."""
 _CHOICES = {
     "value": FORMATS,
     "on": ("transformer", "text"),
@@ -73,8 +76,15 @@ class Quantize(Technique):
     def is_dynamic(self) -> bool:
         return self.activations == "dynamic" or (self.activations == "" and self.value == "fp8")
 
+    @property
+    def _is_ours(self) -> bool:
+        """Whether it runs by ops/fp8, without a package."""
+        return self.value == "fp8" and self.is_dynamic and self.scale == "row"
+
     def missing_on(self, device: Device) -> str:
         package = {"fp8": "torchao", "int8": "torchao", "nf4": "bitsandbytes"}.get(self.value)
+        if self._is_ours:
+            package = None
         if package and importlib.util.find_spec(package) is None:
             return f"{package} is not installed; pip install 'swiftwan[quantize]'"
         if self.value == "fp8" and self.is_dynamic and (device.capability or (0, 0)) < (8, 9):
@@ -85,6 +95,20 @@ class Quantize(Technique):
         if self.on == "text" or settings.merges:
             return settings
         return replace(settings, as_loaded=self._as_loaded)
+
+    def cost(self, costs: Costs) -> Costs:
+        each = BYTES_EACH[self.value]
+        if self.on == "text":
+            return costs.lighter_text(each)
+        layers = costs.sizes.num_layers
+        share = max(0, layers - 2 * self.keep) / layers
+        costs = costs.lighter_linear(each, share)
+        if self.is_dynamic:
+            return replace(costs, product=self.value)
+        # The largest layer is expanded whole, with float32 in between.
+        largest = costs.sizes.dim * costs.sizes.ffn_dim
+        expanded = share * costs.linear_parameters * 2 * costs.dtype.itemsize
+        return replace(costs, scratch_bytes=largest * (5 + costs.dtype.itemsize), expanded=expanded)
 
     def _as_loaded(self, model: nn.Module, path: str, layer: nn.Module) -> nn.Module:
         """Each layer as soon as it is there, so that the model is never whole in 16 bits."""
@@ -117,8 +141,8 @@ class Quantize(Technique):
                 return Int4Linear(linear) if linear.in_features % GROUP == 0 else linear
             case "nf4":
                 return _nf4(linear)
-            case "fp8" if self.is_dynamic and self.scale == "row" and _by_16(linear):
-                return Fp8Linear(linear)
+            case "fp8" if self._is_ours:
+                return Fp8Linear.of(linear) if _by_16(linear) else linear
             case _:
                 return self._by_torchao(linear)
 

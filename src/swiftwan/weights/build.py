@@ -49,6 +49,8 @@ class Parts:
     boundary_ratio: float | None
     image_encoder: ImageEncoder | None = None
     enter: Callable[[str], None] = lambda component: None
+    weights_move: bool = False
+    """Whether the transformers' weights change their place between two uses, so that no view of them stays true."""
 
     @property
     def device(self) -> torch.device:
@@ -90,11 +92,13 @@ def _load(
         load_weights(
             model,
             layout.files[component],
-            device=transformers_on,
+            # Layers are changed on the device, where it takes a moment, before they go to rest.
+            device=device if as_loaded else transformers_on,
             dtype=dtype,
             component=component,
             keep_fp32=KEEP_FP32,
             ignore=("*.norm_added_q.*",),
+            rest_on=transformers_on,
             as_loaded=as_loaded,
         )
         return model
@@ -151,7 +155,15 @@ def _random(
 ) -> Parts:
     def transformer(seed: int) -> WanTransformer:
         model = _on_meta(WanTransformer, known.transformer)
-        randomize(model, device=transformers_on, dtype=dtype, keep_fp32=KEEP_FP32, seed=seed, as_loaded=as_loaded)
+        randomize(
+            model,
+            device=device,
+            dtype=dtype,
+            keep_fp32=KEEP_FP32,
+            seed=seed,
+            rest_on=transformers_on,
+            as_loaded=as_loaded,
+        )
         return model
 
     def image_encoder() -> ImageEncoder | None:

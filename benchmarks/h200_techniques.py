@@ -1,0 +1,173 @@
+"""Techniques and recipes on random weights of true size: peak memory by phase and seconds a step, beside the estimate.
+
+    python benchmarks/h200_techniques.py GROUP|CASE... [--out rows.jsonl] [--steps 2]
+
+A case runs twice on one engine: the first run loads the text encoder and compiles, the second is timed; memory is the
+larger of both. A case with ``cap`` runs while torch may take no more than so many GB of the device.
+"""
+
+from __future__ import annotations
+
+import argparse
+import datetime
+import gc
+import json
+import resource
+import shutil
+import statistics
+import subprocess
+import time
+import traceback
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+import swiftwan as sw
+from swiftwan.device import pick_device, versions
+from swiftwan.pipelines.result import StepEvent
+from swiftwan.weights.check import cache_folder
+
+PROMPT = "A cat walks on the grass, realistic, its tail high, while the camera follows it slowly from behind"
+
+
+@dataclass(frozen=True)
+class Case:
+    model: str
+    plan: tuple[str, ...] | str
+    size: tuple[int, int, int] = (832, 480, 81)
+    cap: float | None = None
+    """GB that torch may take."""
+
+
+SMALL, LARGE = "random:wan2.1-t2v-1.3b", "random:wan2.1-t2v-14b"
+EXACT = ("fused", "attention:flash4", "vae:fast")
+
+
+def alone(*specs: str) -> dict[str, Case]:
+    return {f"alone {spec}": Case(SMALL, (spec,)) for spec in specs}
+
+
+GROUPS: dict[str, dict[str, Case]] = {
+    "first": {
+        "plain": Case(SMALL, ()),
+        "auto": Case(SMALL, "auto"),
+    }
+    | alone("offload:blocks", "offload:model", "quantize:int4", "quantize:fp8", "fused")
+    | {
+        "exact, blocks streamed": Case(SMALL, ("offload:blocks", "text-encoder:unload", *EXACT)),
+        "exact, half streamed": Case(SMALL, ("offload:blocks:resident=15", *EXACT)),
+        "exact, model parked": Case(SMALL, ("offload:model", *EXACT)),
+        "int4, streamed": Case(SMALL, ("quantize:int4", "offload:blocks", *EXACT)),
+        "14b streamed": Case(LARGE, ("offload:blocks", "text-encoder:unload", *EXACT)),
+    },
+}
+CASES = {name: case for group in GROUPS.values() for name, case in group.items()}
+
+
+class Watch:
+    """Peaks by phase, read as a run passes from one to the next; torch counts on the host, so there is no sync."""
+
+    def __init__(self) -> None:
+        self.allocated: dict[str, int] = {}
+        self.reserved = 0
+
+    def __call__(self, event: StepEvent) -> None:
+        self.note(event.phase)
+
+    def note(self, phase: str) -> None:
+        self.allocated[phase] = max(self.allocated.get(phase, 0), torch.cuda.max_memory_allocated())
+        self.reserved = max(self.reserved, torch.cuda.max_memory_reserved())
+        torch.cuda.reset_peak_memory_stats()
+
+
+def measure(case: Case, steps: int, repeats: int = 1) -> dict[str, Any]:
+    shutil.rmtree(cache_folder() / "prompts", ignore_errors=True)
+    width, height, frames = case.size
+    request = sw.TextToVideo(PROMPT, width=width, height=height, num_frames=frames, num_inference_steps=steps, seed=1)
+    told = sw.explain(case.model, request, plan=case.plan).to_json()
+    row: dict[str, Any] = {"plan": [t["spec"] for t in told["plan"]], "estimate": told}
+    watch = Watch()
+    torch.cuda.reset_peak_memory_stats()
+    started = time.perf_counter()
+    engine = sw.Engine.load(case.model, plan=case.plan)
+    torch.cuda.synchronize()
+    row["load_seconds"] = round(time.perf_counter() - started, 2)
+    watch.note("load")
+    row["resident_bytes"] = torch.cuda.memory_allocated()
+    started = time.perf_counter()
+    engine.run(request, on_step=watch)
+    row["first_run_seconds"] = round(time.perf_counter() - started, 2)
+    steps_taken: list[float] = []
+    runs: list[float] = []
+    for _ in range(repeats):
+        result = engine.run(request, on_step=watch)
+        steps_taken += result.step_seconds
+        runs.append(result.seconds["total"])
+    assert result.frames.shape[0] == frames
+    return row | {
+        "status": "ok",
+        "seconds": round(statistics.median(runs), 3),
+        "spread": [round(min(runs), 3), round(max(runs), 3)],
+        "repeats": repeats,
+        "step_seconds": [round(s, 4) for s in steps_taken],
+        "stages": {k: round(v, 4) for k, v in result.seconds.items()},
+        "peak_bytes": max(v for k, v in watch.allocated.items() if k != "load"),
+        "phase_peak_bytes": watch.allocated,
+        "reserved_bytes": watch.reserved,
+        "finite": bool(result.latents.isfinite().all()),
+    }
+
+
+def run(name: str, case: Case, arguments: argparse.Namespace) -> dict[str, Any]:
+    device = pick_device("cuda")
+    if case.cap is not None:
+        torch.cuda.set_per_process_memory_fraction(min(1.0, case.cap * 1e9 / device.total_bytes))
+    try:
+        row = measure(case, arguments.steps)
+    except Exception as problem:
+        traceback.print_exc()
+        told = f"{type(problem).__name__}: {str(problem).strip().partition(chr(10))[0][:400]}"
+        row = {"status": "failed", "reason": told}
+    torch.cuda.set_per_process_memory_fraction(1.0)
+    gc.collect()
+    torch.cuda.empty_cache()
+    return {
+        "case": name,
+        "model": case.model,
+        "size": case.size,
+        "steps": arguments.steps,
+        "cap_gb": case.cap,
+        **row,
+        "host_peak_bytes": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024,
+        "device": device.name,
+        "versions": versions(device),
+        "commit": arguments.commit,
+        "date": datetime.date.today().isoformat(),
+    }
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("names", nargs="+", choices=[*GROUPS, *CASES])
+    parser.add_argument("--out", type=Path, default=Path("h200_techniques.jsonl"))
+    parser.add_argument("--steps", type=int, default=2)
+    commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True).stdout.strip()
+    parser.add_argument("--commit", default=commit or "see LOG.md")
+    arguments = parser.parse_args()
+    wanted: dict[str, Case] = {}
+    for name in arguments.names:
+        wanted |= GROUPS.get(name) or {name: CASES[name]}
+    for name, case in wanted.items():
+        started = time.perf_counter()
+        row = run(name, case, arguments)
+        row["wall_seconds"] = round(time.perf_counter() - started, 1)
+        with arguments.out.open("a") as out:
+            out.write(json.dumps(row) + "\n")
+        peak, step = row.get("peak_bytes", 0) / 1e9, row.get("step_seconds", [0])[-1]
+        print(f"{name:32} {row['status']:7} {peak:7.2f} GB {step:8.3f} s/step {row['wall_seconds']:6.1f} s", flush=True)
+
+
+if __name__ == "__main__":
+    main()
