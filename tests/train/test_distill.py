@@ -161,7 +161,7 @@ def distilled(monkeypatch):
     monkeypatch.setattr(distill_run, "LOG_EVERY", 1)
     monkeypatch.setattr(distill_run, "SAVE_EVERY", 1)
 
-    def run(folder, dies=None, prompts=PROMPTS[:4], **changes):
+    def run(folder, dies=None, prompts=PROMPTS[:4], start=None, **changes):
         engine = sw.Engine.load("pocket", plan=["prompt-cache:off"], device="cpu", dtype="fp32")
         said = []
 
@@ -172,7 +172,7 @@ def distilled(monkeypatch):
 
         shape = (16, 2, 4, 4)
         return distill_run.run(
-            folder, engine.parts, prompts, "", shape, settings(**changes), base="pocket", say=say
+            folder, engine.parts, prompts, "", shape, settings(**changes), base="pocket", start=start, say=say
         ), said
 
     return run
@@ -216,6 +216,15 @@ def test_a_killed_run_goes_on_to_the_same_file(tmp_path, distilled, dies):
     assert len(said) < 7
     one, other = load_file(path), load_file(whole)
     assert all(torch.equal(one[name], other[name]) for name in one.keys() | other.keys())
+
+
+def test_a_run_may_start_from_a_student(tmp_path, distilled):
+    first, _ = distilled(tmp_path / "first", consistency=0, matching=0)
+    again, _ = distilled(tmp_path / "again", regression=0, consistency=0, matching=0, start=first)
+    one, other = load_file(first), load_file(again)
+    assert all(torch.equal(one[name], other[name]) for name in one.keys() | other.keys())
+    with pytest.raises(RequestError, match=r"not a student of this model with rank 3.* 0 fit"):
+        distilled(tmp_path / "other", start=first, rank=3)
 
 
 def test_another_run_in_the_folder_is_refused(tmp_path, distilled):

@@ -33,7 +33,8 @@ def distill(
     regression: Annotated[int, typer.Option(help="Updates on the teacher's walks.")] = 2000,
     consistency: Annotated[int, typer.Option(help="Updates of consistency distillation.")] = 2000,
     matching: Annotated[int, typer.Option(help="Updates of distribution matching at the end.")] = 0,
-    learning_rate: Annotated[float, typer.Option(help="Highest.")] = 1e-3,
+    learning_rate: Annotated[float, typer.Option(help="Highest.")] = 3e-3,
+    start: Annotated[Path | None, typer.Option(help="A LoRA that this wrote, to go on from.")] = None,
     width: Annotated[int | None, typer.Option(help="Pixels. Unset: the model's own.")] = None,
     height: Annotated[int | None, typer.Option(help="Pixels. Unset: the model's own.")] = None,
     frames: Annotated[int | None, typer.Option(help="4k + 1. Unset: the model's own.")] = None,
@@ -79,6 +80,7 @@ def distill(
         engine.latent_shape(request)[1:],
         settings,
         base=facts.name,
+        start=start,
         say=lambda line: typer.echo(line, err=True),
     )
     typer.echo(json.dumps({"lora": str(path), "bytes": path.stat().st_size}))

@@ -17,7 +17,7 @@ from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
@@ -32,7 +32,7 @@ from swiftwan.train.distill import Phases, Roles
 from swiftwan.train.loop import Run, Schedule, seed_of
 from swiftwan.train.recorded import Recorded, plain
 from swiftwan.weights.build import Parts, parameter_count
-from swiftwan.weights.check import write_json
+from swiftwan.weights.check import check_file, write_json
 from swiftwan.weights.write import sync
 
 LOG_EVERY = 100
@@ -132,6 +132,7 @@ def run(
     settings: Settings,
     *,
     base: str,
+    start: Path | None = None,
     say: Say,
 ) -> Path:
     """Distill, or go on, and write ``folder/few_step_STEPS.safetensors``; returns its path.
@@ -140,18 +141,22 @@ def run(
         parts: the teacher's, on the device where all is computed. Its transformer is the student's from now on.
         latent_shape: (C, f, h, w) of a clip.
         base: the teacher's name, for the file's header.
+        start: a LoRA that this wrote, to go on from with other settings.
         say: is told how far it is.
 
     Raises:
-        RequestError: the folder holds another run, or a prompt is too long.
+        RequestError: the folder holds another run, a prompt is too long, or ``start`` has other layers or another rank.
         OutputError: the folder cannot be written.
     """
     for prompt in (*prompts, negative_prompt):
         parts.text.check(prompt)
-    _begin(folder, asdict(settings) | {"base": base, "latent_shape": list(latent_shape), "prompts": digest(prompts)})
+    told = {"base": base, "latent_shape": list(latent_shape), "prompts": digest(prompts), "start": str(start or "")}
+    _begin(folder, asdict(settings) | told)
     transformer = parts.transformer
     text = embedded(parts.text, (*prompts, negative_prompt))
     roles = Roles(transformer, rank=settings.rank, seed=settings.seed)
+    if start is not None:
+        read_lora(start, roles)
     small, on_gpu = is_small(transformer.config), text.is_cuda
     # Autocast would leave the residual stream in 16 bits behind the first layer; small changes drown there.
     transformer.patch_embedding.register_forward_hook(lambda module, args, out: out.float())
@@ -432,6 +437,25 @@ def write_lora(path: Path, roles: Roles, settings: Settings, base: str) -> None:
         METADATA_KEY: to_metadata(settings.few_step),
     }
     _save({f"transformer.{name}": factor.half() for name, factor in factors.items()}, path, header)
+
+
+@torch.no_grad()
+def read_lora(path: Path, roles: Roles) -> None:
+    """Make a LoRA that :func:`write_lora` wrote the student.
+
+    Raises:
+        WeightsError: it is missing or damaged.
+        RequestError: it is not of this rank, or not of these layers.
+    """
+    shapes = check_file(path)
+    wanted = {"transformer." + name.replace(".student.", "."): p for name, p in roles.parameters("student").items()}
+    if {name: tuple(p.shape) for name, p in wanted.items()} != shapes:
+        raise RequestError(
+            f"{path} is not a student of this model with rank {roles.config.r}: it has {len(shapes)} tensors, of which "
+            f"{sum(shapes.get(name) == tuple(p.shape) for name, p in wanted.items())} fit; give the --rank that it has."
+        )
+    for name, factor in load_file(path).items():
+        wanted[name].copy_(factor)
 
 
 def _save(tensors: Mapping[str, Tensor], path: Path, metadata: dict[str, str]) -> None:
