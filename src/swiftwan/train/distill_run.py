@@ -9,11 +9,12 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 import os
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -22,13 +23,14 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from swiftwan.errors import OutputError, RequestError
+from swiftwan.measure.quality import relative_distance
 from swiftwan.models.config import TransformerConfig
 from swiftwan.models.dit import Condition
 from swiftwan.models.text import TextEncoder, clean_prompt
 from swiftwan.sampling import FewStep
 from swiftwan.techniques.few_step import METADATA_KEY, to_metadata
 from swiftwan.train import distill
-from swiftwan.train.distill import Phases, Roles
+from swiftwan.train.distill import Expert, Phases, Roles
 from swiftwan.train.loop import Run, Schedule, seed_of
 from swiftwan.train.recorded import Recorded, plain
 from swiftwan.weights.build import Parts, parameter_count
@@ -56,6 +58,9 @@ class Settings:
         batch: clips of a step.
         regression, consistency, matching: updates of each stage.
         learning_rate: of the first two stages; ``matching`` takes a tenth.
+        expert: which transformer of a two-expert model learns; it owns the phases that begin at its levels.
+        boundary: the lowest level of the high-noise expert.
+        guidance_scale_2: of the low-noise expert.
     """
 
     steps: int
@@ -69,6 +74,9 @@ class Settings:
     matching: int
     learning_rate: float
     seed: int
+    expert: Literal["", "high", "low"] = ""
+    boundary: float = 0.0
+    guidance_scale_2: float = 1.0
 
     def __post_init__(self) -> None:
         for name in ("steps", "rank", "batch"):
@@ -86,10 +94,22 @@ class Settings:
             raise RequestError(f"flow shift is {self.flow_shift}; it must be from 0.01 to 100.")
         if not 0 <= self.guidance_scale <= 100:
             raise RequestError(f"guidance is {self.guidance_scale}; it must be from 0 to 100.")
+        if not self.own:
+            raise RequestError(
+                f"none of {self.steps} steps begins at the {self.expert}-noise expert's levels ({self.boundary:g} and "
+                f"{'above' if self.expert == 'high' else 'below'}); take more steps, or another shift."
+            )
 
     @property
     def phases(self) -> Phases:
         return Phases.of(self.steps, self.flow_shift, self.walk)
+
+    @property
+    def own(self) -> range:
+        """The phases that the student learns."""
+        begins = self.phases.edges[:-1]
+        high = sum(level >= self.boundary for level in begins)
+        return {"": range(len(begins)), "high": range(high), "low": range(high, len(begins))}[self.expert]
 
     @property
     def few_step(self) -> FewStep:
@@ -152,14 +172,15 @@ def run(
         parts.text.check(prompt)
     told = {"base": base, "latent_shape": list(latent_shape), "prompts": digest(prompts), "start": str(start or "")}
     _begin(folder, asdict(settings) | told)
-    transformer = parts.transformer
     text = embedded(parts.text, (*prompts, negative_prompt))
-    roles = Roles(transformer, rank=settings.rank, seed=settings.seed)
+    roles = cast(parts, settings)
+    transformer, beside = roles.transformer, roles.beside
     if start is not None:
         read_lora(start, roles)
     small, on_gpu = is_small(transformer.config), text.is_cuda
     # Autocast would leave the residual stream in 16 bits behind the first layer; small changes drown there.
-    transformer.patch_embedding.register_forward_hook(lambda module, args, out: out.float())
+    for one in [transformer] if beside is None else [transformer, beside.transformer]:
+        one.patch_embedding.register_forward_hook(lambda module, args, out: out.float())
     if not small:
         transformer.walk = _checkpointed
     elif on_gpu:
@@ -171,9 +192,21 @@ def run(
     trainer.learn("regression", settings.regression)
     trainer.learn("consistency", settings.consistency)
     trainer.match(settings.matching)
-    path = folder / f"few_step_{settings.steps}.safetensors"
+    name = f"few_step_{settings.steps}" + (f"_{settings.expert}_noise" if settings.expert else "")
+    path = folder / f"{name}.safetensors"
     write_lora(path, roles, settings, base)
     return path
+
+
+def cast(parts: Parts, settings: Settings) -> Roles:
+    """Give out the roles: the transformer that learns plays them all, but where the other expert teaches."""
+    learns, scale, beside = parts.transformer, settings.guidance_scale, None
+    if parts.transformer_2 is not None:
+        beside = Expert(parts.transformer_2, 0.0, settings.boundary, settings.guidance_scale_2)
+    if settings.expert == "low" and beside is not None:
+        beside = Expert(learns, settings.boundary, math.inf, scale)
+        learns, scale = parts.transformer_2 or learns, settings.guidance_scale_2
+    return Roles(learns, guidance_scale=scale, rank=settings.rank, seed=settings.seed, beside=beside)
 
 
 def _begin(folder: Path, told: dict[str, Any]) -> None:
@@ -239,9 +272,7 @@ def walked(
             generator = torch.Generator("cpu").manual_seed(seed_of(settings.seed, start))
             noise = torch.randn((len(part), *latent_shape), generator=generator).to(part.device)
             with autocast(part.device):
-                passed = distill.walk(
-                    roles, settings.phases, noise, part, negative.expand_as(part), settings.guidance_scale
-                )
+                passed = distill.walk(roles, settings.phases, noise, part, negative.expand_as(part))
             _save({"places": passed.transpose(0, 1).half()}, path, {})
             say(f"walks: {start + len(part)} of {len(text)}")
         with safe_open(path, framework="pt") as file:
@@ -269,6 +300,7 @@ class Trainer:
         self.folder, self.roles, self.walks, self.settings = folder, roles, walks, settings
         self.recorded, self.say = recorded, say
         self.device = walks.text.device
+        self.own = settings.own
         self.levels = torch.tensor(settings.phases.levels, device=self.device)
 
     def learn(self, stage: str, updates: int) -> None:
@@ -311,7 +343,7 @@ class Trainer:
     def regression_batch(self, step: int) -> tuple[Tensor, ...]:
         """Arguments of :func:`distill.regression`: random jumps of random walks."""
         generator = self._generator(1, step)
-        index, phase = self._draw(self.walks.count, generator), self._draw(self.settings.steps, generator)
+        index, phase = self._draw(self.walks.count, generator), self._draw(len(self.own), generator) + self.own.start
         jump = (phase + torch.tensor([[0], [1]])) * self.settings.phases.stride
         here, there = self.levels[jump.to(self.device)]
         start, end = (self._place(index, phase + ahead) for ahead in (0, 1))
@@ -321,7 +353,8 @@ class Trainer:
         """Arguments of :func:`distill.consistency`; a fifth of the levels are those that a sampler visits."""
         generator = self._generator(2, step)
         stride, batch = self.settings.phases.stride, self.settings.batch
-        index, place = self._draw(self.walks.count, generator), self._draw(self.settings.walk, generator)
+        index, place = self._draw(self.walks.count, generator), self._draw(len(self.own) * stride, generator)
+        place = place + self.own.start * stride
         visited = torch.rand(batch, generator=generator) < 0.2
         place = torch.where(visited, place // stride * stride, place)
         end = torch.full((batch,), self.settings.steps)
@@ -356,7 +389,7 @@ class Trainer:
 
     def consistency(self, *drawn: Tensor) -> Tensor:
         with autocast(self.device):
-            return distill.consistency(self.roles, *drawn, scale=self.settings.guidance_scale)
+            return distill.consistency(self.roles, *drawn)
 
     def _criticism(self, step: int) -> Tensor:
         with autocast(self.device):
@@ -368,16 +401,19 @@ class Trainer:
         with autocast(self.device):
             made, text, here, there, noise = self._made(5, step)
             negative = self.walks.negative.expand_as(text)
-            return distill.matching(self.roles, made, noise, text, negative, here, there, self.settings.guidance_scale)
+            return distill.matching(self.roles, made, noise, text, negative, here, there)
 
     def _made(self, stage: int, step: int) -> tuple[Tensor, ...]:
         """What the student makes of noise up to a random edge, the last jump with gradients; its text, its level, a
         higher level, and noise to get there."""
         generator, noise = self._generator(stage, step), self._noise(stage, step, 2)
-        batch, edges = self.settings.batch, self.settings.phases.edges
+        batch, edges = self.settings.batch, self.settings.phases.edges[self.own.start : self.own.stop + 1]
         jumps = int(torch.randint(1, len(edges), (), generator=generator))
-        text = self._text(self._draw(self.walks.count, generator))
-        latents = distill.sample(self.roles, "student", edges[:jumps], noise[0], text)
+        index = self._draw(self.walks.count, generator)
+        text = self._text(index)
+        # The high-noise expert's part is the teacher's; all others begin with noise.
+        begins = noise[0] if not self.own.start else self._place(index, torch.full_like(index, self.own.start))
+        latents = distill.sample(self.roles, "student", edges[:jumps], begins, text)
         before, here = next(distill.steps_of(edges[jumps - 1 : jumps + 1], latents))
         made = distill.between(latents, self.roles.flow("student", latents, before, text), before, here)
         share = 0.02 + 0.96 * torch.rand(batch, generator=generator).to(self.device)
@@ -407,8 +443,8 @@ class Trainer:
 
     @torch.no_grad()
     def gap(self) -> float:
-        """How far the averaged student's clips end from the teacher's, of prompts and noise that it never saw: relative
-        to the size of those; nan without any."""
+        """How far the averaged student ends from the teacher, over all its phases, for prompts and noise that it never
+        saw: relative to the size of what the teacher made; nan without any."""
         places, text = (
             self.walks.places[self.walks.count :].to(self.device).float(),
             self.walks.text[self.walks.count :],
@@ -416,8 +452,9 @@ class Trainer:
         if not len(places):
             return float("nan")
         with autocast(self.device):
-            ends = distill.sample(self.roles, "average", self.settings.phases.edges, places[:, 0], text)
-        return ((ends - places[:, -1]).norm() / places[:, -1].norm()).item()
+            edges = self.settings.phases.edges[self.own.start : self.own.stop + 1]
+            ends = distill.sample(self.roles, "average", edges, places[:, self.own.start], text)
+        return relative_distance(ends, places[:, self.own.stop])
 
 
 # Files
