@@ -15,9 +15,10 @@ from swiftwan.errors import RequestError
 from swiftwan.models.config import KNOWN_MODELS, POCKET, TransformerConfig
 from swiftwan.models.dit import WanTransformer
 from swiftwan.plan import parse
-from swiftwan.train import distill, distill_run
+from swiftwan.train import distill, distill_run, distill_stages
 from swiftwan.train.distill import Phases, Roles
 from swiftwan.train.distill_command import read_prompts, refuse_unfit
+from swiftwan.train.distill_settings import Settings
 
 TINY = TransformerConfig(
     num_attention_heads=2, attention_head_dim=32, text_dim=20, freq_dim=32, ffn_dim=56, num_layers=2
@@ -154,14 +155,14 @@ def settings(**changes):
         "steps": 2, "flow_shift": 3.0, "guidance_scale": 2.0, "walk": 4, "rank": 2, "batch": 2,
         "regression": 2, "consistency": 2, "matching": 1, "learning_rate": 1e-3, "seed": 3,
     }  # fmt: skip
-    return distill_run.Settings(**values | changes)
+    return Settings(**values | changes)
 
 
 @pytest.fixture
 def distilled(monkeypatch):
     """Distill the embedded model on four prompts, at a size that takes a second; stop at the ``dies``-th word."""
-    monkeypatch.setattr(distill_run, "LOG_EVERY", 1)
-    monkeypatch.setattr(distill_run, "SAVE_EVERY", 1)
+    monkeypatch.setattr(distill_stages, "LOG_EVERY", 1)
+    monkeypatch.setattr(distill_stages, "SAVE_EVERY", 1)
 
     def run(folder, dies=None, prompts=PROMPTS[:4], start=None, two=False, **changes):
         engine = sw.Engine.load("pocket", plan=["prompt-cache:off"], device="cpu", dtype="fp32")

@@ -47,6 +47,7 @@ def distill(
     from swiftwan.pipelines.request import TextToVideo
     from swiftwan.plan import complete, describe
     from swiftwan.train import distill_run
+    from swiftwan.train.distill_settings import Settings
 
     facts = describe(model)
     refuse_unfit(facts.known, expert)
@@ -57,7 +58,7 @@ def distill(
     request = complete(replace(asked, prompt=lines[0]), facts)
     assert request.flow_shift is not None
     assert request.guidance_scale is not None
-    settings = distill_run.Settings(
+    settings = Settings(
         steps=steps,
         flow_shift=request.flow_shift,
         guidance_scale=request.guidance_scale,
