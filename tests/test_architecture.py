@@ -10,12 +10,15 @@ SOURCE = Path(__file__).parents[1] / "src" / "swiftwan"
 
 LAYERS = (
     ("errors",),
-    ("device", "ops", "pocket", "prompt_cache"),
+    ("ceilings", "device", "ops", "pocket", "prompt_cache"),
     ("models",),
     ("sampling", "guidance", "pipelines.request"),
     ("inputs", "media", "weights"),
-    ("techniques",),
-    ("plan", "recipes"),
+    ("facts", "techniques"),
+    ("composition",),
+    ("estimate",),
+    ("recipes",),
+    ("plan",),
     ("pipelines",),
     ("engine",),
     ("measure",),

@@ -45,6 +45,7 @@ class Engine:
         plan: str | Sequence[str] = "auto",
         device: str | None = None,
         dtype: str | None = None,
+        request: Request | None = None,
     ) -> Engine:
         """Load a model.
 
@@ -53,13 +54,14 @@ class Engine:
             plan: a recipe's name, or technique specs ``name[:value][:key=value,...]``; [] is the plain run.
             device: ``cuda``, ``cuda:N`` or ``cpu``; None takes the best here.
             dtype: ``bf16``, ``fp16`` or ``fp32``; None takes the device's.
+            request: what ``plan="auto"`` shall fit; None takes the model's official size.
 
         Raises:
             PlanError, UnavailableError, WeightsError, OutputError, MemoryLimitError: in one line each.
         """
         where = pick_device(device)
         facts = describe(model)
-        chosen = make_plan(plan, where, dtype, facts.known)
+        chosen = make_plan(plan, where, dtype, facts, request)
         torch.backends.cuda.matmul.allow_tf32 = chosen.settings.tf32
         torch.backends.cudnn.allow_tf32 = chosen.settings.tf32
         if where.torch_device.startswith("cuda"):
@@ -158,9 +160,8 @@ class Engine:
             yield self.run(request, on_step=on_step)
 
     def _memory_advice(self, request: Request) -> str:
-        dtype = self.plan.settings.dtype
-        need = estimate(request, self.facts, dtype)
-        budget = pick_device(self.device.torch_device).free_bytes
+        total = self.device.total_bytes
+        need = estimate(request, self.facts, self.plan, total)
         told = (
             f"{self.device.name} ran out of memory at {request.width}x{request.height}, {request.num_frames} frames, "
             f"which takes about {need.activation_bytes / 1e9:.1f} GB beside {need.weight_bytes / 1e9:.1f} GB of weights"
@@ -168,7 +169,7 @@ class Engine:
         step = self.facts.grid.temporal
         for frames in range((request.num_frames or 1) - step, 0, -step):
             smaller = replace(request, num_frames=frames)
-            if 1.2 * estimate(smaller, self.facts, dtype).activation_bytes < budget:
+            if estimate(smaller, self.facts, self.plan, total).peak_bytes < 0.9 * min(total, need.peak_bytes):
                 return f"{told}; {frames} frames should fit, or the same frames at a smaller size, or vae:tiling."
         return f"{told}; free memory on the device, or take a smaller size or model."
 

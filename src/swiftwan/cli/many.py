@@ -95,7 +95,7 @@ class Runner:
         self.asked, self.display = asked, display
         self.model = asked.model or "pocket"
         self.plan = understand_plan(asked, {})
-        make_plan(self.plan, pick_device(asked.device), asked.dtype, describe(self.model).known)
+        make_plan(self.plan, pick_device(asked.device), asked.dtype, describe(self.model))
         self.engine: Engine | None = None
 
     def is_done(self, job: Job) -> bool:

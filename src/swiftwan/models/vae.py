@@ -132,7 +132,8 @@ class WanVAE(nn.Module):
         weight = self.decoder.conv_out.weight
         if self.make_decoder is not FastDecoder or not weight.is_cuda:
             return 1
-        total = torch.cuda.get_device_properties(weight.device).total_memory
+        share = torch.cuda.get_per_process_memory_fraction(weight.device)
+        total = int(share * torch.cuda.get_device_properties(weight.device).total_memory)
         height, width = latents.shape[3:]
         return latent_frames_at_once(weight.shape[1], height, width, weight.element_size(), total)
 

@@ -19,7 +19,7 @@ from fastapi import FastAPI
 from swiftwan.errors import PlanError, RequestError, SwiftwanError
 from swiftwan.models.config import Defaults
 from swiftwan.pipelines.request import TASKS
-from swiftwan.plan import TECHNIQUES, parse
+from swiftwan.plan import parse
 from swiftwan.serve.http.asked import Body
 from swiftwan.serve.http.uploads import Upload
 from swiftwan.serve.http.videos import ask, enqueue
@@ -29,6 +29,7 @@ from swiftwan.serve.jobs.store import UnknownJobError
 from swiftwan.serve.page import show
 from swiftwan.serve.page.hardware import Hardware
 from swiftwan.serve.page.theme import css, theme
+from swiftwan.techniques import TECHNIQUES
 
 SCHEDULERS = ["unipc", "euler", "heun", "dpm++", "lcm"]
 HEIGHTS = {"240p": 240, "360p": 360, "480p": 480, "540p": 544, "720p": 720}
