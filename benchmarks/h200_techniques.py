@@ -3,7 +3,7 @@
     python benchmarks/h200_techniques.py GROUP|CASE... [--out rows.jsonl] [--steps 2]
 
 A case runs twice on one engine (unless ``--once``): the first run loads the text encoder and compiles, the second is
-timed; memory is the larger of both. A case with ``cap`` runs while torch may take no more than so many GB of the device.
+timed; memory is the larger of both. A case with ``cap`` runs while torch may take no more than so many GB.
 """
 
 from __future__ import annotations

@@ -10,8 +10,8 @@ SOURCE = Path(__file__).parents[1] / "src" / "swiftwan"
 
 LAYERS = (
     ("errors",),
-    ("ceilings", "device", "ops", "pocket", "prompt_cache"),
-    ("models",),
+    ("device", "ops", "pocket", "prompt_cache"),
+    ("ceilings", "models"),
     ("sampling", "guidance", "pipelines.request"),
     ("inputs", "media", "weights"),
     ("facts", "techniques"),
