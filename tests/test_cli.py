@@ -69,7 +69,7 @@ class Engine:
         self.model_name, self.plan, self.device, self.dtype = model, plan, device, dtype
 
     @classmethod
-    def load(cls, model, *, plan="auto", device=None, dtype=None):
+    def load(cls, model, *, plan="auto", device=None, dtype=None, request=None):
         print("a library prints while loading")
         CALLS.append(("load", model, plan, device, dtype))
         if os.environ.get("FAKE_FAILURE"):

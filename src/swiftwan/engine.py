@@ -16,6 +16,7 @@ from swiftwan.pipelines.result import Result
 from swiftwan.plan import Facts, Plan, complete, describe, estimate, make_plan
 from swiftwan.prompt_cache import PromptCache
 from swiftwan.techniques.lora import find_loras, labels
+from swiftwan.techniques.switching import switch
 from swiftwan.weights.build import Parts, build
 from swiftwan.weights.check import cache_folder
 from swiftwan.weights.find import locate
@@ -132,6 +133,17 @@ class Engine:
             changed[id(lora)].change(self.parts)
         techniques = tuple(changed.get(id(technique), technique) for technique in self.plan.techniques)
         self.plan = replace(self.plan, techniques=techniques)
+
+    def switch(self, plan: str | Sequence[str]) -> None:
+        """Run by another plan from now on, without loading anew; ``explain`` says what each technique's switch costs.
+
+        Raises:
+            PlanError: the plan cannot be, or differs in a technique that decides how weights load.
+        """
+        chosen = make_plan(plan, self.device, self.dtype_name, self.facts)
+        switch(self.parts, self.plan.techniques, chosen.techniques)
+        self.parts.text.cache = _prompt_cache(chosen.settings.prompt_cache)
+        self.plan = chosen
 
     def run(self, request: Request, *, on_step: OnStep | None = None) -> Result:
         """Run one request.

@@ -84,6 +84,7 @@ class Explanation:
         for number, technique in enumerate(self.plan.techniques, 1):
             lines.append(f"{number}. {technique.spec} ({technique.kind}): {technique.reason}")
             lines += [f"   {line}" for line in technique.tell(self.facts.known)]
+            lines.append(f"   a switch costs: {technique.switch}")
         return lines if self.plan.techniques else [*lines, "plan       plain: no techniques"]
 
     def _asked_above_the_plan(self) -> str:
@@ -114,6 +115,7 @@ class Explanation:
                     "reason": t.reason,
                     "slot": t.slot.name.lower(),
                     "told": t.tell(self.facts.known),
+                    "switch": t.switch,
                 }
                 for t in self.plan.techniques
             ],

@@ -127,6 +127,11 @@ class WanVAE(nn.Module):
         self.make_decoder = FastDecoder
         return self
 
+    def run_plain(self) -> Self:
+        """Undo :meth:`run_fast`."""
+        self.make_decoder = lambda decoder: decoder
+        return self
+
     def latent_frames_at_once(self, latents: Tensor) -> int:
         """The chunk length for these latents on this device: fast decoding gains by longer chunks, as memory allows."""
         weight = self.decoder.conv_out.weight

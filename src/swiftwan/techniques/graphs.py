@@ -38,6 +38,7 @@ class CudaGraphs(Technique):
     kind = "exact"
     reason = "the same kernels, launched all at once"
     slot = Slot.COMPILE
+    switch = "records at the next run"
     claims = ("forward",)
     makes = frozenset({"cuda-graphs"})
     refuses = MappingProxyType(

@@ -28,6 +28,7 @@ class Vae(Technique):
     kind = "approximate"
     reason = "a tile does not see beyond its border; overlaps are blended"
     slot = Slot.BLOCKS
+    switch = "nothing"
     claims = ("vae.frame",)
 
     def __post_init__(self) -> None:
@@ -56,6 +57,7 @@ class FastVae(Technique):
     kind = "exact"
     reason = "the same sums in another order; in bfloat16 its error is no larger than diffusers'"
     slot = Slot.BLOCKS
+    switch = "nothing"
     claims = ("vae.decoder",)
 
     def missing_on(self, device: Device) -> str:
