@@ -46,7 +46,7 @@ def test_a_switch_there_and_back(engine, plain, spec):
 def test_one_plan_after_another(engine, plain):
     for plan in (
         ["step-cache:threshold=9,first=1,last=0", "cfg-skip:first=1"],
-        ["sparse-attention:keep=0.5"],
+        ["sparse-attention:keep=0.5,block=8"],
         ["deepcache:block-num=3"],
     ):
         engine.switch(plan)
