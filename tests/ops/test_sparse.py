@@ -54,7 +54,7 @@ def test_the_blocks_that_matter_are_found_with_the_own_one():
 
 def test_a_block_sees_its_keys_only():
     q, k, v = qkv(50)
-    blocks = torch.tensor([[0, 1], [1, 3], [0, 2], [2, 3]]).expand(2, 2, 4, 2)
+    blocks = torch.tensor([[0, 1], [1, 3], [0, 2], [2, 3]], dtype=torch.int32).expand(2, 2, 4, 2)
     out = sparse_reference(q, k, v, blocks, 16)
     seen = torch.cat((k[:, 16:32], k[:, 48:50]), 1), torch.cat((v[:, 16:32], v[:, 48:50]), 1)
     assert torch.allclose(out[:, 16:32], sdpa(q[:, 16:32], *seen), atol=1e-5)

@@ -28,7 +28,7 @@ def test_fast_is_exact_and_needs_a_gpu(monkeypatch):
 def test_fast_and_tiling_run_at_once(monkeypatch):
     monkeypatch.setattr("swiftwan.techniques.vae.find_spec", lambda name: name)
     assert make_plan(["vae:tiling", "vae:fast"], GPU).specs == ("vae:fast", "vae:tiling")
-    with pytest.raises(PlanError, match="both decide blocks of vae.decoder"):
+    with pytest.raises(PlanError, match="both decide blocks of vae.layers"):
         make_plan(["vae:fast", "vae:fast"], GPU)
 
 

@@ -254,7 +254,8 @@ def _look(job: Job, frames: Tensor, latents: Tensor, request: Request) -> dict[s
     on = torch.device(pick_device(cell.device).torch_device)
     if on.type == "cuda":
         torch.cuda.empty_cache()
-    quality = score(Material(frames, request.prompt, reference, on), cell.metrics)
+    there = reference if isinstance(reference, Missing) else reference.to(on)
+    quality = score(Material(frames.to(on), request.prompt, there, on), cell.metrics)
     return {
         "save_seconds": save_seconds,
         "video": path.relative_to(job.folder).as_posix(),

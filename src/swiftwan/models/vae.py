@@ -29,8 +29,11 @@ from swiftwan.models.vae_blocks import (
     conv_stacked,
     conv_volume,
 )
-from swiftwan.models.vae_fast import FastDecoder, latent_frames_at_once
+from swiftwan.models.vae_fast import FastDecoder, FastEncoder, latent_frames_at_once
 from swiftwan.models.vae_tiles import Tiles, Tiling
+
+Layers = Callable[[Tensor, Stream], Tensor]
+"""A chunk of one clip, and the clip's stream, through the encoder or the decoder."""
 
 
 class Encoder(nn.Module):
@@ -119,17 +122,18 @@ class WanVAE(nn.Module):
         self.quant_conv = Conv3d(2 * config.z_dim, 2 * config.z_dim, 1)
         self.post_quant_conv = Conv3d(config.z_dim, config.z_dim, 1)
         self.decoder = Decoder(config)
-        self.make_decoder: Callable[[nn.Module], Callable[[Tensor, Stream], Tensor]] = lambda decoder: decoder
-        """What runs the decoder's layers, made anew for each clip; ``decode_raw``, which learns, always runs them."""
+        self.make_encoder: Callable[[nn.Module], Layers] = lambda encoder: encoder
+        self.make_decoder: Callable[[nn.Module], Layers] = lambda decoder: decoder
+        """Who runs the layers, made anew for each clip; ``moments`` and ``decode_raw``, which learn, run them plain."""
 
     def run_fast(self) -> Self:
-        """From now on, decode with :class:`FastDecoder`; encoding and gradients stay as they are."""
-        self.make_decoder = FastDecoder
+        """From now on, encode with :class:`FastEncoder` and decode with :class:`FastDecoder`; what learns stays."""
+        self.make_encoder, self.make_decoder = FastEncoder, FastDecoder
         return self
 
     def run_plain(self) -> Self:
         """Undo :meth:`run_fast`."""
-        self.make_decoder = lambda decoder: decoder
+        self.make_encoder = self.make_decoder = lambda layers: layers
         return self
 
     def latent_frames_at_once(self, latents: Tensor) -> int:
@@ -192,7 +196,7 @@ class WanVAE(nn.Module):
             RequestError: F is not 4k + 1, H or W does not divide, or a chunk or tile size does not.
         """
         self._check_video(video)
-        chunks = self._encode_chunks(video, frames_per_chunk, tiling)
+        chunks = self._encode_chunks(self.encoder, video, frames_per_chunk, tiling)
         mean, logvar = torch.cat(list(chunks), dim=2).chunk(2, dim=1)
         return mean, logvar
 
@@ -202,8 +206,12 @@ class WanVAE(nn.Module):
 
         Arguments and errors as in ``moments``.
         """
-        mean, _ = self.moments(video, frames_per_chunk, tiling)
-        return self.normalize(mean)
+        self._check_video(video)
+        clips = [
+            torch.cat(list(self._encode_chunks(self.make_encoder(self.encoder), clip, frames_per_chunk, tiling)), dim=2)
+            for clip in video.split(1)
+        ]
+        return self.normalize(torch.cat(clips).chunk(2, dim=1)[0])
 
     def decode_raw(self, z: Tensor) -> Tensor:
         """Decode whole clips, differentiable.
@@ -245,7 +253,9 @@ class WanVAE(nn.Module):
             frames = chunk[0].permute(1, 2, 3, 0).float()
             yield ((frames / 2 + 0.5).clamp(0, 1) * 255).round().to(torch.uint8)
 
-    def _encode_chunks(self, video: Tensor, frames: int | None, tiling: Tiling | None) -> Iterator[Tensor]:
+    def _encode_chunks(
+        self, encoder: Layers, video: Tensor, frames: int | None, tiling: Tiling | None
+    ) -> Iterator[Tensor]:
         step = self.config.scale_factor_temporal
         if frames is not None and (frames < step or frames % step):
             near = max(step, frames // step * step)
@@ -253,7 +263,7 @@ class WanVAE(nn.Module):
                 f"frames_per_chunk is {frames}; this VAE needs a multiple of {step}. Nearest: {near} or {near + step}."
             )
         paste, cut = self._grids(tiling)
-        tiles = Tiles(lambda x, stream: self.quant_conv(self.encoder(x, stream)), cut, paste)
+        tiles = Tiles(lambda x, stream: self.quant_conv(encoder(x, stream)), cut, paste)
         x = _patchify(video.to(self.quant_conv.weight.dtype), self.patch)
         frames = frames or x.shape[2]
         yield tiles(x[:, :, : 1 + frames])

@@ -1,7 +1,7 @@
 """Attention over (B, L, H, E): batch, tokens, heads, head width. Every kernel has this one signature.
 
 Measured on one H200 in bf16, 12 heads x 32,760 tokens x 128: torch's own choice 352 TFLOP/s, cuDNN 596 to 625,
-FlashAttention-4 708 (DESIGN.md).
+FlashAttention-4 708 (DESIGN.md). ``fp8`` is ours (:mod:`swiftwan.ops.attention_fp8`), ``fp8-plain`` its reference.
 """
 
 from __future__ import annotations
@@ -55,7 +55,9 @@ class Kernel:
         package: distribution that brings it, if it is not torch's own.
         install: what to hand to pip for it; None is the package.
         capability: least CUDA compute capability; None runs on any device.
+        until: the first that has other tensor cores, which it cannot use; None if there is none.
         half: whether it takes bf16 and fp16 only.
+        widths: of a head, that it takes; () takes any.
     """
 
     name: str
@@ -64,12 +66,18 @@ class Kernel:
     package: str | None = None
     install: str | None = None
     capability: Capability = None
+    until: Capability = None
     half: bool = True
+    widths: tuple[int, ...] = ()
 
     def missing_on(self, capability: Capability) -> str:
         """What a device of this compute capability, or this installation, lacks to run it; empty if nothing."""
         if self.capability is not None and (capability is None or capability < self.capability):
             return f"it needs an NVIDIA GPU of compute capability {self.capability[0]}.{self.capability[1]} or more"
+        if self.until is not None and capability is not None and capability >= self.until:
+            return (
+                f"it is written for the tensor cores of GPUs before compute capability {self.until[0]}.{self.until[1]}"
+            )
         if self.package is not None and not _installed(self.package):
             return f"the package is missing: pip install '{self.install or self.package}'"
         return ""
@@ -110,6 +118,17 @@ def _load_flash4() -> Attend:
 
 
 @cache
+def _load_fp8() -> Attend:
+    return _opaque("fp8", importlib.import_module("swiftwan.ops.attention_fp8_gluon").attend)
+
+
+def _load_fp8_plain() -> Attend:
+    from swiftwan.ops.attention_fp8 import plain_fp8
+
+    return plain_fp8
+
+
+@cache
 def _load_flash3() -> Attend:
     return _opaque("flash3", importlib.import_module("flash_attn_interface").flash_attn_func)
 
@@ -145,5 +164,7 @@ KERNELS = (
     Kernel("flash3", "exact", _load_flash3, "flash-attn-3", capability=(9, 0)),
     Kernel("flash2", "exact", _load_flash2, "flash-attn", capability=(8, 0)),
     Kernel("sage", "near", _load_sage, "sageattention", capability=(8, 0)),
+    Kernel("fp8", "near", _load_fp8, "triton", capability=(9, 0), until=(10, 0), widths=(128,)),
+    Kernel("fp8-plain", "near", _load_fp8_plain, half=False),
 )
 """Every kernel that ``attention:NAME`` takes."""

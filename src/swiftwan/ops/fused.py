@@ -89,18 +89,20 @@ def add_norm(
     """``norm`` is (scale, shift) as (B, K, D), or (weight, bias) as (D,); into ``rounded``, if it is given, its result
     goes in 8 bits. What is not asked for returns x."""
     _refuse_gradient(x)
+    x = (x if update is None else x.expand_as(update)).contiguous()
     batch, length, width = x.shape
-    x = x.contiguous()
     update = x if update is None else update.contiguous()
     summed = x if update is x else torch.empty_like(x)
     normed, row_scale = rounded or (x if norm is None else torch.empty_like(x), x)
     scale, shift = norm or (x, x)
     modulated = scale.ndim == 3
-    vectors = gate if gate is not None else scale
+    if modulated:  # one vector for the whole batch has a stride of 0
+        scale, shift = scale.expand(batch, -1, -1), shift.expand(batch, -1, -1)
+    vectors = scale if gate is None else gate.expand(batch, -1, -1)
     block = triton.next_power_of_2(width)
     rows = max(1, 1024 // block)
     _add_norm_kernel[(triton.cdiv(length, rows), batch)](
-        x, update, x if gate is None else gate, scale, shift, summed, normed, row_scale,
+        x, update, vectors, scale, shift, summed, normed, row_scale,
         length, spans[0],
         vectors.stride(0), vectors.stride(1),
         scale.stride(0) if modulated else 0, scale.stride(1) if modulated else 0, eps,

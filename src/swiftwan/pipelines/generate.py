@@ -7,6 +7,7 @@ from collections.abc import Callable
 from typing import TYPE_CHECKING
 
 import torch
+from torch import Tensor
 
 from swiftwan.device import peak_bytes, versions
 from swiftwan.inputs import read
@@ -42,8 +43,9 @@ def generate(engine: Engine, request: Request, on_step: OnStep | None) -> Result
     text = encode_text(parts.text, request, image)
     progress.tell("text", 1)
 
+    steps = len(start.timesteps)
     latents = denoise(
-        parts, plan.guide, scheduler, request, text, start, lambda: progress.tell("denoise", len(start.timesteps))
+        parts, plan.guide, scheduler, request, text, start, lambda *reached: progress.tell("denoise", steps, *reached)
     )
     parts.enter("vae")
     chunks = -(-latents.shape[2] // parts.vae.latent_frames_at_once(latents))
@@ -74,10 +76,10 @@ class Progress:
         self.done: dict[Phase, int] = {}
         self.began = time.perf_counter()
 
-    def tell(self, phase: Phase, steps: int) -> None:
-        """A unit of ``phase``, of which there are ``steps``, has just ended."""
+    def tell(self, phase: Phase, steps: int, latents: Tensor | None = None, timestep: float | None = None) -> None:
+        """A unit of ``phase``, of which there are ``steps``, has just ended and left ``latents`` at ``timestep``."""
         self.clock.mark(phase)
         self.done[phase] = self.done.get(phase, 0) + 1
         if self.on_step is not None:
             seconds = time.perf_counter() - self.began
-            self.on_step(StepEvent(phase, self.done[phase], steps, seconds))
+            self.on_step(StepEvent(phase, self.done[phase], steps, seconds, latents, timestep))

@@ -64,6 +64,9 @@ def schedule(request: Request, few_step: FewStep | None, device: torch.device) -
 
 # Denoising
 
+AfterStep = Callable[[Tensor, float], None]
+"""Told the latents (1, C, f, h, w) that a step left, and the timestep they have come down to."""
+
 
 @dataclass(frozen=True)
 class Expert:
@@ -101,11 +104,11 @@ def denoise(
     request: Request,
     text: Embeddings,
     start: Start,
-    after_step: Callable[[], None],
+    after_step: AfterStep,
 ) -> Tensor:
     """Follow the flow from where the task starts to a clean latent video (1, C, f, h, w), float32.
 
-    ``after_step`` is called behind each model evaluation and solver step; what it raises ends the run.
+    ``after_step`` is told behind each model evaluation and solver step; what it raises ends the run.
     """
     latents, given = start.latents, start.given
     shape = tuple(latents.shape)
@@ -113,12 +116,13 @@ def denoise(
     noise = torch.Generator("cpu").manual_seed(request.seed + 1)
     # Only the few-step solver draws noise; the others have no such argument.
     options = {"generator": noise} if request.scheduler == "lcm" else {}
+    reached = iter([*start.timesteps[1:].tolist(), 0.0])
     for expert in experts(parts, request, start.timesteps):
         predict = guide.guidance(expert.transformer, text, shape, expert.guidance_scale, expert.timesteps.tolist())
         for timestep in expert.timesteps:
             flow = predict(*given.inputs(latents, timestep.expand(1)))
             latents = scheduler.step(flow, timestep, latents, return_dict=False, **options)[0]
-            after_step()
+            after_step(latents, next(reached))
     return given.kept(latents)
 
 
@@ -131,9 +135,19 @@ def decode(
     tiling: Tiling | None,
     after_chunk: Callable[[], None],
 ) -> Tensor:
-    """Decode to uint8 frames (F, H, W, 3) on the CPU, a chunk at a time, so that memory stays bounded."""
-    chunks = []
+    """Decode to uint8 frames (F, H, W, 3) on the CPU, a chunk at a time, so that memory stays bounded.
+
+    The frames lie in page-locked memory where there is CUDA: the GPU goes on while a chunk is copied.
+    """
+    _, _, count, rows, columns = latents.shape
+    time, space = vae.config.scale_factor_temporal, vae.config.scale_factor_spatial
+    shape = ((count - 1) * time + 1, rows * space, columns * space, 3)
+    frames = torch.empty(shape, dtype=torch.uint8, pin_memory=latents.is_cuda)
+    at = 0
     for chunk in vae.stream_frames(latents, vae.latent_frames_at_once(latents), tiling):
-        chunks.append(chunk.cpu())
+        frames[at : at + len(chunk)].copy_(chunk, non_blocking=True)
+        at += len(chunk)
         after_chunk()
-    return torch.cat(chunks)
+    if latents.is_cuda:
+        torch.cuda.synchronize(latents.device)
+    return frames

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import re
 from dataclasses import dataclass, replace
 from importlib.resources import files
@@ -29,8 +30,8 @@ RECIPES: dict[str, FewStep] = {
     "lightning": FewStep(4, "euler", 5.0),
     # github.com/hao-ai-lab/FastVideo, DmdDenoisingStage: timesteps 1000, 757, 522
     "fastwan": FewStep(3, "lcm", 8.0, (1.0, 0.757, 0.522)),
-    # github.com/NVlabs/rcm and thu-ml/TurboDiffusion: angles atan(80), 1.5, 1.4, 1.0, each as sin / (sin + cos)
-    "rcm": FewStep(4, "lcm", 5.0, (0.987654, 0.933778, 0.852909, 0.608978)),
+    # github.com/NVlabs/rcm and thu-ml/TurboDiffusion: angles, of which sin / (sin + cos) is noise
+    "rcm": FewStep(4, "lcm", 5.0, tuple(1 / (1 + 1 / math.tan(angle)) for angle in (math.atan(80), 1.5, 1.4, 1.0))),
     # github.com/ModelTC/LightX2V, configs/causvid: timesteps of the 14B student
     "causvid": FewStep(9, "lcm", 8.0, (0.999, 0.934, 0.862, 0.756, 0.603, 0.41, 0.25, 0.14, 0.074)),
 }

@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Vae(Technique):
-    """``vae:fast``: the decoder channels-last in fused kernels. ``vae:tiling[:sample=256,stride=192]``: decode in
+    """``vae:fast``: its layers channels-last in fused kernels. ``vae:tiling[:sample=256,stride=192]``: decode in
     overlapping tiles of so many pixels, blended, for less memory. Both may run at once."""
 
     value: str
@@ -49,7 +49,7 @@ class Vae(Technique):
 
 @dataclass(frozen=True)
 class FastVae(Technique):
-    """``vae:fast``: the decoder channels-last, with one kernel between two convolutions."""
+    """``vae:fast``: encoder and decoder channels-last, with one kernel between two convolutions."""
 
     value: str
 
@@ -58,7 +58,7 @@ class FastVae(Technique):
     reason = "the same sums in another order; in bfloat16 its error is no larger than diffusers'"
     slot = Slot.BLOCKS
     switch = "nothing"
-    claims = ("vae.decoder",)
+    claims = ("vae.layers",)
 
     def missing_on(self, device: Device) -> str:
         if device.capability is None:

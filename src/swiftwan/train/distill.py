@@ -1,37 +1,40 @@
 """Few-step students: a LoRA that jumps where its teacher walks.
 
-Multi-phase consistency distillation (arXiv 2405.18407, 2506.03123) in flow form, with guidance folded in. The
-noise levels from 1 to 0 are cut into as many phases as the student has steps. From any level of a phase the
-student's flow points straight at where the guided teacher would be at the phase's end; so a sampler takes one step
-a phase, without guidance. Three losses teach it, each from the same frozen weights (see :class:`Roles`):
+The noise levels from 1 to 0 are cut into as many phases as the student has steps. Wherever it is in a phase, its
+flow points straight at the place where its teacher, guided, will be at the phase's end; so a sampler takes one
+Euler step a phase, and no guidance. Three losses teach it, with one set of frozen weights between them:
 
-1. ``regression``: the teacher walks, once, from noise to a video for each of a few thousand prompts; the student learns
-   to jump from where each phase began to where it ended.
-2. ``consistency``: from a noised clip the teacher makes one small step, and the student, averaged over time,
-   jumps on from there; that is where the student should have jumped to at once.
-3. ``matching`` (DMD2, arXiv 2405.14867, optional, short): what the student samples, noised, is denoised by the teacher and by
-   a critic that learns the student's samples; their difference says which way the samples should go.
+1. ``regression`` on walks: the teacher goes from noise to a video, once for each prompt, and the student learns to
+   jump from where each phase began to where it ended.
+2. ``consistency`` (multi-phase: arXiv 2405.18407, 2506.03123): from any level the teacher takes one small step and
+   the student, averaged over time, jumps on from there; the student should have jumped there at once.
+3. ``matching`` (DMD2, arXiv 2405.14867; within a phase as in arXiv 2510.27684): what the student jumps to is noised,
+   and teacher and critic, who learns what the student makes, say which way it is more like the teacher's.
 
 Shapes: B clips; latents (B, C, f, h, w); text (B, S, D), zero behind each prompt's end; noise levels (B,) in [0, 1].
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import warnings
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import Literal
 
 import torch
 from torch import Tensor
 
 from swiftwan.models.dit import WanTransformer
+from swiftwan.sampling import warped
 
 Role = Literal["teacher", "student", "average", "critic"]
-ADAPTERS: tuple[Role, ...] = ("student", "average", "critic")
+ROLES: tuple[Role, ...] = ("teacher", "student", "average", "critic")
 TARGETS = (
-    r"blocks\..*\.(to_q|to_k|to_v|to_out\.0|net\.0\.proj|net\.2)|.*time_embedder\.linear_[12]|.*time_proj|proj_out"
+    r"blocks\.\d+\.(attn[12]\.to_[qkv]|attn[12]\.to_out\.0|ffn\.net\.(0\.proj|2))|proj_out|"
+    r"condition_embedder\.(time_embedder\.linear_[12]|time_proj)"
 )
-"""Each linear but those of the text and image embedders, which all steps share."""
+"""Every linear but those of the text, which all steps share."""
 
 
 @dataclass(frozen=True)
@@ -39,22 +42,17 @@ class Phases:
     """The noise levels between which a student jumps, and the smaller ones by which its teacher walks.
 
     Attributes:
-        steps: how many jumps.
-        levels: falling from 1 to 0; each ``len(levels) // steps``-th is a jump's end.
+        levels: of the walk, falling from 1 to 0.
+        stride: so many of the walk's steps are one jump.
     """
 
-    steps: int
     levels: tuple[float, ...]
+    stride: int
 
     @classmethod
-    def make(cls, steps: int, shift: float, walk: int) -> Phases:
-        """``walk`` teacher steps, a multiple of ``steps``, along ``shift * u / (1 + (shift - 1) * u)``."""
-        even = [1 - i / walk for i in range(walk + 1)]
-        return cls(steps, tuple(shift * u / (1 + (shift - 1) * u) for u in even))
-
-    @property
-    def stride(self) -> int:
-        return (len(self.levels) - 1) // self.steps
+    def of(cls, steps: int, flow_shift: float, walk: int) -> Phases:
+        """``walk`` steps of the teacher, a multiple of the student's, along the shifted schedule."""
+        return cls(tuple(warped(1 - step / walk, flow_shift) for step in range(walk + 1)), walk // steps)
 
     @property
     def edges(self) -> tuple[float, ...]:
@@ -62,62 +60,99 @@ class Phases:
 
 
 class Roles:
-    """One frozen transformer that plays every part: teacher as it is, the others through a LoRA each.
+    """One frozen transformer that plays every part: the teacher as it is, the others each through a LoRA.
 
     Args:
-        transformer: frozen here; gets an adapter for the student, for the student's average over time and, with
-            ``critic``, for the critic.
+        transformer: gets the adapters; its own weights are frozen.
+        rank: of each adapter.
+        seed: of the adapters' first values, which change nothing yet.
     """
 
-    def __init__(self, transformer: WanTransformer, *, rank: int, seed: int, critic: bool = False) -> None:
+    def __init__(self, transformer: WanTransformer, *, rank: int, seed: int) -> None:
         from peft import LoraConfig, inject_adapter_in_model
         from peft.tuners.lora import LoraLayer
 
-        torch.manual_seed(seed)
         self.transformer = transformer.requires_grad_(False)
-        for role in ADAPTERS if critic else ADAPTERS[:2]:
-            config = LoraConfig(r=rank, lora_alpha=rank, target_modules=TARGETS, init_lora_weights=True)
-            inject_adapter_in_model(config, transformer, adapter_name=role)
+        self.config = LoraConfig(r=rank, lora_alpha=rank, target_modules=TARGETS)
+        device = transformer.patch_embedding.weight.device
+        roles = ROLES[1:]
+        for role in roles:
+            with torch.random.fork_rng([device] if device.type == "cuda" else []), warnings.catch_warnings():
+                # peft warns of a second adapter on one model, which is what we are here for.
+                warnings.filterwarnings("ignore", message="Already found a `peft_config`")
+                torch.manual_seed(seed)
+                inject_adapter_in_model(self.config, transformer, adapter_name=role)
+        for role in roles:
+            for parameter in self.parameters(role).values():
+                parameter.data = parameter.data.float()
         self.layers = [module for module in transformer.modules() if isinstance(module, LoraLayer)]
 
     def play(self, role: Role) -> None:
+        """From now on, the transformer is this one; only its adapter takes gradients."""
         for layer in self.layers:
             layer.enable_adapters(role != "teacher")
             if role != "teacher":
                 layer.set_adapter(role)
 
+    def parameters(self, role: Role) -> dict[str, torch.nn.Parameter]:
+        """A role's adapter, by the names that the transformer has for it."""
+        return {name: p for name, p in self.transformer.named_parameters() if f".{role}." in name}
+
     def flow(self, role: Role, latents: Tensor, level: Tensor, text: Tensor) -> Tensor:
         """The flow that a role predicts, float32."""
         self.play(role)
         condition = self.transformer.condition(text, latents.shape)
-        flow: Tensor = self.transformer(latents, 1000 * level, condition).float()
-        return flow
+        flow: Tensor = self.transformer(latents, 1000 * level, condition)
+        return flow.float()
 
     def guided(self, latents: Tensor, level: Tensor, text: Tensor, negative: Tensor, scale: float) -> Tensor:
-        """The teacher's flow with classifier-free guidance; both predictions in one pass."""
+        """The teacher's flow with guidance, both predictions in one pass."""
         latents, level = torch.cat((latents, latents)), torch.cat((level, level))
         with_text, without = self.flow("teacher", latents, level, torch.cat((text, negative))).chunk(2)
         return without + scale * (with_text - without)
 
-    def parameters(self, role: Role) -> dict[str, Tensor]:
-        """A role's adapter, by name."""
-        return {name: p for name, p in self.transformer.named_parameters() if f".{role}." in name}
+
+# Where roles lead
 
 
 def between(start: Tensor, flow: Tensor, here: Tensor, there: Tensor) -> Tensor:
-    """Where a straight line along ``flow`` is at the level ``there``."""
-    return start + _as(there - here, start) * flow
+    """Where a straight line along ``flow`` from the level ``here`` is at the level ``there``."""
+    return start + like(there - here, start) * flow
 
 
-def distance(error: Tensor) -> Tensor:
-    """Pseudo-Huber (arXiv 2310.14189) of each clip's root mean square: linear beyond a hundredth."""
-    squares = error.flatten(1).square().mean(1)
-    return ((squares + 1e-4).sqrt() - 1e-2).mean()
+@torch.no_grad()
+def walk(roles: Roles, phases: Phases, noise: Tensor, text: Tensor, negative: Tensor, scale: float) -> Tensor:
+    """The guided teacher's way from noise to a video: where it is at each edge, (edges, B, C, f, h, w)."""
+    places, latents = [noise], noise
+    for number, (here, there) in enumerate(steps_of(phases.levels, noise), 1):
+        latents = between(latents, roles.guided(latents, here, text, negative, scale), here, there)
+        if number % phases.stride == 0:
+            places.append(latents)
+    return torch.stack(places)
+
+
+@torch.no_grad()
+def sample(roles: Roles, role: Role, edges: Sequence[float], noise: Tensor, text: Tensor) -> Tensor:
+    """What a sampler does with a few-step model: a jump from edge to edge. Latents at the last one."""
+    latents = noise
+    for here, there in steps_of(edges, noise):
+        latents = between(latents, roles.flow(role, latents, here, text), here, there)
+    return latents
+
+
+def steps_of(levels: Sequence[float], latents: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
+    """Pairs of neighbouring levels, each for all clips of a batch."""
+    for pair in pairwise(levels):
+        here, there = (latents.new_full((len(latents),), level, dtype=torch.float32) for level in pair)
+        yield here, there
+
+
+# Losses
 
 
 def regression(roles: Roles, start: Tensor, end: Tensor, text: Tensor, here: Tensor, there: Tensor) -> Tensor:
-    """How far the student's flow is from the straight line between two places of the teacher's walk."""
-    wanted = (end - start) / _as(there - here, start)
+    """How far the student's flow at ``start`` is from pointing at ``end``; scalar."""
+    wanted = (end - start) / like(there - here, start)
     return distance(roles.flow("student", start, here, text) - wanted)
 
 
@@ -130,41 +165,69 @@ def consistency(
     here: Tensor,
     near: Tensor,
     edge: Tensor,
+    *,
     scale: float,
 ) -> Tensor:
-    """How far the student's flow is from where one teacher step, and the averaged student from there, lead.
+    """How far the student is from where one step of the teacher, and its own average from there, lead; scalar.
 
     Args:
-        here, near, edge: falling levels: of the clip, one teacher step on, and of the phase's end.
+        here, near, edge: falling levels: of the clip, of the teacher's step, of the phase's end.
+        scale: of the teacher's guidance.
     """
-    noisy = torch.lerp(clips, noise, _as(here, clips))
+    noisy = torch.lerp(clips, noise, like(here, clips))
     with torch.no_grad():
         stepped = between(noisy, roles.guided(noisy, here, text, negative, scale), here, near)
         end = between(stepped, roles.flow("average", stepped, near, text), near, edge)
     return regression(roles, noisy, end, text, here, edge)
 
 
-@torch.no_grad()
-def walk(roles: Roles, phases: Phases, noise: Tensor, text: Tensor, negative: Tensor, scale: float) -> Tensor:
-    """The guided teacher's way from noise: latents at each edge, (steps + 1, B, C, f, h, w)."""
-    places, latents = [noise], noise
-    for number, (here, there) in enumerate(zip(phases.levels, phases.levels[1:], strict=False), 1):
-        here_, there_ = (noise.new_full((len(noise),), level) for level in (here, there))
-        latents = between(latents, roles.guided(latents, here_, text, negative, scale), here_, there_)
-        if number % phases.stride == 0:
-            places.append(latents)
-    return torch.stack(places)
+def distance(error: Tensor) -> Tensor:
+    """Mean over clips of the root mean square, rounded off below a hundredth (pseudo-Huber, arXiv 2310.14189)."""
+    squares = error.flatten(1).square().mean(1)
+    return ((squares + 1e-4).sqrt() - 1e-2).mean()
 
 
-@torch.no_grad()
-def sample(roles: Roles, role: Role, edges: Sequence[float], noise: Tensor, text: Tensor) -> Tensor:
-    """One jump a phase, from noise to latents."""
-    latents = noise
-    for here, there in zip(edges, edges[1:], strict=False):
-        here_, there_ = (noise.new_full((len(noise),), level) for level in (here, there))
-        latents = between(latents, roles.flow(role, latents, here_, text), here_, there_)
-    return latents
+def noised(clips: Tensor, noise: Tensor, here: Tensor, there: Tensor) -> tuple[Tensor, Tensor]:
+    """Carry clips from a lower level of noise to a higher one; returns them, and the flow to learn there.
+
+    From data, ``here`` 0, the flow is ``noise - clips``. From a noised clip its parts are not known any more; but
+    ``(there noise / added - noisy) / (1 - there)``, with the share of noise ``added``, has the same mean at each place,
+    by the score of what was added (arXiv 2510.27684, section 3).
+    """
+    keep = (1 - there) / (1 - here)
+    added = (there.square() - (keep * here).square()).sqrt()
+    noisy = like(keep, clips) * clips + like(added, clips) * noise
+    return noisy, (like(there / added, clips) * noise - noisy) / like(1 - there, clips)
 
 
-def _as(values: Tensor, latents: Tensor) -> Tensor:
+def matching(
+    roles: Roles, made: Tensor, noise: Tensor, text: Tensor, negative: Tensor, here: Tensor, there: Tensor, scale: float
+) -> Tensor:
+    """A loss whose gradient moves what the student made towards the teacher's distribution; scalar.
+
+    Args:
+        made: latents at the level ``here``, with the student's graph behind them.
+        there: higher levels, at which critic and teacher look.
+    """
+    with torch.no_grad():
+        noisy, flow = noised(made, noise, here, there)
+        real = roles.guided(noisy, there, text, negative, scale)
+        away = like(there, made) * (real - roles.flow("critic", noisy, there, text))
+        size = (like(there, made) * (real - flow)).abs().flatten(1).mean(1)
+    roles.play("student")  # whose gradients are to be taken
+    return 0.5 * (made - (made - away / like(size, made)).detach()).square().mean()
+
+
+def criticism(roles: Roles, made: Tensor, noise: Tensor, text: Tensor, here: Tensor, there: Tensor) -> Tensor:
+    """How far the critic is from the flow of what the student made; scalar."""
+    noisy, flow = noised(made, noise, here, there)
+    # The flow's noise grows without bound towards either end; so weighted it is of size one.
+    keep = (1 - there) / (1 - here)
+    added = (there.square() - (keep * here).square()).sqrt()
+    weight = like((1 - there) * added / there, made)
+    return (weight * (roles.flow("critic", noisy, there, text) - flow)).square().mean()
+
+
+def like(values: Tensor, latents: Tensor) -> Tensor:
+    """(B,) to (B, 1, 1, 1, 1)."""
     return values.view(-1, *[1] * (latents.ndim - 1))

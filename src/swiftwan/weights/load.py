@@ -8,9 +8,7 @@ the module itself has are ever assigned; a file cannot name an attribute.
 from __future__ import annotations
 
 import math
-import shutil
 import time
-import uuid
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -19,16 +17,16 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from swiftwan.errors import OutputError
 from swiftwan.models.streaming import bring_own
 from swiftwan.weights import check
 from swiftwan.weights.sources import Shards, Tensors
-from swiftwan.weights.write import refuse_if_too_large, replace_folder, sync, write_json
+from swiftwan.weights.write import SHARD_BYTES, TYPES, Slot, appearing, write_json, write_shards
 
 _STEM = "diffusion_pytorch_model"
+_TYPE_NAMES = {dtype: name for name, dtype in TYPES.items()}
 
 
 AsLoaded = Callable[[nn.Module, str, nn.Module], nn.Module]
@@ -161,7 +159,7 @@ def save_weights(
     folder: Path,
     component_config: Mapping[str, Any],
     *,
-    max_shard_bytes: int = 5_000_000_000,
+    max_shard_bytes: int = SHARD_BYTES,
 ) -> None:
     """Write a component as diffusers does: ``config.json`` and ``diffusion_pytorch_model*.safetensors``.
 
@@ -171,19 +169,11 @@ def save_weights(
     Raises OutputError: foreign files in ``folder``, not enough space, no permission.
     """
     tensors = _unique(weights.state_dict() if isinstance(weights, nn.Module) else weights)
-    temporary = folder.with_name(f".{folder.name}.{uuid.uuid4().hex[:8]}.tmp")
+    slots = [Slot(name, tuple(tensor.shape), _TYPE_NAMES[tensor.dtype]) for name, tensor in tensors.items()]
     _refuse_foreign_files(folder)
-    try:
-        folder.parent.mkdir(parents=True, exist_ok=True)
-        refuse_if_too_large(folder, sum(t.nbytes for t in tensors.values()))
-        temporary.mkdir()
-        write_json(temporary / "config.json", dict(component_config))
-        _write_shards(temporary, tensors, max_shard_bytes)
-        replace_folder(temporary, folder)
-    except OSError as error:
-        raise OutputError(f"cannot write {folder}: {error.strerror}; choose another folder") from None
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)
+    with appearing(folder, sum(slot.nbytes for slot in slots)) as temporary:
+        write_json(temporary / "config.json", component_config)
+        write_shards(temporary, _STEM, slots, lambda slot: tensors[slot.name].cpu(), shard_bytes=max_shard_bytes)
 
 
 def _slots(module: nn.Module) -> dict[Tensor, list[str]]:
@@ -248,31 +238,3 @@ def _refuse_foreign_files(folder: Path) -> None:
     foreign = [p.name for p in folder.iterdir() if not any(fnmatchcase(p.name, glob) for glob in ours)]
     if foreign:
         raise OutputError(f"{folder} holds {foreign[0]!r}, which would be lost; give a new or empty folder")
-
-
-def _write_shards(folder: Path, tensors: Mapping[str, Tensor], max_shard_bytes: int) -> None:
-    shards: list[list[str]] = [[]]
-    size = 0
-    for name, tensor in tensors.items():
-        if shards[-1] and size + tensor.nbytes > max_shard_bytes:
-            shards.append([])
-            size = 0
-        shards[-1].append(name)
-        size += tensor.nbytes
-    files = [f"{_STEM}-{i:05d}-of-{len(shards):05d}.safetensors" for i in range(1, len(shards) + 1)]
-    if len(shards) == 1:
-        files = [f"{_STEM}.safetensors"]
-    for file, names in zip(files, shards, strict=True):
-        save_file({n: _owned(tensors[n]) for n in names}, folder / file, metadata={"format": "pt"})
-        sync(folder / file)
-    if len(shards) > 1:
-        weight_map = {name: file for file, names in zip(files, shards, strict=True) for name in names}
-        total = sum(t.nbytes for t in tensors.values())
-        index = {"metadata": {"total_size": total}, "weight_map": weight_map}
-        write_json(folder / f"{_STEM}.safetensors.index.json", index)
-
-
-def _owned(tensor: Tensor) -> Tensor:
-    """On the CPU, contiguous, with a storage of its own: safetensors refuses slices of a shared one."""
-    tensor = tensor.cpu().contiguous()
-    return tensor if tensor.untyped_storage().nbytes() == tensor.nbytes else tensor.clone()
