@@ -18,6 +18,7 @@ import statistics
 import subprocess
 import time
 import traceback
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -40,6 +41,8 @@ class Case:
     size: tuple[int, int, int] = (832, 480, 81)
     cap: float | None = None
     """GB that torch may take."""
+    peer: Callable[[Any], None] | None = None
+    """What is done to a diffusers pipeline, which then runs instead."""
 
 
 SMALL, LARGE = "random:wan2.1-t2v-1.3b", "random:wan2.1-t2v-14b"
@@ -55,6 +58,33 @@ def recipe(name: str) -> Case:
     size = (one.width, one.height, one.num_frames)
     return Case(f"random:{one.model}", name, size, cap=float(name.removesuffix("gb")))
 
+
+def group_offload(pipe: Any) -> None:
+    devices = {"onload_device": torch.device("cuda"), "offload_device": torch.device("cpu")}
+    pipe.transformer.enable_group_offload(
+        **devices, offload_type="block_level", num_blocks_per_group=1, use_stream=True
+    )
+
+
+def first_block_cache(pipe: Any) -> None:
+    from diffusers import FirstBlockCacheConfig
+
+    pipe.transformer.enable_cache(FirstBlockCacheConfig(threshold=0.1))
+
+
+PEERS: dict[str, Callable[[Any], None]] = {
+    "plain": lambda pipe: None,
+    "enable_model_cpu_offload": lambda pipe: pipe.enable_model_cpu_offload(),
+    "enable_group_offload, blocks, stream": group_offload,
+    "vae.enable_tiling": lambda pipe: pipe.vae.enable_tiling(),
+    "enable_layerwise_casting float8_e4m3fn": lambda pipe: pipe.transformer.enable_layerwise_casting(
+        storage_dtype=torch.float8_e4m3fn, compute_dtype=torch.bfloat16
+    ),
+    "FirstBlockCache 0.1": first_block_cache,
+    "compile_repeated_blocks": lambda pipe: pipe.transformer.compile_repeated_blocks(fullgraph=True),
+    # The last: diffusers keeps it for all later models of the process.
+    "set_attention_backend _native_cudnn": lambda pipe: pipe.transformer.set_attention_backend("_native_cudnn"),
+}
 
 GROUPS: dict[str, dict[str, Case]] = {
     "alone": {"plain": Case(SMALL, ()), "auto": Case(SMALL, "auto")}
@@ -77,6 +107,7 @@ GROUPS: dict[str, dict[str, Case]] = {
         "14b 480p fp8": Case(LARGE, ("quantize:fp8", "text-encoder:unload", *EXACT)),
         "14b 480p int4": Case(LARGE, ("quantize:int4", "text-encoder:unload", *EXACT)),
     },
+    "peers": {f"diffusers {name}": Case(SMALL, (), peer=change) for name, change in PEERS.items()},
     "recipes": {f"recipe {name}": recipe(name) for name in RECIPES},
 }
 CASES = {name: case for group in GROUPS.values() for name, case in group.items()}
@@ -98,16 +129,28 @@ class Watch:
         torch.cuda.reset_peak_memory_stats()
 
 
+def make(case: Case) -> Any:
+    if case.peer is None:
+        return sw.Engine.load(case.model, plan=case.plan)
+    from swiftwan.bench.peers import DiffusersPeer
+
+    peer = DiffusersPeer(case.model, pick_device("cuda"), "bf16", compile=False)
+    case.peer(peer.pipe)
+    return peer
+
+
 def measure(case: Case, steps: int, once: bool, repeats: int = 1) -> dict[str, Any]:
     shutil.rmtree(cache_folder() / "prompts", ignore_errors=True)
     width, height, frames = case.size
     request = sw.TextToVideo(PROMPT, width=width, height=height, num_frames=frames, num_inference_steps=steps, seed=1)
-    told = sw.explain(case.model, request, plan=case.plan).to_json()
-    row: dict[str, Any] = {"plan": [t["spec"] for t in told["plan"]], "estimate": told}
+    told = sw.explain(case.model, request, plan=case.plan)
+    row: dict[str, Any] = {"plan": list(told.plan.specs), "estimate": told.to_json()}
+    if case.peer is not None:
+        row, request = {"plan": [], "runner": "diffusers"}, told.request
     watch = Watch()
     torch.cuda.reset_peak_memory_stats()
     started = time.perf_counter()
-    engine = sw.Engine.load(case.model, plan=case.plan)
+    engine = make(case)
     torch.cuda.synchronize()
     row["load_seconds"] = round(time.perf_counter() - started, 2)
     watch.note("load")
@@ -189,7 +232,10 @@ def told(row: dict[str, Any]) -> str:
     """Measured and, in brackets, estimated."""
     if row["status"] != "ok":
         return f"failed: {row['reason']}"
-    guess, step = row["estimate"], statistics.median(row["step_seconds"])
+    step = statistics.median(row["step_seconds"])
+    if "estimate" not in row:
+        return f"{row['peak_bytes'] / 1e9:.2f} GB; step {step:.3f}, decode {row['stages']['decode']:.2f} s"
+    guess = row["estimate"]
     phases = {phase["name"]: phase["weight_bytes"] + phase["activation_bytes"] for phase in guess["phases"]}
     parts = [f"{name} {row['phase_peak_bytes'][name] / 1e9:.2f} ({size / 1e9:.2f})" for name, size in phases.items()]
     seconds = f"step {step:.3f} ({guess['step_seconds']:.3f}), decode {row['stages']['decode']:.2f}"
