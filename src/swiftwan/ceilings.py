@@ -27,7 +27,7 @@ class Ceilings:
         products: TFLOP/s by what linear layers multiply in: ``16`` (bf16, fp16), ``fp8``, ``int8``, ``tf32``, ``fp32``.
         attention: TFLOP/s of self-attention by kernel.
         memory, bus: bytes a second of device memory, and from pinned host memory to it.
-        decode: TFLOP/s of the VAE's decoder in 16 bits: plain, and with ``vae:fast``.
+        decode: TFLOP/s of a VAE's decoder in 16 bits, plain and with ``vae:fast``, by the channels of its last level.
         launch_seconds: host time of one block's launches: plain, and fused.
         source: where the numbers are from.
     """
@@ -36,7 +36,7 @@ class Ceilings:
     attention: Mapping[str, float]
     memory: float
     bus: float
-    decode: tuple[float, float]
+    decode: Mapping[int, tuple[float, float]]
     launch_seconds: tuple[float, float]
     source: str
 
@@ -46,7 +46,7 @@ H200 = Ceilings(
     attention={"sdpa": 550, "cudnn": 575, "flash4": 685, "flash3": 600, "flash2": 352, "sage": 430},
     memory=4.0e12,
     bus=55e9,
-    decode=(222, 660),
+    decode={96: (222, 655), 256: (470, 1014)},
     launch_seconds=(1e-3, 3e-4),
     source="measured on an H200 with torch 2.11 (benchmarks/h200_forward.jsonl, h200_vae.jsonl, h200_techniques.jsonl)",
 )
@@ -72,7 +72,7 @@ def _measured(torch_device: str, dtype: torch.dtype) -> Ceilings:
             attention=every(H200.attention, rate / 2),
             memory=memory,
             bus=bus,
-            decode=(rate / 2, rate / 2),
+            decode={96: (rate / 2, rate / 2)},
             launch_seconds=(0.0, 0.0),
             source="from a matrix product and a copy measured here",
         )
@@ -82,7 +82,7 @@ def _measured(torch_device: str, dtype: torch.dtype) -> Ceilings:
         attention={name: one * scale for name, one in H200.attention.items()},
         memory=memory,
         bus=bus,
-        decode=(H200.decode[0] * scale, H200.decode[1] * scale),
+        decode={width: (plain * scale, fast * scale) for width, (plain, fast) in H200.decode.items()},
         launch_seconds=H200.launch_seconds,
         source="from a matrix product and copies measured here; what kernels reach of them as on an H200",
     )

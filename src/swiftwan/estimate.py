@@ -228,7 +228,9 @@ def _decode_seconds(request: Request, facts: Facts, plan: Plan, ceilings: Ceilin
     flop: float = rows * columns * (first + (frames - 1) * following)
     if plan.tiling is not None:
         flop *= (plan.tiling.sample / plan.tiling.stride) ** 2
-    rate = ceilings.decode[_decodes_fast(plan)]
+    width = _last_width(facts.known.vae)
+    rates = ceilings.decode[min(ceilings.decode, key=lambda known: abs(known - width))]
+    rate = rates[_decodes_fast(plan)]
     if plan.settings.dtype is torch.float32:
         rate *= ceilings.products["fp32"] / ceilings.products["16"]
     return flop / rate / 1e12
@@ -310,6 +312,11 @@ def _denoising(costs: Costs) -> float:
     )
 
 
+def _last_width(vae: VAEConfig) -> int:
+    """Channels of the decoder's last level."""
+    return (vae.decoder_base_dim or vae.base_dim) * vae.dim_mult[0]
+
+
 def _decodes_fast(plan: Plan) -> bool:
     return any(isinstance(technique, FastVae) for technique in plan.techniques)
 
@@ -318,7 +325,7 @@ def _decoding(request: Request, facts: Facts, plan: Plan, total_bytes: int) -> f
     """A chunk at its last level, and what later chunks need of it."""
     vae, size = facts.known.vae, plan.settings.dtype.itemsize
     _, rows, columns = latent_grid(request, facts)
-    width = (vae.decoder_base_dim or vae.base_dim) * vae.dim_mult[0]
+    width = _last_width(vae)
     patch = vae.patch_size or 1
     pixels: int = rows * columns * (vae.scale_factor_spatial // patch) ** 2
     if _decodes_fast(plan):
