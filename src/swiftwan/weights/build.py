@@ -177,9 +177,9 @@ def _random(
     vae = _on_meta(WanVAE, known.vae)
     randomize(vae, device=device, dtype=dtype)
 
-    def encoder(device: torch.device) -> nn.Module:
+    def encoder(runs_on: torch.device) -> nn.Module:
         model: nn.Module = _on_meta(_encoder, "UMT5EncoderModel", UMT5_XXL)
-        randomize(model, device=device, dtype=dtype)
+        randomize(model, device=device, dtype=dtype, rest_on=runs_on)
         return model
 
     pocket = locate(POCKET.name)
