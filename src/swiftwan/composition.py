@@ -72,15 +72,18 @@ def compose(specs: Sequence[str], device: Device, dtype: str | None = None, mode
     if dtype is not None:
         wanted = parse_dtype(dtype)
         techniques = [t for t in techniques if not isinstance(t, Dtype) or parse_dtype(t.value) == wanted]
+    techniques.sort(key=lambda technique: (technique.slot, technique.spec))
+    problems += _conflicts(techniques)
+    runnable: list[Technique] = []
     for technique in techniques:
         if missing := technique.missing_on(device):
             problems.append(f"'{technique.name}' cannot run on {device.name}: {missing}")
-        if model and (unfit := technique.unfit_for(model)):
+        elif model and (unfit := technique.unfit_for(model)):
             problems.append(f"{technique.name}: {unfit}")
-    problems += _conflicts(techniques)
-    techniques.sort(key=lambda technique: (technique.slot, technique.spec))
+        else:
+            runnable.append(technique)
     settings = Settings(dtype=parse_dtype(dtype) if dtype else device.dtype)
-    for technique in techniques:
+    for technique in runnable:
         try:
             settings = technique.apply(settings)
         except RequestError as problem:
