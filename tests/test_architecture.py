@@ -12,7 +12,7 @@ LAYERS = (
     ("errors",),
     ("device", "ops", "pocket", "prompt_cache"),
     ("ceilings", "models"),
-    ("sampling", "guidance", "pipelines.request"),
+    ("sampling", "guidance", "progressive", "pipelines.request"),
     ("inputs", "media", "weights"),
     ("facts", "techniques"),
     ("composition",),

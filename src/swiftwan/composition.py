@@ -11,6 +11,7 @@ from swiftwan.facts import Facts
 from swiftwan.guidance import Guide
 from swiftwan.models.config import KnownModel
 from swiftwan.models.vae import Tiling
+from swiftwan.pipelines.request import Request
 from swiftwan.techniques import TECHNIQUES
 from swiftwan.techniques.base import Settings, Technique
 from swiftwan.techniques.precision import Dtype
@@ -39,6 +40,12 @@ class Plan:
     @property
     def specs(self) -> tuple[str, ...]:
         return tuple(technique.spec for technique in self.techniques)
+
+    def check(self, request: Request) -> None:
+        """Raise PlanError for every technique that cannot meet this request."""
+        found = ((technique, technique.unfit_for_request(request)) for technique in self.techniques)
+        if problems := [f"{technique.name}: {unfit}" for technique, unfit in found if unfit]:
+            raise PlanError("; ".join(problems) + ".")
 
     def adapt(self, facts: Facts) -> Facts:
         """What is known of a model once this plan has changed it: a few-step model has other defaults."""

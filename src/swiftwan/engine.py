@@ -72,6 +72,7 @@ class Engine:
                 locate(model),
                 device=torch.device(where.torch_device),
                 dtype=chosen.settings.dtype,
+                vae_dtype=chosen.settings.vae_dtype,
                 transformers_on=torch.device("cpu") if chosen.settings.transformers_on_host else None,
                 as_loaded=chosen.settings.as_loaded,
             )
@@ -153,10 +154,11 @@ class Engine:
             on_step: told after each unit of work; what it raises ends the run within a step.
 
         Raises:
-            RequestError: a task or a value that the model cannot take, or an input that cannot be read.
+            RequestError: a task or a value that the model or the plan cannot take, or an input that cannot be read.
             MemoryLimitError: the device's memory ran out; says which settings would fit.
         """
         request = complete(request, self.facts)
+        self.plan.check(request)
         if self.torch_device.type == "cuda":
             torch.cuda.reset_peak_memory_stats(self.torch_device)
         try:

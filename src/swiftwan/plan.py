@@ -175,6 +175,7 @@ def explain(
     chosen = make_plan(plan, where, dtype, facts, request)
     facts = chosen.adapt(facts)
     full = complete(request, facts)
+    chosen.check(full)
     given = inputs.read(full)
     load = estimate(full, facts, chosen, where.total_bytes, ceilings_of(where))
     return Explanation(facts, full, chosen, where, load, given.inputs if given else ())

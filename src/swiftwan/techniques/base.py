@@ -18,6 +18,8 @@ if TYPE_CHECKING:
 
     from swiftwan.device import Device
     from swiftwan.models.config import KnownModel
+    from swiftwan.pipelines.request import Request
+    from swiftwan.progressive import Progressive
     from swiftwan.sampling import FewStep
     from swiftwan.techniques.costs import Costs
     from swiftwan.weights.build import Parts
@@ -49,7 +51,8 @@ class Settings:
     """What techniques decide before anything loads.
 
     ``as_loaded`` changes layers as they get their weights; ``merges`` says that something is to be added to the
-    weights first, so that they must stay as they are until then; ``few_step`` is how a distilled model is sampled.
+    weights first, so that they must stay as they are until then; ``few_step`` is how a distilled model is sampled;
+    ``vae_dtype`` is the VAE's own format; ``progressive`` makes the first steps smaller.
     """
 
     dtype: torch.dtype
@@ -60,6 +63,8 @@ class Settings:
     transformers_on_host: bool = False
     as_loaded: AsLoaded | None = None
     merges: bool = False
+    vae_dtype: torch.dtype | None = None
+    progressive: Progressive | None = None
     few_step: FewStep | None = None
 
 
@@ -92,6 +97,10 @@ class Technique:
 
     def unfit_for(self, model: KnownModel) -> str:
         """Why this model cannot take it, in words; empty if it can."""
+        return ""
+
+    def unfit_for_request(self, request: Request) -> str:
+        """Why it cannot meet this request, in words; empty if it can."""
         return ""
 
     def conflict(self, other: Technique) -> str:

@@ -64,12 +64,14 @@ def build(
     *,
     device: torch.device,
     dtype: torch.dtype,
+    vae_dtype: torch.dtype | None = None,
     transformers_on: torch.device | None = None,
     as_loaded: AsLoaded | None = None,
 ) -> Parts:
     """Load, or for ``random:`` models make, every part; weights go shard by shard straight to the device.
 
     Args:
+        vae_dtype: of the VAE, if it is not that of the rest.
         transformers_on: where to load the transformers, if not on the device: a technique brings them there.
         as_loaded: changes the transformers' layers one by one, as soon as each has its weights.
 
@@ -77,14 +79,15 @@ def build(
         WeightsError: files are missing, damaged or of another model.
     """
     if isinstance(source, RandomModel):
-        return _random(source.known, device, dtype, transformers_on or device, as_loaded)
-    return _load(read_layout(source), device, dtype, transformers_on or device, as_loaded)
+        return _random(source.known, device, dtype, vae_dtype or dtype, transformers_on or device, as_loaded)
+    return _load(read_layout(source), device, dtype, vae_dtype or dtype, transformers_on or device, as_loaded)
 
 
 def _load(
     layout: Layout,
     device: torch.device,
     dtype: torch.dtype,
+    vae_dtype: torch.dtype,
     transformers_on: torch.device,
     as_loaded: AsLoaded | None,
 ) -> Parts:
@@ -105,7 +108,7 @@ def _load(
         return model
 
     vae = _on_meta(WanVAE, layout.vae)
-    load_weights(vae, layout.files["vae"], device=device, dtype=dtype, component="vae")
+    load_weights(vae, layout.files["vae"], device=device, dtype=vae_dtype, component="vae")
 
     def encoder(device: torch.device) -> nn.Module:
         model: nn.Module = _on_meta(_encoder, layout.classes["text_encoder"], dict(layout.configs["text_encoder"]))
@@ -151,6 +154,7 @@ def _random(
     known: KnownModel,
     device: torch.device,
     dtype: torch.dtype,
+    vae_dtype: torch.dtype,
     transformers_on: torch.device,
     as_loaded: AsLoaded | None,
 ) -> Parts:
@@ -175,7 +179,7 @@ def _random(
         return model
 
     vae = _on_meta(WanVAE, known.vae)
-    randomize(vae, device=device, dtype=dtype)
+    randomize(vae, device=device, dtype=vae_dtype)
 
     def encoder(runs_on: torch.device) -> nn.Module:
         model: nn.Module = _on_meta(_encoder, "UMT5EncoderModel", UMT5_XXL)

@@ -49,6 +49,7 @@ class Admission:
         chosen = make_plan(self.plan if plan is None else plan, self.device, self.dtype, self.facts, request)
         facts = chosen.adapt(self.facts)
         full = complete(request, facts)
+        chosen.check(full)
         return Explanation(facts, full, chosen, self.device, estimate(full, facts, chosen, self.device.total_bytes))
 
     def check(self, request: Request, plan: str | Sequence[str] | None = None) -> Explanation:
