@@ -6,8 +6,9 @@ from collections.abc import Sequence
 from itertools import groupby
 
 from swiftwan.errors import SwiftwanError
-from swiftwan.plan import TECHNIQUES, make_plan, parse
+from swiftwan.plan import make_plan, parse
 from swiftwan.serve.jobs.admission import Admission
+from swiftwan.techniques import TECHNIQUES
 
 OFFERED = (
     "fused",
