@@ -163,7 +163,7 @@ class Bench:
         for block in model.blocks:
             block.attn1.attend = attend
         if "fp8" in words:
-            adapter.freeze_in_fp8(model)
+            adapter.freeze_in_fp8(model, self.where)
         layers = self.case.known.transformer.num_layers
         keep = next((keep for keep in memory.KEEPS if keep in words), "all")
         choice = [keep] * layers

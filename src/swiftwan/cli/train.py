@@ -100,6 +100,9 @@ def lora(
     base: Annotated[
         str, typer.Option(help="Products with frozen weights: bf16 (as loaded) or fp8.", rich_help_panel=_MACHINE)
     ] = "bf16",
+    weights: Annotated[
+        str, typer.Option(help="Frozen ones: whole, sharded (over GPUs) or offloaded.", rich_help_panel=_MACHINE)
+    ] = "whole",
     device: Annotated[str | None, typer.Option(rich_help_panel=_MACHINE)] = None,
     dtype: Annotated[str | None, typer.Option(rich_help_panel=_MACHINE)] = None,
 ) -> None:
@@ -120,7 +123,7 @@ def lora(
             display.on_step(StepEvent(phase, done, of, time.perf_counter() - began))  # type: ignore[arg-type]
 
         display.begin("load")
-        engine = open_engine(model, device=device, dtype=dtype)
+        engine = open_engine(model, device=device, dtype=dtype, weights=settings.weights)
         try:
             if check:
                 files = []

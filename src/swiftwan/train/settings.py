@@ -27,6 +27,7 @@ class Settings:
         drop_caption: share of clips trained without their caption, so that guidance keeps working.
         ema: decay of the averaged adapter, which is what is then delivered; 0 keeps none.
         base: bf16 (as loaded), or fp8 for the products with the frozen weights.
+        weights: frozen ones, ``whole`` on each device, ``sharded`` over all, or ``offloaded`` to host memory.
         keep: what blocks keep for the backward pass; auto is the most that fits.
     """
 
@@ -54,6 +55,7 @@ class Settings:
     held_out: float = 0.1
     seed: int = 0
     base: Literal["bf16", "fp8"] = "bf16"
+    weights: Literal["whole", "sharded", "offloaded"] = "whole"
     validate_every: int = 100
     sample_every: int = 0
     prompts: tuple[str, ...] = ()
