@@ -2,8 +2,8 @@
 
     accelerate launch --num_processes 2 -m swiftwan train lora ...
 
-Each process trains on batches of its own, and the adapters' gradients, which are small, are averaged. The frozen weights
-are whole on each device, or sharded over all (FSDP2), or in host memory; then a block's weights come as it computes.
+Each process trains on batches of its own, and the adapters' gradients, which are small, are averaged. Frozen weights
+are whole on each device, or sharded over all (FSDP2), or in host memory; then a block's come as it computes.
 """
 
 from __future__ import annotations
