@@ -22,7 +22,6 @@ from swiftwan.train.processes import Processes, Weights, local_device
 from swiftwan.train.run import Data, Run
 from swiftwan.train.settings import Settings
 from swiftwan.weights.check import read_json
-from swiftwan.weights.lora_write import check_form
 from swiftwan.weights.write import write_json
 
 OnStep = Callable[[str, int, int], None]
@@ -76,7 +75,6 @@ def prepare(engine: Engine, source: str, settings: Settings, out: Path, cache: P
     known, defaults = engine.facts.known, engine.facts.known.defaults
     if known.image_end == "always":
         raise RequestError(f"'{known.name}' goes from a first frame to a last one, which training does not know yet.")
-    check_form(settings.format)
     shapes = buckets.Shapes.of(
         known,
         settings.width or defaults.width,

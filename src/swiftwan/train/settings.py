@@ -5,9 +5,19 @@ from __future__ import annotations
 from dataclasses import asdict, dataclass, fields
 from typing import Any, Literal
 
-from swiftwan.errors import RequestError
+from swiftwan.errors import RequestError, did_you_mean
+from swiftwan.weights.lora_write import FORMATS
 
-Experts = Literal["high", "low", "both", "shared"]
+_CHOICES = {
+    "optimizer": ("adamw", "adamw8bit"),
+    "timesteps": ("logit-normal", "uniform"),
+    "weighting": ("none", "bell"),
+    "experts": ("high", "low", "both", "shared"),
+    "base": ("bf16", "fp8"),
+    "weights": ("whole", "sharded", "offloaded"),
+    "keep": ("auto", "all", "attention", "nothing"),
+    "format": FORMATS,
+}
 
 
 @dataclass(frozen=True)
@@ -48,7 +58,7 @@ class Settings:
     timesteps: Literal["logit-normal", "uniform"] = "logit-normal"
     shift: float | None = None
     weighting: Literal["none", "bell"] = "none"
-    experts: Experts = "both"
+    experts: Literal["high", "low", "both", "shared"] = "both"
     first_frame: float = 0.0
     drop_caption: float = 0.1
     ema: float = 0.0
@@ -73,6 +83,9 @@ class Settings:
         for name, least in (("steps", 1), ("accumulate", 1), ("validate_every", 1), ("checkpoint_every", 1)):
             if getattr(self, name) < least:
                 raise RequestError(f"{name} is {getattr(self, name)}; it must be at least {least}.")
+        for name, allowed in _CHOICES.items():
+            if (said := getattr(self, name)) not in allowed:
+                raise RequestError(f"{name} is '{said}'." + did_you_mean(said, allowed))
         for name in ("first_frame", "drop_caption", "ema", "held_out"):
             if not 0 <= getattr(self, name) < 1 and not (name == "first_frame" and self.first_frame == 1):
                 raise RequestError(f"{name} is {getattr(self, name)}; it is a share, from 0 to below 1.")
