@@ -29,7 +29,7 @@ if TYPE_CHECKING:
     from swiftwan.measure.missing import Missing
     from swiftwan.measure.timeline import Timeline
     from swiftwan.pipelines.request import Request
-    from swiftwan.plan import Facts
+    from swiftwan.plan import Facts, Plan
 
 
 @dataclass(frozen=True)
@@ -83,8 +83,8 @@ def measure(job: Job) -> dict[str, Any]:
     """Load, warm up, run, then look at what came out; the order keeps the timed runs clear of all else."""
     import torch
 
+    from swiftwan.ceilings import product_tflop_per_second
     from swiftwan.device import pick_device
-    from swiftwan.measure.ceiling import product_tflop_per_second
     from swiftwan.measure.hardware import HardwareSampler, readers
     from swiftwan.measure.missing import Missing
     from swiftwan.measure.timeline import timeline
@@ -92,7 +92,7 @@ def measure(job: Job) -> dict[str, Any]:
 
     cell = job.cell
     device = pick_device(cell.device)
-    facts = _facts(cell, device)
+    facts, plan = _planned(cell, device)
     request = complete(_request(cell), facts)
     _check_room(job, request)
 
@@ -108,7 +108,7 @@ def measure(job: Job) -> dict[str, Any]:
     warm_up_seconds = time.perf_counter() - started
 
     dtype = contestant.dtype
-    load = estimate(request, facts, dtype)
+    load = estimate(request, facts, plan, device.total_bytes)
     watched = readers(device.torch_device)
     runs: list[Timeline] = []
     peak_bytes = 0
@@ -151,14 +151,14 @@ class Contestant:
         return self.model.run(request, on_step=on_step)
 
 
-def _facts(cell: Cell, device: Device) -> Facts:
-    """What is known of the model as this cell runs it."""
+def _planned(cell: Cell, device: Device) -> tuple[Facts, Plan]:
+    """What is known of the model as this cell runs it, and its plan: the plain one for a peer."""
     from swiftwan.plan import describe, make_plan
 
     facts = describe(cell.model)
-    if cell.plan.peer:
-        return facts
-    return make_plan(expanded(cell.plan), device, cell.plan.dtype, facts.known).adapt(facts)
+    specs = [] if cell.plan.peer else expanded(cell.plan)
+    plan = make_plan(specs, device, cell.plan.dtype, facts)
+    return plan.adapt(facts), plan
 
 
 def _loader(cell: Cell, device: Device) -> Callable[[], Contestant]:
