@@ -5,6 +5,7 @@ import pytest
 import torch
 from torch.nn.functional import conv2d, pad
 
+import swiftwan.pocket.judge as judge_module
 from swiftwan.engine import Engine
 from swiftwan.errors import RequestError
 from swiftwan.pocket.judge import Observation, SeenThing, compare, judge, read_clip
@@ -191,3 +192,18 @@ def test_things_are_paired_by_what_fits_best():
 def test_other_tensors_are_refused(frames):
     with pytest.raises(RequestError, match=r"the judge reads torch.uint8 \(F, H, W, 3\)"):
         read_clip(frames)
+
+
+def test_a_colour_that_covers_nothing_is_no_thing(monkeypatch):
+    """A clip of swirling blotches had one: its mean colour was the background's."""
+    scene = Scene((Thing("red", "circle", "stays still", "large"),), "gray")
+    frames = ((draw([scene], 1, num_frames=9)[0].permute(1, 2, 3, 0) + 1) * 127.5).round().byte()
+    assert len(read_clip(frames).things) == 1
+    follow = judge_module._follow
+
+    def nowhere(pixels, backdrop, find):
+        track = follow(pixels, backdrop, find)
+        return replace(track, **{name: value[:0] for name, value in vars(track).items() if name != "colour"})
+
+    monkeypatch.setattr(judge_module, "_follow", nowhere)
+    assert read_clip(frames).things == ()

@@ -140,6 +140,7 @@ def read_clip(frames: Tensor) -> Observation:
     pixels = _to_world_size(frames.cpu())
     name, backdrop = _find_background(pixels)
     tracks = [_follow(pixels, backdrop, find) for find in _find_colours(pixels, backdrop)]
+    tracks = [track for track in tracks if len(track.mass)]  # blotches whose mean is the background's cover nothing
     scale = PAIR_SCALE if len(tracks) > 1 else 1.0
     return Observation(name, tuple(_describe(track, scale) for track in tracks), len(frames))
 
