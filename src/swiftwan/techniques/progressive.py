@@ -12,6 +12,7 @@ from swiftwan.techniques.base import Settings, Slot, Technique
 
 if TYPE_CHECKING:
     from swiftwan.pipelines.request import Request
+    from swiftwan.techniques.costs import Costs
 
 
 @dataclass(frozen=True)
@@ -41,3 +42,6 @@ class ProgressiveResolution(Technique):
 
     def apply(self, settings: Settings) -> Settings:
         return replace(settings, progressive=Progressive(self.scale, self.until))
+
+    def cost(self, costs: Costs) -> Costs:
+        return replace(costs, skips=True)
