@@ -35,6 +35,8 @@ class Vae(Technique):
     @classmethod
     def read(cls, text: str) -> Technique:  # type: ignore[override]
         word = re.split("[:=]", text)[0]
+        if not word:
+            raise PlanError(f"technique 'vae' needs a value: {', '.join(_BY_WORD)}.")
         if word not in _BY_WORD:
             raise PlanError(f"vae:{word} is not known." + did_you_mean(word, _BY_WORD))
         return _BY_WORD[word].read(text)
