@@ -138,6 +138,11 @@ class WanVAE(nn.Module):
         self.make_encoder, self.make_decoder = FastEncoder, FastDecoder
         return self
 
+    def run_plain(self) -> Self:
+        """Undo :meth:`run_fast`."""
+        self.make_encoder = self.make_decoder = lambda layers: layers
+        return self
+
     def latent_frames_at_once(self, latents: Tensor) -> int:
         """The chunk length for these latents on this device: fast decoding gains by longer chunks, as memory allows."""
         weight = self.decoder.conv_out.weight
@@ -145,7 +150,8 @@ class WanVAE(nn.Module):
             return TINY_FRAMES if weight.is_cuda else 1
         if self.make_decoder is not FastDecoder or not weight.is_cuda:
             return 1
-        total = torch.cuda.get_device_properties(weight.device).total_memory
+        share = torch.cuda.get_per_process_memory_fraction(weight.device)
+        total = int(share * torch.cuda.get_device_properties(weight.device).total_memory)
         height, width = latents.shape[3:]
         return latent_frames_at_once(weight.shape[1], height, width, weight.element_size(), total)
 

@@ -29,6 +29,9 @@ Kind = Literal["exact", "near", "approximate", "retrained"]
 """exact: the same maths; near: 8 bits and the like; approximate: skips work; retrained: few-step models."""
 
 
+RELOAD = "loads the model anew"
+
+
 class Slot(IntEnum):
     """What a technique touches, in order of application."""
 
@@ -76,6 +79,7 @@ class Technique:
         claims: globs of module paths that it alone decides in its slot; () shares the slot with others.
         makes: facts about the run that others may refuse.
         refuses: facts it cannot work beside, each with the reason and the way out.
+        switch: what it costs to switch it on or off on a loaded engine.
     """
 
     name: ClassVar[str]
@@ -85,6 +89,7 @@ class Technique:
     claims: ClassVar[tuple[str, ...]] = ("*",)
     makes: ClassVar[frozenset[str]] = frozenset()
     refuses: ClassVar[Mapping[str, str]] = MappingProxyType({})
+    switch: ClassVar[str] = RELOAD
 
     def missing_on(self, device: Device) -> str:
         """What this machine lacks to run it, in words; empty if nothing."""

@@ -39,6 +39,7 @@ class DeepCache(Technique):
     kind = "approximate"
     reason = "early blocks change slowly from step to step"
     slot = Slot.SCHEDULE
+    switch = "nothing"
     claims = ("blocks.*",)
     makes = frozenset({"steps-differ", "steps-reused"})
 
@@ -112,6 +113,7 @@ class StepCache(Technique):
     kind = "approximate"
     reason = "a step that hardly differs from the one before adds what that one added"
     slot = Slot.SCHEDULE
+    switch = "nothing"
     claims = ("blocks.*",)
     makes = frozenset({"steps-differ", "steps-reused"})
 

@@ -121,8 +121,8 @@ class Quantize(Technique):
             return replace(costs, product=self.value)
         # The largest layer is expanded whole, with float32 in between.
         largest = costs.sizes.dim * costs.sizes.ffn_dim
-        expanded = share * costs.linear_parameters * 2 * costs.dtype.itemsize
-        return replace(costs, scratch_bytes=largest * (5 + costs.dtype.itemsize), expanded=expanded)
+        scratch = largest * (5 + costs.dtype.itemsize)
+        return replace(costs, scratch_bytes=scratch, expanded_parameters=share * costs.linear_parameters)
 
     def _as_loaded(self, model: nn.Module, path: str, layer: nn.Module) -> nn.Module:
         """Each layer as soon as it is there, so that the model is never whole in 16 bits."""

@@ -55,6 +55,7 @@ class TiledVae(Technique):
     kind = "approximate"
     reason = "a tile does not see beyond its border; overlaps are blended"
     slot = Slot.BLOCKS
+    switch = "nothing"
     claims = ("vae.frame",)
 
     def __post_init__(self) -> None:
@@ -77,6 +78,7 @@ class FastVae(Technique):
     kind = "exact"
     reason = "the same sums in another order; in bfloat16 its error is no larger than diffusers'"
     slot = Slot.BLOCKS
+    switch = "nothing"
     claims = ("vae.layers",)
 
     def missing_on(self, device: Device) -> str:

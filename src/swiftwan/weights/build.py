@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from fnmatch import fnmatchcase
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -180,9 +181,9 @@ def _random(
     vae = _on_meta(WanVAE, known.vae)
     randomize(vae, device=device, dtype=vae_dtype)
 
-    def encoder(device: torch.device) -> nn.Module:
+    def encoder(runs_on: torch.device) -> nn.Module:
         model: nn.Module = _on_meta(_encoder, "UMT5EncoderModel", UMT5_XXL)
-        randomize(model, device=device, dtype=dtype)
+        randomize(model, device=device, dtype=dtype, rest_on=runs_on)
         return model
 
     pocket = locate(POCKET.name)
@@ -229,6 +230,20 @@ def parameter_count(config: TransformerConfig | VAEConfig | ClipConfig) -> int:
     """How many weights a transformer, VAE or image encoder of these sizes has; nothing is allocated."""
     model: nn.Module = _on_meta(_KINDS[type(config)], config)
     return _count(model.parameters())
+
+
+@cache
+def transformer_bytes(config: TransformerConfig, dtype: torch.dtype) -> tuple[int, int]:
+    """What a transformer's blocks, and the rest of it, take at rest in a dtype; nothing is allocated."""
+    blocks = rest = 0
+    for name, parameter in _on_meta(WanTransformer, config).named_parameters():
+        kept = any(fnmatchcase(name, glob) for glob in KEEP_FP32)
+        size = parameter.numel() * (4 if kept else dtype.itemsize)
+        if name.startswith("blocks."):
+            blocks += size
+        else:
+            rest += size
+    return blocks, rest
 
 
 def text_parameter_count(sizes: dict[str, Any]) -> int:
