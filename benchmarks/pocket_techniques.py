@@ -78,7 +78,6 @@ APPROXIMATE = [
     "cfg-interval",
     "sparse-attention",
     "vae:tiling:sample=96,stride=64",
-    "vae:tiny",
     "progressive-resolution",
     "step-cache cfg-skip",
 ]

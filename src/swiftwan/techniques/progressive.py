@@ -17,11 +17,11 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class ProgressiveResolution(Technique):
-    """``progressive-resolution:scale=0.5,until=0.9``: steps above the noise level ``until``, timestep / 1000, run on
+    """``progressive-resolution:scale=0.5,until=0.95``: steps above the noise level ``until``, timestep / 1000, run on
     latents of ``scale`` the height and width; then these are enlarged and noised again. For words alone."""
 
     scale: float = 0.5
-    until: float = 0.9
+    until: float = 0.95
 
     name = "progressive-resolution"
     kind = "approximate"
