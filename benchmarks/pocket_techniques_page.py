@@ -46,7 +46,7 @@ def _order(row: dict[str, Any]) -> tuple[Any, ...]:
 def _line(row: dict[str, Any]) -> str:
     change = row["judge_percent"] - row["plain_judge_percent"]
     points = f"{change:+.1f}" if round(change, 1) else "0"
-    where = "" if row["device"] == "NVIDIA H200" else f" ({row['dtype']}, CPU)"
+    where = "" if row["device"] == "NVIDIA H200" else f" (CPU, {row['dtype']}, {row['steps']} steps)"
     counts = f"{row['clips_worse']} / {row['clips_better']} of {row['prompts']}"
     return (
         f"| `{' '.join(row['plan'])}`{where} | {points} | {counts} "
