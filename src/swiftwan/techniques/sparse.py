@@ -53,6 +53,7 @@ class SparseAttention(Technique):
     kind = "approximate"
     reason = "blocks of keys that pooled queries and keys give little weight are skipped"
     slot = Slot.BLOCKS
+    switch = "nothing"
     claims = ("transformer.self-attention",)
     makes = frozenset({"steps-differ"})
 
