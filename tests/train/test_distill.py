@@ -6,6 +6,7 @@ import math
 
 import pytest
 import torch
+from PIL import Image
 from safetensors import safe_open
 from safetensors.torch import load_file
 
@@ -195,8 +196,8 @@ def test_a_run_leaves_a_lora_that_the_few_step_technique_reads(tmp_path, distill
     assert any(factors[name].any() for name in factors if "lora_B" in name)
     with safe_open(path, framework="pt") as file:
         header = file.metadata()
-    assert header["swiftwan.base"] == "pocket"
-    assert json.loads(header["swiftwan.settings"])["guidance_scale"] == 2.0
+    assert header["base_model"] == "pocket"
+    assert json.loads(header["settings"])["guidance_scale"] == 2.0
     told = sw.explain("pocket", sw.TextToVideo("a red circle"), plan=[f"few-step:{path}"], device="cpu").request
     assert (told.num_inference_steps, told.scheduler, told.guidance_scale, told.flow_shift) == (2, "euler", 1.0, 3.0)
     gaps = [json.loads(row)["gap"] for row in (path.parent / "regression" / "log.jsonl").read_text().splitlines()[1::2]]
@@ -316,6 +317,26 @@ def test_prompts_come_from_a_file_or_the_world(tmp_path):
     file.write_bytes(b"\xff\xfe\xff")
     with pytest.raises(RequestError, match="cannot be read as text"):
         read_prompts(file, POCKET, 1)
+
+
+def test_prompts_may_be_the_captions_of_clips(tmp_path):
+    for number, caption in enumerate(("a cat", "a dog")):
+        Image.new("RGB", (64, 64), (number, 0, 0)).save(tmp_path / f"{number}.png")
+        (tmp_path / f"{number}.txt").write_text(caption)
+    assert read_prompts(tmp_path, POCKET, 1) == ["a cat", "a dog"]
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(RequestError, match="nothing in"):
+        read_prompts(tmp_path / "empty", POCKET, 1)
+
+
+def test_the_file_may_have_other_programs_names(tmp_path, distilled):
+    plain, _ = distilled(tmp_path / "plain", regression=1, consistency=0, matching=0)
+    path, _ = distilled(tmp_path / "comfyui", regression=1, consistency=0, matching=0, format="comfyui")
+    name = "diffusion_model.blocks.0.self_attn.q.lora_B.weight"
+    assert torch.equal(load_file(path)[name], load_file(plain)["transformer.blocks.0.attn1.to_q.lora_B.weight"])
+    assert parse(f"few-step:{path}").schedule()[0] == parse(f"few-step:{plain}").schedule()[0]
+    with pytest.raises(RequestError, match="format is 'a1111'"):
+        settings(format="a1111")
 
 
 def test_the_command_tells_a_users_mistake_in_a_line(tmp_path, capsys):

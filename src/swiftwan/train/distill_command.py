@@ -21,7 +21,11 @@ def distill(
     out: Annotated[Path, typer.Option(help="The run's folder; a run in it is continued.")],
     prompts: Annotated[
         Path | None,
-        typer.Argument(help="A text file, a prompt a line; unset: the embedded model's own world.", show_default=False),
+        typer.Argument(
+            help="A text file, a prompt a line, or clips with captions as train lora takes them, of which only the "
+            "captions are read. Unset: the embedded model's own world.",
+            show_default=False,
+        ),
     ] = None,
     model: Annotated[str, typer.Option(help="The teacher: name, hub id, folder or random:NAME.")] = "pocket",
     steps: Annotated[int, typer.Option(help="Of the student.")] = 4,
@@ -39,6 +43,7 @@ def distill(
     width: Annotated[int | None, typer.Option(help="Pixels. Unset: the model's own.")] = None,
     height: Annotated[int | None, typer.Option(help="Pixels. Unset: the model's own.")] = None,
     frames: Annotated[int | None, typer.Option(help="4k + 1. Unset: the model's own.")] = None,
+    form: Annotated[str, typer.Option("--format", help="diffusers, comfyui or kohya.")] = "diffusers",
     seed: int = 51,
     device: str | None = None,
 ) -> None:
@@ -73,6 +78,7 @@ def distill(
         expert=cast('Literal["", "high", "low"]', expert),
         boundary=facts.known.boundary_ratio or 0.0,
         guidance_scale_2=request.guidance_scale_2 or request.guidance_scale,
+        format=form,
     )
     # A small model's weights are rounded for nothing; a large one's would not fit beside its activations.
     dtype = "fp32" if distill_run.is_small(facts.known.transformer) else None
@@ -106,7 +112,7 @@ def refuse_unfit(model: KnownModel, expert: str) -> None:
 
 
 def read_prompts(path: Path | None, model: KnownModel, seed: int) -> list[str]:
-    """The lines of a file that are not empty; without one, captions of the embedded model's world.
+    """The lines of a file that are not empty, or the captions of clips; without either, those of the embedded world.
 
     Raises:
         RequestError: there is no file and the model is another one; or the file cannot be read, or is empty.
@@ -119,6 +125,10 @@ def read_prompts(path: Path | None, model: KnownModel, seed: int) -> list[str]:
         rng = random.Random(seed)
         scenes = training_scenes(WORLD_PROMPTS, seed, two_things=0.6, twins=0.2)
         return [caption(scene, rng) for scene in scenes]
+    if path.is_dir() or path.suffix.lower() in (".csv", ".jsonl"):
+        from swiftwan.train.data import find
+
+        return [clip.caption for clip in find(str(path), lambda caption: None).clips]
     try:
         lines = [line.strip() for line in path.read_text(encoding="utf-8").splitlines()]
     except (OSError, UnicodeDecodeError) as problem:

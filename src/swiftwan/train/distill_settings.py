@@ -8,6 +8,7 @@ from typing import Literal
 from swiftwan.errors import RequestError
 from swiftwan.sampling import FewStep
 from swiftwan.train.distill import Phases
+from swiftwan.weights.lora_write import check_form
 
 
 @dataclass(frozen=True)
@@ -25,6 +26,7 @@ class Settings:
         expert: which transformer of a two-expert model learns; it owns the phases that begin at its levels.
         boundary: the lowest level of the high-noise expert.
         guidance_scale_2: of the low-noise expert.
+        format: of the file, as ``weights.lora_write`` has them.
     """
 
     steps: int
@@ -41,8 +43,10 @@ class Settings:
     expert: Literal["", "high", "low"] = ""
     boundary: float = 0.0
     guidance_scale_2: float = 1.0
+    format: str = "diffusers"
 
     def __post_init__(self) -> None:
+        check_form(self.format)
         for name in ("steps", "rank", "batch"):
             if (value := getattr(self, name)) < 1:
                 raise RequestError(f"{name} is {value}; it must be at least 1.")
