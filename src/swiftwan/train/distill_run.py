@@ -1,8 +1,8 @@
 """A distillation from prompts to a LoRA file: ``swiftwan train distill``.
 
-Needs no videos: the teacher walks once from noise to a video for each prompt, and what it passed on its way is all the
-training data. Everything a step draws follows from (seed, step), each stage keeps its state on disk, and a run
-that is started again with the same words goes on where it was.
+Needs no videos: the teacher walks once from noise to a video for each prompt, and what it passed on its way is the
+training data; clips for the prompts may be given beside. Everything a step draws follows from (seed, step), each stage
+keeps its state on disk, and a run that is started again with the same words goes on where it was.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ from swiftwan.techniques.few_step import METADATA_KEY, to_metadata
 from swiftwan.train import distill
 from swiftwan.train.distill import Expert, Roles
 from swiftwan.train.distill_settings import Settings
-from swiftwan.train.distill_stages import Say, Trainer, Walks, autocast
+from swiftwan.train.distill_stages import Clips, Say, Trainer, Walks, autocast
 from swiftwan.train.loop import seed_of
 from swiftwan.weights.build import Parts, parameter_count
 from swiftwan.weights.check import check_file, write_json
@@ -56,6 +56,7 @@ def run(
     settings: Settings,
     *,
     base: str,
+    clips: Tensor | None = None,
     start: Path | None = None,
     say: Say,
 ) -> Path:
@@ -65,6 +66,7 @@ def run(
         parts: the teacher's, on the device where all is computed. Its transformer is the student's from now on.
         latent_shape: (C, f, h, w) of a clip.
         base: the teacher's name, for the file's header.
+        clips: latents of one for each prompt, for ``consistency``; without them it takes what the teacher makes.
         start: a LoRA that this wrote, to go on from with other settings.
         say: is told how far it is.
 
@@ -92,7 +94,9 @@ def run(
         for block in transformer.blocks:
             block.compile(dynamic=False)
     walks = walked(folder / "walks", roles, text, latent_shape, settings, say)
-    trainer = Trainer(folder, roles, walks, settings, recorded=small and on_gpu, say=say)
+    trained = slice(0, walks.count)
+    source = Clips(walks.places[trained, -1], walks.text[trained]) if clips is None else Clips(clips, text[:-1])
+    trainer = Trainer(folder, roles, walks, source, settings, recorded=small and on_gpu, say=say)
     trainer.learn("regression", settings.regression)
     trainer.learn("consistency", settings.consistency)
     trainer.match(settings.matching)
@@ -166,7 +170,7 @@ def walked(
     Args:
         text: of all prompts, and the negative one behind them.
     """
-    text, negative = text[:-1], text[-1:]
+    text, negative = text[:-1][-settings.walks :], text[-1:]
     folder.mkdir(exist_ok=True)
     places = []
     for start in range(0, len(text), settings.batch):

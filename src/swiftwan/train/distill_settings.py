@@ -21,6 +21,7 @@ class Settings:
         walk: the teacher's steps, a multiple of the student's.
         rank: of the LoRA.
         batch: clips of a step.
+        walks: so many prompts the teacher walks for, the last ones; 0 is all.
         regression, consistency, matching: updates of each stage.
         learning_rate: of the first two stages; ``matching`` takes a tenth.
         expert: which transformer of a two-expert model learns; it owns the phases that begin at its levels.
@@ -35,6 +36,7 @@ class Settings:
     walk: int
     rank: int
     batch: int
+    walks: int
     regression: int
     consistency: int
     matching: int
@@ -50,9 +52,10 @@ class Settings:
         for name in ("steps", "rank", "batch"):
             if (value := getattr(self, name)) < 1:
                 raise RequestError(f"{name} is {value}; it must be at least 1.")
-        for name in ("regression", "consistency", "matching"):
+        for name in ("regression", "consistency", "matching", "walks"):
             if (value := getattr(self, name)) < 0:
-                raise RequestError(f"{name} is {value}; it is a number of updates, 0 or more.")
+                what = "walks" if name == "walks" else "updates"
+                raise RequestError(f"{name} is {value}; it is a number of {what}, 0 or more.")
         if self.walk < self.steps or self.walk % self.steps:
             near = max(1, round(self.walk / self.steps)) * self.steps
             raise RequestError(f"walk is {self.walk}; it must be a multiple of steps, {self.steps}: take {near}.")
