@@ -31,9 +31,14 @@ from swiftwan.models.vae_blocks import (
 )
 from swiftwan.models.vae_fast import FastDecoder, FastEncoder, latent_frames_at_once
 from swiftwan.models.vae_tiles import Tiles, Tiling
+from swiftwan.models.vae_tiny import TinyDecoder
 
 Layers = Callable[[Tensor, Stream], Tensor]
 """A chunk of one clip, and the clip's stream, through the encoder or the decoder."""
+
+
+TINY_FRAMES = 4
+"""Latent frames at once of a tiny decoder on a GPU: 16 frames of 64 channels, 0.8 GB at 832x480 in 16 bits."""
 
 
 class Encoder(nn.Module):
@@ -125,18 +130,28 @@ class WanVAE(nn.Module):
         self.make_encoder: Callable[[nn.Module], Layers] = lambda encoder: encoder
         self.make_decoder: Callable[[nn.Module], Layers] = lambda decoder: decoder
         """Who runs the layers, made anew for each clip; ``moments`` and ``decode_raw``, which learn, run them plain."""
+        self.tiny: TinyDecoder | None = None
+        """Decodes in the decoder's place, if it is there."""
 
     def run_fast(self) -> Self:
         """From now on, encode with :class:`FastEncoder` and decode with :class:`FastDecoder`; what learns stays."""
         self.make_encoder, self.make_decoder = FastEncoder, FastDecoder
         return self
 
+    def run_plain(self) -> Self:
+        """Undo :meth:`run_fast`."""
+        self.make_encoder = self.make_decoder = lambda layers: layers
+        return self
+
     def latent_frames_at_once(self, latents: Tensor) -> int:
         """The chunk length for these latents on this device: fast decoding gains by longer chunks, as memory allows."""
         weight = self.decoder.conv_out.weight
+        if self.tiny is not None:
+            return TINY_FRAMES if weight.is_cuda else 1
         if self.make_decoder is not FastDecoder or not weight.is_cuda:
             return 1
-        total = torch.cuda.get_device_properties(weight.device).total_memory
+        share = torch.cuda.get_per_process_memory_fraction(weight.device)
+        total = int(share * torch.cuda.get_device_properties(weight.device).total_memory)
         height, width = latents.shape[3:]
         return latent_frames_at_once(weight.shape[1], height, width, weight.element_size(), total)
 
@@ -223,7 +238,7 @@ class WanVAE(nn.Module):
         """
         clips = [
             torch.cat([chunk.clamp(-1, 1) for chunk in self._decode_chunks(z, latent_frames_per_chunk, tiling)], dim=2)
-            for z in self.denormalize(latents).split(1)
+            for z in latents.split(1)
         ]
         return torch.cat(clips)
 
@@ -243,7 +258,7 @@ class WanVAE(nn.Module):
         """
         if latents.shape[0] != 1:
             raise RequestError(f"stream_frames got {latents.shape[0]} clips; it takes 1. Call it once a clip.")
-        for chunk in self._decode_chunks(self.denormalize(latents), latent_frames_per_chunk, tiling):
+        for chunk in self._decode_chunks(latents, latent_frames_per_chunk, tiling):
             frames = chunk[0].permute(1, 2, 3, 0).float()
             yield ((frames / 2 + 0.5).clamp(0, 1) * 255).round().to(torch.uint8)
 
@@ -264,12 +279,17 @@ class WanVAE(nn.Module):
         for start in range(1 + frames, x.shape[2], frames):
             yield tiles(x[:, :, start : start + frames])
 
-    def _decode_chunks(self, z: Tensor, frames: int | None, tiling: Tiling | None) -> Iterator[Tensor]:
+    def _decode_chunks(self, latents: Tensor, frames: int | None, tiling: Tiling | None) -> Iterator[Tensor]:
         if frames is not None and frames < 1:
             raise RequestError(f"latent_frames_per_chunk is {frames}; it must be at least 1.")
+        frames = frames or latents.shape[2]
+        if self.tiny is not None:
+            stream = Stream()
+            yield from (self.tiny(chunk, stream) for chunk in latents.split(frames, dim=2))
+            return
         cut, paste = self._grids(tiling)
         tiles = Tiles(self.make_decoder(self.decoder), cut, paste)
-        for chunk in self._before_decoder(z).split(frames or z.shape[2], dim=2):
+        for chunk in self._before_decoder(self.denormalize(latents)).split(frames, dim=2):
             yield _unpatchify(tiles(chunk), self.patch)
 
     def _before_decoder(self, z: Tensor) -> Tensor:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
+from functools import partial
 from typing import TYPE_CHECKING
 
 import torch
@@ -14,7 +15,7 @@ from swiftwan.inputs import read
 from swiftwan.pipelines.clock import Clock
 from swiftwan.pipelines.request import Request
 from swiftwan.pipelines.result import Phase, Result, StepEvent
-from swiftwan.pipelines.stages import decode, denoise, encode_image, encode_text, schedule
+from swiftwan.pipelines.stages import decode, denoise, denoise_progressively, encode_image, encode_text, schedule
 from swiftwan.pipelines.start import Material, begin, draw_noise
 
 if TYPE_CHECKING:
@@ -43,8 +44,10 @@ def generate(engine: Engine, request: Request, on_step: OnStep | None) -> Result
     text = encode_text(parts.text, request, image)
     progress.tell("text", 1)
 
+    progressive = plan.settings.progressive
+    walk = denoise if progressive is None else partial(denoise_progressively, progressive)
     steps = len(start.timesteps)
-    latents = denoise(
+    latents = walk(
         parts, plan.guide, scheduler, request, text, start, lambda *reached: progress.tell("denoise", steps, *reached)
     )
     parts.enter("vae")

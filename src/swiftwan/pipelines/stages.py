@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from copy import deepcopy
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -17,6 +18,7 @@ from swiftwan.models.text import TextEncoder
 from swiftwan.models.vae import Tiling, WanVAE
 from swiftwan.pipelines.request import ImageToVideo, Request
 from swiftwan.pipelines.start import Start
+from swiftwan.progressive import Progressive, Watched
 from swiftwan.sampling import FewStep, make_scheduler
 from swiftwan.weights.build import Parts
 
@@ -116,7 +118,7 @@ def denoise(
     noise = torch.Generator("cpu").manual_seed(request.seed + 1)
     # Only the few-step solver draws noise; the others have no such argument.
     options = {"generator": noise} if request.scheduler == "lcm" else {}
-    reached = iter([*start.timesteps[1:].tolist(), 0.0])
+    reached = iter([*start.timesteps[1:].tolist(), start.ends_at])
     for expert in experts(parts, request, start.timesteps):
         predict = guide.guidance(expert.transformer, text, shape, expert.guidance_scale, expert.timesteps.tolist())
         for timestep in expert.timesteps:
@@ -124,6 +126,40 @@ def denoise(
             latents = scheduler.step(flow, timestep, latents, return_dict=False, **options)[0]
             after_step(latents, next(reached))
     return given.kept(latents)
+
+
+def denoise_progressively(
+    progressive: Progressive,
+    parts: Parts,
+    guide: Guide,
+    scheduler: Any,
+    request: Request,
+    text: Embeddings,
+    start: Start,
+    after_step: AfterStep,
+) -> Tensor:
+    """As :func:`denoise`, from pure noise, with the first steps on smaller latents."""
+    noise, order = start.latents, scheduler.order
+    levels = (start.timesteps[::order] / TRAIN_TIMESTEPS).tolist()
+    count = progressive.small_steps(levels)
+    if count == 0:
+        return denoise(parts, guide, scheduler, request, text, start, after_step)
+    # Solvers of a higher order remember steps, which are of the other size: the large ones begin with their own.
+    index, afresh = count * order, deepcopy(scheduler)
+    afresh.set_begin_index(index)
+    sigma = float(afresh.sigmas[index])
+
+    small = replace(
+        start,
+        latents=progressive.shrink(noise, parts.transformer.config.patch_size[1]),
+        timesteps=start.timesteps[:index],
+        ends_at=float(start.timesteps[index]),
+    )
+    watched = Watched(scheduler)
+    denoise(parts, guide, watched, request, text, small, after_step)
+    assert watched.clean is not None
+    large = replace(start, latents=progressive.enlarge(watched.clean, noise, sigma), timesteps=start.timesteps[index:])
+    return denoise(parts, guide, afresh, request, text, large, after_step)
 
 
 # Decoding

@@ -75,11 +75,12 @@ class FirstFrame:
 
 @dataclass(frozen=True)
 class Start:
-    """Latents (1, C, f, h, w), the timesteps still to walk, and what is given all the way."""
+    """Latents (1, C, f, h, w), the timesteps still to walk, what is given all the way, and the timestep behind it."""
 
     latents: Tensor
     timesteps: Tensor
     given: Kept
+    ends_at: float = 0.0
 
 
 @dataclass(frozen=True)

@@ -29,23 +29,29 @@ Run = Callable[[int, Tensor], Tensor]
 class DeepCache(Technique):
     """``deepcache:interval=2,block-num=10``: the first ``block-num`` blocks run every ``interval`` steps; in between,
     what they last added to the tokens is added again (DeepCache, arXiv 2312.00858, on a transformer's early blocks).
+    Where no ``block-num`` is asked for, it is a third of the blocks.
     """
 
     interval: int = 2
-    block_num: int = 10
+    block_num: int = 0
 
     name = "deepcache"
     kind = "approximate"
     reason = "early blocks change slowly from step to step"
     slot = Slot.SCHEDULE
+    switch = "nothing"
     claims = ("blocks.*",)
     makes = frozenset({"steps-differ", "steps-reused"})
 
     def __post_init__(self) -> None:
         if self.interval < 1:
             raise PlanError(f"deepcache: interval is {self.interval}; it is 1 or more steps.")
-        if self.block_num < 1:
-            raise PlanError(f"deepcache: block-num is {self.block_num}; it is 1 or more blocks.")
+        if self.block_num < 0:
+            raise PlanError(f"deepcache: block-num is {self.block_num}; it is 1 or more blocks, or 0 for a third.")
+
+    def blocks_of(self, layers: int) -> int:
+        """How many of so many blocks are cached."""
+        return self.block_num or max(1, layers // 3)
 
     def unfit_for(self, model: KnownModel) -> str:
         if self.block_num >= (layers := model.transformer.num_layers):
@@ -53,14 +59,15 @@ class DeepCache(Technique):
         return ""
 
     def cost(self, costs: Costs) -> Costs:
-        cached = self.block_num / costs.sizes.num_layers * (1 - 1 / self.interval)
+        layers = costs.sizes.num_layers
+        cached = self.blocks_of(layers) / layers * (1 - 1 / self.interval)
         # What was added, for either prediction, and the tokens before, while it is made.
         kept = costs.kept_bytes + 3 * costs.token_bytes
         return replace(costs, kept_bytes=kept, block_share=costs.block_share * (1 - cached))
 
     def install(self, parts: Parts) -> None:
         for transformer in filter(None, (parts.transformer, parts.transformer_2)):
-            transformer.walk = EarlyBlocksCached(self.interval, self.block_num)
+            transformer.walk = EarlyBlocksCached(self.interval, self.blocks_of(len(transformer.blocks)))
 
 
 class EarlyBlocksCached:
@@ -106,6 +113,7 @@ class StepCache(Technique):
     kind = "approximate"
     reason = "a step that hardly differs from the one before adds what that one added"
     slot = Slot.SCHEDULE
+    switch = "nothing"
     claims = ("blocks.*",)
     makes = frozenset({"steps-differ", "steps-reused"})
 

@@ -36,6 +36,7 @@ class Compile(Technique):
     kind = "exact"
     reason = "the same maths, fused by torch.compile"
     slot = Slot.COMPILE
+    switch = "compiles at the next run"
     claims = ("blocks.*",)
     refuses = MappingProxyType(
         {"fused-blocks": "its kernels are what compile would make, and faster (437 against 468 ms a forward); drop one"}

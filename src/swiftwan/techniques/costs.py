@@ -30,11 +30,12 @@ class Costs:
         fused: norms, gates and GELU take no memory of their own.
         batch: predictions in one forward.
         product: what the linear layers multiply in: ``16`` for bf16 and fp16, ``fp8``, ``int8``, ``tf32``, ``fp32``.
-        expanded: bytes written and read to expand weights, a forward.
+        expanded_parameters: weights that each forward expands.
         attention: the kernel of self-attention.
         attention_share: of self-attention's work, what is computed.
         block_share: of the blocks' work, what is computed.
         skips: steps may be skipped, how many depends on the video: the time told is the longest.
+        graphs: forwards are replayed, without launches.
         quantized: some linear layers of the blocks hold other numbers than floats of ``dtype``.
     """
 
@@ -53,11 +54,12 @@ class Costs:
     fused: bool = False
     batch: int = 1
     product: str = "16"
-    expanded: float = 0.0
+    expanded_parameters: float = 0.0
     attention: str = "sdpa"
     attention_share: float = 1.0
     block_share: float = 1.0
     skips: bool = False
+    graphs: bool = False
     quantized: bool = False
 
     @property

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 from weakref import WeakKeyDictionary
 
-from torch import Tensor
+from torch import Tensor, nn
 
 if TYPE_CHECKING:
     from swiftwan.models.dit import Condition, WanTransformer
@@ -42,3 +42,17 @@ class OtherAtEnds:
 
     def __call__(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         return (self.at_ends if self.ends.now else self.between)(q, k, v)
+
+
+class LinearOtherAtEnds(nn.Module):
+    """A linear in few bits that gives way to its 16-bit original in the first and last steps; both stay in memory."""
+
+    ends: Ends
+
+    def __init__(self, between: nn.Module, at_ends: nn.Module) -> None:
+        super().__init__()
+        self.between, self.at_ends = between, at_ends
+
+    def forward(self, x: Tensor) -> Tensor:
+        out: Tensor = (self.at_ends if self.ends.now else self.between)(x)
+        return out

@@ -28,6 +28,7 @@ class Fused(Technique):
     kind = "exact"
     reason = "the same maths in fewer passes over memory, rounded less often"
     slot = Slot.BLOCKS
+    switch = "merges the projections of q, k and v: a copy of their weights"
     claims = ("blocks.ops",)
     makes = frozenset({"fused-blocks"})
 

@@ -19,6 +19,7 @@ class BatchedCfg(Technique):
     kind = "exact"
     reason = "the same two predictions, as a batch of two"
     slot = Slot.GUIDANCE
+    switch = "nothing"
     makes = frozenset({"guided"})
     claims = ("pair",)
 
@@ -41,6 +42,7 @@ class CfgInterval(Technique):
     kind = "approximate"
     reason = "guidance matters least at the ends of the schedule"
     slot = Slot.GUIDANCE
+    switch = "nothing"
     makes = frozenset({"guided"})
     claims = ("interval",)
 
@@ -67,6 +69,7 @@ class CfgSkip(Technique):
     kind = "approximate"
     reason = "the difference of the two predictions changes slowly from step to step"
     slot = Slot.GUIDANCE
+    switch = "nothing"
     makes = frozenset({"guided"})
     claims = ("reuse",)
 

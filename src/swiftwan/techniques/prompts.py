@@ -27,6 +27,7 @@ class PromptCaching(Technique):
     kind = "exact"
     reason = "a repeated prompt takes its embedding, bit for bit, from the cache"
     slot = Slot.RESIDENCY
+    switch = "nothing"
     claims = ("prompts",)
 
     def __post_init__(self) -> None:

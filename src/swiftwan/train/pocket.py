@@ -7,6 +7,7 @@ Each can be killed and started again with the same words; it goes on where it wa
 from __future__ import annotations
 
 import json
+from dataclasses import asdict
 from pathlib import Path
 from typing import Annotated
 
@@ -66,6 +67,32 @@ def pocket_vae(
     )
     save_weights(vae.state_dict(), out / "vae", recipe.as_config_json(vae.config))
     report = {"psnr_held_out": recipe.evaluate(vae.float(), clip_count=64, device=where)}
+    (out / "report.json").write_text(json.dumps(report))
+    typer.echo(json.dumps(report))
+
+
+@app.command("pocket-tiny")
+def pocket_tiny(
+    out: OutOption,
+    steps: int = 6000,
+    batch: int = 16,
+    seed: int = 5,
+    learning_rate: float = 2e-3,
+    device: str | None = None,
+) -> None:
+    """Train the tiny decoder of the embedded model's VAE; writes OUT/vae_tiny."""
+    import torch
+
+    from swiftwan.engine import Engine
+    from swiftwan.train import pocket_tiny as recipe
+    from swiftwan.weights.load import save_weights
+
+    vae = Engine.load("pocket", plan=[], device=device, dtype="fp32").parts.vae
+    before = recipe.evaluate(vae, clip_count=32)
+    vae.tiny = recipe.train(out, vae, steps=steps, batch=batch, seed=seed, learning_rate=learning_rate)
+    weights = {name: tensor.to(torch.bfloat16) for name, tensor in vae.tiny.state_dict().items()}
+    save_weights(weights, out / "vae_tiny", {"_class_name": "TAEHV"} | asdict(recipe.SIZES))
+    report = {"psnr_held_out": recipe.evaluate(vae, clip_count=32), "psnr_of_the_vae": before}
     (out / "report.json").write_text(json.dumps(report))
     typer.echo(json.dumps(report))
 

@@ -126,9 +126,11 @@ def randomize(
             # Linear and Conv weights are (out, in, ...); lone tables (scale_shift_table) are (1, n, dim).
             fan_in = math.prod(slot.shape[1:]) if leaf == "weight" else slot.shape[-1]
             tensor.normal_(0, max(fan_in, 1) ** -0.5, generator=generator)
+        if rest_on is not None and len(names) > 1:  # one tensor of several layers: all of them get the one that rests
+            tensor = tensor.to(rest_on)
         _assign(module, names, tensor)
         layers.has(name)
-    _finish(module, device)
+    _finish(module, torch.device(rest_on or device))
 
 
 class _Layers:

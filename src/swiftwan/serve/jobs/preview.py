@@ -62,7 +62,7 @@ class Glimpse:
         if self._before is None or self._now is None:
             return None
         (x_before, sigma_before), (x, sigma) = self._before, self._now
-        if sigma_before == sigma:
+        if sigma_before == sigma or x_before.shape != x.shape:  # progressive-resolution enlarges between two steps
             return None
         flow = (x_before.float() - x.float()) / (sigma_before - sigma)
         return x.float() - sigma * flow
