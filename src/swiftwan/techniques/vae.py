@@ -20,6 +20,7 @@ from swiftwan.weights.tiny import find_tiny, load_tiny
 if TYPE_CHECKING:
     from swiftwan.device import Device
     from swiftwan.models.config import KnownModel
+    from swiftwan.techniques.costs import Costs
     from swiftwan.weights.build import Parts
 
 
@@ -84,6 +85,9 @@ class FastVae(Technique):
             return "its kernels need an NVIDIA GPU"
         return "" if find_spec("triton") else "its kernels need Triton: pip install triton"
 
+    def cost(self, costs: Costs) -> Costs:
+        return replace(costs, decoder="fast")
+
     def install(self, parts: Parts) -> None:
         parts.vae.run_fast()
 
@@ -139,6 +143,9 @@ class TinyVae(Technique):
         if self.path:
             find_tiny(self.path)  # before the model loads
         return settings
+
+    def cost(self, costs: Costs) -> Costs:
+        return replace(costs, decoder="tiny")
 
     def install(self, parts: Parts) -> None:
         vae = parts.vae
