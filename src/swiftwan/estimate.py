@@ -63,6 +63,7 @@ class Load:
         forwards: predictions in all; two a step with guidance.
         tflop_per_forward: operations of one, if nothing is skipped.
         phases: in the order in which they come; the prompt is taken to be new.
+        transformer_bytes: of the transformers' weights on the device while it denoises.
         step_seconds: of a step that computes both predictions; None where the machine's rates are unknown.
         denoise_seconds, decode_seconds: of the whole phase.
         at_most: steps may be skipped, so that it may be faster than told.
@@ -72,6 +73,7 @@ class Load:
     forwards: int
     tflop_per_forward: float
     phases: tuple[Phase, ...]
+    transformer_bytes: int = 0
     step_seconds: float | None = None
     denoise_seconds: float | None = None
     decode_seconds: float | None = None
@@ -113,7 +115,8 @@ def estimate(request: Request, facts: Facts, plan: Plan, total_bytes: int, ceili
     forwards = sum(steps)
     flop = _linear_flop(costs) + _attention_flop(costs)
     phases = tuple(_phases(request, facts, plan, costs, total_bytes))
-    load = Load(costs.tokens, forwards, flop / 1e12, phases, at_most=costs.skips)
+    resident = int(_transformer_bytes(facts, costs)[0])
+    load = Load(costs.tokens, forwards, flop / 1e12, phases, resident, at_most=costs.skips)
     if ceilings is None:
         return load
     forward = _forward_seconds(costs, ceilings)
@@ -126,15 +129,11 @@ def estimate(request: Request, facts: Facts, plan: Plan, total_bytes: int, ceili
     bring = 0.0
     if costs.residency == "one at a time":
         bring = facts.experts * (costs.block_bytes + costs.rest_bytes) / ceilings.bus
-    return Load(
-        costs.tokens,
-        forwards,
-        flop / 1e12,
-        phases,
+    return replace(
+        load,
         step_seconds=max(steps, default=0) * forward,
         denoise_seconds=forwards * forward + small + bring,
         decode_seconds=decode,
-        at_most=costs.skips,
     )
 
 
