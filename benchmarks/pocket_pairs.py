@@ -75,11 +75,13 @@ class Runner:
         return self.engines[fixed].run(REQUEST).latents
 
 
-def rows(device: Device) -> Iterator[dict[str, Any]]:
+def rows(device: Device, of: Sequence[str] = ()) -> Iterator[dict[str, Any]]:
     runner = Runner(device)
     plain = runner.latents([])
     single = {spec: refusal([spec], device) for spec in specs()}
-    pairs = [(one, other) for one, other in itertools.combinations_with_replacement(specs(), 2)]
+    pairs = list(itertools.combinations_with_replacement(specs(), 2))
+    if of:
+        pairs = [pair for pair in pairs if set(pair) & set(of)]
     # Pairs that load alike stand together, and those that compile for seconds come last.
     pairs.sort(key=lambda pair: ("compile" in pair, [spec for spec in pair if parse(spec).switch == RELOAD]))
     for one, other in pairs:
@@ -112,7 +114,7 @@ def measure(arguments: argparse.Namespace) -> None:
         "date": datetime.date.today().isoformat(),
     }
     with arguments.out.open("a") as out:
-        for row in rows(device):
+        for row in rows(device, arguments.of):
             out.write(json.dumps(row | about) + "\n")
             out.flush()
             if row["status"] == "failed":
@@ -167,24 +169,45 @@ def _letter(number: int) -> str:
     return chr(ord("a") + number) if number < 26 else _letter(number // 26 - 1) + _letter(number % 26)
 
 
-def write(page: Path, path: Path) -> None:
-    """Put the table between its marks in the page."""
-    before, mark, rest = page.read_text().partition("<!-- pairs -->\n")
-    _, end, after = rest.partition("<!-- /pairs -->")
-    assert mark, f"{page} has no place for the table"
-    assert end, f"{page} has no place for the table"
-    page.write_text(f"{before}{mark}{table(best_rows(path))}\n{end}{after}")
+def listing() -> str:
+    """Every technique with its kind, its reason, and what a switch costs."""
+    lines = ["| technique | kind | why it may | on a loaded engine |", "|--|--|--|--|"]
+    told = [parse(spec) for spec in specs()]
+    seen: set[tuple[str, str, str]] = set()
+    for technique in told:
+        value = getattr(technique, "value", "")
+        name = f"{technique.name}:{value}" if value else technique.spec.partition(":")[0]
+        cells = (name, technique.kind, technique.reason)
+        if cells not in seen:
+            seen.add(cells)
+            lines.append(f"| `{name}` | {technique.kind} | {technique.reason} | {technique.switch} |")
+    return "\n".join(lines)
+
+
+def between(text: str, mark: str, new: str) -> str:
+    """The page with ``new`` between ``<!-- mark -->`` and ``<!-- /mark -->``."""
+    before, start, rest = text.partition(f"<!-- {mark} -->\n")
+    _, end, after = rest.partition(f"<!-- /{mark} -->")
+    assert start, f"the page has no place for {mark}"
+    assert end, f"the page has no end for {mark}"
+    return f"{before}{start}\n{new}\n\n{end}{after}"
+
+
+def page_of(text: str, path: Path) -> str:
+    """The page with its generated parts made anew."""
+    return between(between(text, "techniques", listing()), "pairs", table(best_rows(path)))
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--device")
     parser.add_argument("--out", type=Path, default=ROWS)
+    parser.add_argument("--of", nargs="*", default=(), help="only pairs with one of these specs")
     parser.add_argument("--commit")
     parser.add_argument("--write", action="store_true")
     arguments = parser.parse_args()
     if arguments.write:
-        write(PAGE, arguments.out)
+        PAGE.write_text(page_of(PAGE.read_text(), arguments.out))
     else:
         torch.manual_seed(0)
         measure(arguments)

@@ -63,8 +63,7 @@ class Engine:
         where = pick_device(device)
         facts = describe(model)
         chosen = make_plan(plan, where, dtype, facts, request)
-        torch.backends.cuda.matmul.allow_tf32 = chosen.settings.tf32
-        torch.backends.cudnn.allow_tf32 = chosen.settings.tf32
+        _allow_tf32(chosen)
         if where.torch_device.startswith("cuda"):
             torch.cuda.set_device(where.torch_device)  # Triton launches on the current device
         try:
@@ -144,6 +143,7 @@ class Engine:
         chosen = make_plan(plan, self.device, self.dtype_name, self.facts)
         switch(self.parts, self.plan.techniques, chosen.techniques)
         self.parts.text.cache = _prompt_cache(chosen.settings.prompt_cache)
+        _allow_tf32(chosen)
         self.plan = chosen
 
     def run(self, request: Request, *, on_step: OnStep | None = None) -> Result:
@@ -186,6 +186,11 @@ class Engine:
             if estimate(smaller, self.facts, self.plan, total).peak_bytes < 0.9 * min(total, need.peak_bytes):
                 return f"{told}; {frames} frames should fit, or the same frames at a smaller size, or vae:tiling."
         return f"{told}; free memory on the device, or take a smaller size or model."
+
+
+def _allow_tf32(plan: Plan) -> None:
+    torch.backends.cuda.matmul.allow_tf32 = plan.settings.tf32
+    torch.backends.cudnn.allow_tf32 = plan.settings.tf32
 
 
 def _prompt_cache(place: str) -> PromptCache | None:
