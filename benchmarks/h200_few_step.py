@@ -31,15 +31,15 @@ from swiftwan import media
 from swiftwan.bench.peers import DiffusersPeer
 from swiftwan.device import pick_device, versions
 from swiftwan.measure.quality import relative_distance
-from swiftwan.plan import complete, describe, estimate, make_plan
+from swiftwan.plan import complete, describe, estimate
 
 PROMPT = "A ginger cat walks along a stone wall in the evening sun, the camera follows it slowly"
 CEILINGS = {"product": 782, "attention": 708}  # TFLOP/s in bf16, DESIGN.md
 RUNGS = {
-    "few-step": (),
-    "few-step, near": ("quantize:fp8",),
-    "few-step, sparse25": ("sparse-attention:keep=0.25",),
+    "few-step": ("attention:flash4",),
+    "few-step, near": ("quantize:fp8", "attention:fp8"),
     "few-step, near, sparse25": ("quantize:fp8", "sparse-attention:keep=0.25"),
+    "few-step, sparse25": ("sparse-attention:keep=0.25",),
     "few-step, near, sparse12": ("quantize:fp8", "sparse-attention:keep=0.125"),
 }
 
@@ -50,7 +50,7 @@ def main() -> None:
     parser.add_argument("--width", type=int, default=832)
     parser.add_argument("--height", type=int, default=480)
     parser.add_argument("--frames", type=int, default=81)
-    parser.add_argument("--repeats", type=int, default=3)
+    parser.add_argument("--repeats", type=int, default=2)
     parser.add_argument("--peer-steps", type=int, default=50)
     parser.add_argument("--device")
     parser.add_argument("--out", type=Path)
@@ -61,13 +61,10 @@ def main() -> None:
         lora = Path(folder) / "lightx2v_random.safetensors"
         script = Path(__file__).with_name("random_lora.py")
         subprocess.run([sys.executable, script, options.model.removeprefix("random:"), lora], check=True)
-        auto = [spec for spec in make_plan("auto", device).specs if not spec.startswith("attention")]
-        attention = [spec for spec in make_plan("auto", device).specs if spec.startswith("attention")]
         exact = None
         rows: list[dict[str, Any]] = []
         for rung, specs in RUNGS.items():
-            own = [] if any(spec.startswith("sparse") for spec in specs) else attention
-            plan = [f"few-step:{lora}", *auto, *own, *specs]
+            plan = [f"few-step:{lora}", "fused", "vae:fast", *specs]
             try:
                 engine = sw.Engine.load(options.model, plan=plan, device=options.device)
                 engine.parts.text.cache = None
@@ -81,6 +78,7 @@ def main() -> None:
                 row = {"status": "failed", "reason": f"{type(problem).__name__}: {str(problem)[:300]}", "plan": plan}
             engine = None
             rows.append(tell({"rung": rung} | row, options, device))
+            write(rows, options.out)
             gc.collect()
             torch.cuda.empty_cache()
         peer = DiffusersPeer(options.model, device, "bf16" if device.capability else "fp32", compile=False)
@@ -100,8 +98,13 @@ def main() -> None:
         if "seconds" in row:
             row |= {"peer": whole["plan"][0], "peer_seconds": whole["seconds"]}
             row["ratio"] = round(whole["seconds"] / row["seconds"], 2)
-    if options.out:
-        options.out.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    write(rows, options.out)
+
+
+def write(rows: list[dict[str, Any]], out: Path | None) -> None:
+    """All rows as they stand now: a run cut short leaves what it has."""
+    if out:
+        out.write_text("".join(json.dumps(row) + "\n" for row in rows))
 
 
 def timed(

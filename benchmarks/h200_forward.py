@@ -118,7 +118,11 @@ class Bench:
         model = self.empty()
         model.load_state_dict(self.weights.state_dict(), assign=True)
         parts: Any = SimpleNamespace(
-            transformer=model, transformer_2=None, vae=SimpleNamespace(run_fast=lambda: None), weights_move=False
+            transformer=model,
+            transformer_2=None,
+            vae=SimpleNamespace(run_fast=lambda: None),
+            weights_move=False,
+            device=self.device,
         )
         for technique in make_plan(specs, self.where).techniques:
             technique.install(parts)

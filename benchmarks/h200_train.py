@@ -6,7 +6,8 @@ A step is everything from latents on the device to the changed adapter: noise, f
 32 on all linears of the blocks, batch 1. SETTINGS are words joined by ``+``. For a peer: ``eager`` or ``compiled``
 (block by block), ``checkpointed``, ``cudnn``, ``fp32`` (adapters; default bf16, which is faster). For ours: the
 attention (``cudnn``, ``flash4``), what blocks keep (``all``, ``attention``, ``nothing``, or what fits ``24gb``),
-``fp8``, ``eager``; our adapters are fp32.
+``fp8``, ``eager``, ``offloaded`` (the frozen weights in host memory; last, since it takes them from the others);
+our adapters are fp32.
 """
 
 from __future__ import annotations
@@ -152,7 +153,7 @@ class Bench:
         return optimized(parameters, loss)
 
     def ours(self, words: set[str]) -> Callable[[], Tensor]:
-        from swiftwan.train import adapter, flow, memory
+        from swiftwan.train import adapter, flow, memory, processes
 
         with torch.device("meta"):
             model = WanTransformer(self.case.known.transformer).requires_grad_(False)
@@ -163,7 +164,7 @@ class Bench:
         for block in model.blocks:
             block.attn1.attend = attend
         if "fp8" in words:
-            adapter.freeze_in_fp8(model)
+            adapter.freeze_in_fp8(model, self.where)
         layers = self.case.known.transformer.num_layers
         keep = next((keep for keep in memory.KEEPS if keep in words), "all")
         choice = [keep] * layers
@@ -175,6 +176,10 @@ class Bench:
         if "eager" not in words:
             for block in model.blocks:
                 block.compile(dynamic=False)
+        if "offloaded" in words:
+            processes.Processes(self.device, "offloaded")
+            processes.shard(model, list(factors.values()), self.device, "offloaded")
+            self.weights = None  # type: ignore[assignment]  # the only whole copy on the device
 
         def loss() -> Tensor:
             noise = torch.randn_like(self.latents)

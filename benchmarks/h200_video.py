@@ -5,8 +5,8 @@
 
 ``video``: ours and the peers stand loaded in one process with the same random weights and take turns; each has made a
 two-step video before. Timed: text, denoising, decoding, and the mp4 that swiftwan's writer makes of either's frames.
-No prompt cache. ``error`` is the distance of the last latents to those of diffusers eager; with random weights and
-many steps it says how far rounding carries, not how good the video is.
+No prompt cache, unless the plan names it. ``error`` is the distance of the last latents to those of diffusers eager;
+with random weights and many steps it says how far rounding carries, not how good the video is.
 
 ``cold``: the random weights are written as a folder in diffusers' layout first. Then each process is timed from its
 start to its first denoising step done; ``seconds`` leaves the first process out, which fills caches and page cache.
@@ -138,7 +138,8 @@ def video(arguments: argparse.Namespace) -> None:
 
 def ours(arguments: argparse.Namespace, plan: str) -> sw.Engine:
     engine = sw.Engine.load(arguments.model, plan=plan_of(plan, pick_device(arguments.device)), device=arguments.device)
-    engine.parts.text.cache = None
+    if not any(spec.startswith("prompt-cache") for spec in engine.plan.specs):
+        engine.parts.text.cache = None
     return engine
 
 

@@ -15,6 +15,7 @@ from swiftwan.models.config import Defaults
 SCHEDULERS = ("unipc", "euler", "heun", "dpm++", "lcm")
 
 TAKES_LEVELS = ("euler", "lcm")
+"""Schedulers that a few-step model's own noise levels can be given to."""
 
 REFUSED = {
     "ddim": "it integrates noise (epsilon) or v predictions on a beta schedule",

@@ -20,7 +20,7 @@ DEVICE = torch.device("cpu" if INTERPRETED else "cuda")
 DTYPES = [torch.float32, torch.float16] + ([] if INTERPRETED else [torch.bfloat16])
 EPS = 1e-6
 # Three bits of mantissa: 0.026 on normal numbers. Triton's interpreter loses the carry where a mantissa rounds up to 2.
-DIFFER, WORST = (0.05, 0.08) if INTERPRETED else (0.01, 0.03)
+DIFFER, WORST = (0.05, 0.12) if INTERPRETED else (0.01, 0.03)
 
 
 def draw(*shape, dtype=torch.float32):

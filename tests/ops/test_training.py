@@ -1,11 +1,19 @@
 """Kernels with a backward pass, against plain float32."""
 
+import sys
+from types import SimpleNamespace
+
 import pytest
 import torch
 from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
 
+from swiftwan.models.config import POCKET
+from swiftwan.models.dit import WanTransformer
+from swiftwan.ops import flash4_training
 from swiftwan.ops.attention import kernel, sdpa
 from swiftwan.ops.fp8 import quantize_rows
+from swiftwan.train import adapter, memory
 
 gpu = pytest.mark.gpu
 needs_cuda = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
@@ -78,3 +86,63 @@ def test_flash4_s_shapes_are_known_without_a_gpu():
         out, lse = flash4_forward(q, q, q)
         assert (out.shape, lse.shape, lse.dtype) == (q.shape, (2, 3, 40), torch.float32)
         assert [grad.shape for grad in flash4_backward(q, q, q, q, out, lse)] == [q.shape] * 3
+
+
+@pytest.fixture
+def pretended_flash4(monkeypatch):
+    """FlashAttention-4's two functions in plain torch, under its module's name."""
+
+    def forward(q, k, v, return_lse):
+        scores = torch.einsum("blhe,bshe->bhls", q, k) / q.shape[-1] ** 0.5
+        return torch.einsum("bhls,bshe->blhe", scores.softmax(-1), v), scores.logsumexp(-1), None
+
+    def backward(q, k, v, out, grad, lse):
+        scores = torch.einsum("blhe,bshe->bhls", q, k) / q.shape[-1] ** 0.5
+        weights = (scores - lse[..., None]).exp()
+        d_weights = torch.einsum("blhe,bshe->bhls", grad, v)
+        d_scores = weights * (d_weights - (grad * out).sum(-1).transpose(1, 2)[..., None]) / q.shape[-1] ** 0.5
+        return (
+            torch.einsum("bhls,bshe->blhe", d_scores, k),
+            torch.einsum("bhls,blhe->bshe", d_scores, q),
+            torch.einsum("bhls,blhe->bshe", weights, grad),
+            None,
+        )
+
+    module = SimpleNamespace(_flash_attn_fwd=forward, _flash_attn_bwd=backward)
+    monkeypatch.setitem(sys.modules, "flash_attn.cute.interface", module)
+    monkeypatch.setitem(sys.modules, "flash_attn.cute", SimpleNamespace(interface=module))
+    monkeypatch.setitem(sys.modules, "flash_attn", SimpleNamespace())
+
+
+@pytest.mark.usefixtures("pretended_flash4")
+def test_the_operators_are_wired_as_the_reference_is():
+    from swiftwan.ops.flash4_training import flash4
+
+    inputs = [torch.randn(2, 20, 3, 8, requires_grad=True) for _ in range(3)]
+    out, expected = flash4(*inputs), sdpa(*inputs)
+    torch.testing.assert_close(out, expected)
+    grad = torch.randn_like(out)
+    for got, wanted in zip(*(torch.autograd.grad(y, inputs, grad) for y in (out, expected)), strict=True):
+        torch.testing.assert_close(got, wanted, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.usefixtures("pretended_flash4")
+def test_checkpointing_keeps_what_flash4_returns():
+    torch.manual_seed(0)
+    model = WanTransformer(POCKET.transformer).requires_grad_(False)
+    factors = adapter.inject(model, 2, 2.0, adapter.chosen_targets(("all",)), seed=2)
+    for block in model.blocks:
+        block.attn1.attend = flash4_training.flash4
+    memory.keep_in_blocks(model, ["attention"] * 7)
+    latents, text = torch.randn(1, 16, 2, 4, 4), torch.randn(1, 6, 192)
+    calls = []
+
+    class Count(TorchDispatchMode):
+        def __torch_dispatch__(self, op, types, args=(), kwargs=None):
+            calls.append(op is torch.ops.swiftwan.flash4_forward.default)
+            return op(*args, **(kwargs or {}))
+
+    with Count():
+        out = model(latents, torch.tensor([300.0]), model.condition(text, latents.shape))
+        torch.autograd.grad(out.square().sum(), list(factors.values()))
+    assert sum(calls) == 7

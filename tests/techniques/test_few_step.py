@@ -183,6 +183,21 @@ def test_a_run_calls_the_student_once_a_step_at_its_own_levels(monkeypatch):
     assert seen == pytest.approx([1000, 750])
 
 
+def test_a_run_begins_with_as_much_noise_as_its_first_level(monkeypatch):
+    seen = []
+    engine = sw.Engine.load("pocket", plan=["few-step:recipe=rcm", "prompt-cache:off"], device="cpu", dtype="fp32")
+    forward = engine.parts.transformer.forward
+
+    def looked(latents, timestep, condition):
+        seen.append(latents)
+        return forward(latents, timestep, condition)
+
+    monkeypatch.setattr(engine.parts.transformer, "forward", looked)
+    engine.run(sw.TextToVideo(PROMPT, seed=1, num_frames=5, width=64, height=64, num_inference_steps=1))
+    noise = torch.randn((1, 16, 2, 8, 8), generator=torch.Generator().manual_seed(1))
+    assert torch.allclose(seen[0], 80 / 81 * noise)
+
+
 def test_a_live_lora_takes_a_recipe_of_its_own(lora):
     plan = [f"lora:{lora('lightx2v')}:mode=live", "few-step:recipe=lightx2v", "prompt-cache:off"]
     merged = [f"few-step:{lora('lightx2v')}", "prompt-cache:off"]

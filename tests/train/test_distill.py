@@ -1,5 +1,6 @@
 """Distillation: its formulas against plain ones, who learns from what, and a run that is killed and goes on."""
 
+import copy
 import json
 import math
 
@@ -13,9 +14,11 @@ from swiftwan.cli import main
 from swiftwan.errors import RequestError
 from swiftwan.models.config import KNOWN_MODELS, POCKET, TransformerConfig
 from swiftwan.models.dit import WanTransformer
-from swiftwan.train import distill, distill_run
+from swiftwan.plan import parse
+from swiftwan.train import distill, distill_run, distill_stages
 from swiftwan.train.distill import Phases, Roles
 from swiftwan.train.distill_command import read_prompts, refuse_unfit
+from swiftwan.train.distill_settings import Settings
 
 TINY = TransformerConfig(
     num_attention_heads=2, attention_head_dim=32, text_dim=20, freq_dim=32, ffn_dim=56, num_layers=2
@@ -25,7 +28,7 @@ PROMPTS = [f"a red circle moves {way} over a blue background" for way in ("left"
 
 @pytest.fixture
 def roles():
-    roles = Roles(WanTransformer(TINY).eval(), rank=2, seed=0)
+    roles = Roles(WanTransformer(TINY).eval(), guidance_scale=4.0, rank=2, seed=0)
     for role in ("student", "average", "critic"):
         for name, parameter in roles.parameters(role).items():
             if "lora_B" in name:
@@ -73,12 +76,12 @@ def test_the_teacher_is_the_model_without_adapters(roles, batch):
 def test_a_walk_is_eulers_method_with_guidance(roles, batch):
     _, noise, text, negative = batch
     phases = Phases.of(2, 5.0, 4)
-    places = distill.walk(roles, phases, noise, text, negative, 3.0)
+    places = distill.walk(roles, phases, noise, text, negative)
     x, wanted = noise, [noise]
     for i, (here, there) in enumerate(zip(phases.levels[:-1], phases.levels[1:], strict=True), 1):
         at = torch.full((3,), here)
         given, free = (roles.flow("teacher", x, at, words) for words in (text, negative))
-        x = x + (there - here) * (free + 3 * (given - free))
+        x = x + (there - here) * (free + 4 * (given - free))
         if i % 2 == 0:
             wanted.append(x)
     assert torch.allclose(places, torch.stack(wanted), atol=1e-5)
@@ -87,7 +90,7 @@ def test_a_walk_is_eulers_method_with_guidance(roles, batch):
 def test_the_consistency_loss_is_the_students_distance_from_teacher_and_average(roles, batch):
     clips, noise, text, negative = batch
     here, near, edge = level(0.9, 0.7, 0.5), level(0.8, 0.6, 0.4), level(0.75, 0.6, 0.0)
-    loss = distill.consistency(roles, clips, noise, text, negative, here, near, edge, scale=4.0)
+    loss = distill.consistency(roles, clips, noise, text, negative, here, near, edge)
     errors = []
     for i in range(3):
         x = (1 - here[i]) * clips[i] + here[i] * noise[i]
@@ -122,10 +125,10 @@ def test_matching_moves_what_was_made_from_the_critics_mind_to_the_teachers(role
     clips, noise, text, negative = batch
     made = clips.clone().requires_grad_()
     here, there = level(0.0, 0.0, 0.0), level(0.2, 0.5, 0.8)
-    distill.matching(roles, made, noise, text, negative, here, there, 2.0).backward()
+    distill.matching(roles, made, noise, text, negative, here, there).backward()
     noisy = torch.lerp(clips, noise, distill.like(there, clips))
     with torch.no_grad():
-        real = noisy - distill.like(there, clips) * roles.guided(noisy, there, text, negative, 2.0)
+        real = noisy - distill.like(there, clips) * roles.guided(noisy, there, text, negative)
         fake = noisy - distill.like(there, clips) * roles.flow("critic", noisy, there, text)
     size = (clips - real).abs().flatten(1).mean(1)
     wanted = (fake - real) / distill.like(size, clips) / clips.numel()
@@ -152,17 +155,19 @@ def settings(**changes):
         "steps": 2, "flow_shift": 3.0, "guidance_scale": 2.0, "walk": 4, "rank": 2, "batch": 2,
         "regression": 2, "consistency": 2, "matching": 1, "learning_rate": 1e-3, "seed": 3,
     }  # fmt: skip
-    return distill_run.Settings(**values | changes)
+    return Settings(**values | changes)
 
 
 @pytest.fixture
 def distilled(monkeypatch):
     """Distill the embedded model on four prompts, at a size that takes a second; stop at the ``dies``-th word."""
-    monkeypatch.setattr(distill_run, "LOG_EVERY", 1)
-    monkeypatch.setattr(distill_run, "SAVE_EVERY", 1)
+    monkeypatch.setattr(distill_stages, "LOG_EVERY", 1)
+    monkeypatch.setattr(distill_stages, "SAVE_EVERY", 1)
 
-    def run(folder, dies=None, prompts=PROMPTS[:4], **changes):
+    def run(folder, dies=None, prompts=PROMPTS[:4], start=None, two=False, **changes):
         engine = sw.Engine.load("pocket", plan=["prompt-cache:off"], device="cpu", dtype="fp32")
+        if two:
+            engine.parts.transformer_2 = copy.deepcopy(engine.parts.transformer)
         said = []
 
         def say(line):
@@ -172,7 +177,7 @@ def distilled(monkeypatch):
 
         shape = (16, 2, 4, 4)
         return distill_run.run(
-            folder, engine.parts, prompts, "", shape, settings(**changes), base="pocket", say=say
+            folder, engine.parts, prompts, "", shape, settings(**changes), base="pocket", start=start, say=say
         ), said
 
     return run
@@ -218,6 +223,15 @@ def test_a_killed_run_goes_on_to_the_same_file(tmp_path, distilled, dies):
     assert all(torch.equal(one[name], other[name]) for name in one.keys() | other.keys())
 
 
+def test_a_run_may_start_from_a_student(tmp_path, distilled):
+    first, _ = distilled(tmp_path / "first", consistency=0, matching=0)
+    again, _ = distilled(tmp_path / "again", regression=0, consistency=0, matching=0, start=first)
+    one, other = load_file(first), load_file(again)
+    assert all(torch.equal(one[name], other[name]) for name in one.keys() | other.keys())
+    with pytest.raises(RequestError, match=r"not a student of this model with rank 3.* 0 fit"):
+        distilled(tmp_path / "other", start=first, rank=3)
+
+
 def test_another_run_in_the_folder_is_refused(tmp_path, distilled):
     distilled(tmp_path, regression=1, consistency=0, matching=0)
     with pytest.raises(RequestError, match=r"holds a run with rank 2, and this one has 3"):
@@ -244,11 +258,49 @@ def test_settings_that_cannot_be_are_refused(changes, told):
 
 
 def test_models_that_cannot_be_distilled_are_refused():
-    for name in ("wan2.2-t2v-a14b", "wan2.1-i2v-14b-480p"):
-        with pytest.raises(RequestError, match="wan2.1-t2v-1.3b"):
-            refuse_unfit(KNOWN_MODELS[name])
-    for name in ("wan2.1-t2v-14b", "wan2.2-ti2v-5b"):
-        refuse_unfit(KNOWN_MODELS[name])
+    with pytest.raises(RequestError, match="makes videos from images.*wan2.1-t2v-1.3b"):
+        refuse_unfit(KNOWN_MODELS["wan2.1-i2v-14b-480p"], "")
+    with pytest.raises(RequestError, match="give --expert high, and in another run --expert low"):
+        refuse_unfit(KNOWN_MODELS["wan2.2-t2v-a14b"], "")
+    with pytest.raises(RequestError, match="has one transformer"):
+        refuse_unfit(KNOWN_MODELS["wan2.1-t2v-14b"], "low")
+    refuse_unfit(KNOWN_MODELS["wan2.2-ti2v-5b"], "")
+    refuse_unfit(KNOWN_MODELS["wan2.2-t2v-a14b"], "low")
+
+
+# Two experts
+
+
+def test_each_expert_owns_the_phases_that_begin_at_its_levels():
+    halves = {
+        expert: settings(steps=4, walk=8, flow_shift=5.0, expert=expert, boundary=0.875) for expert in ("high", "low")
+    }
+    assert (halves["high"].own, halves["low"].own) == (range(2), range(2, 4))
+    with pytest.raises(RequestError, match="none of 1 steps begins at the low-noise expert's levels"):
+        settings(steps=1, expert="low", boundary=0.875)
+
+
+@torch.no_grad()
+def test_each_level_has_its_own_teacher(batch):
+    clips, _, text, negative = batch
+    torch.manual_seed(1)
+    high, low = WanTransformer(TINY).eval(), WanTransformer(TINY).eval()
+    levels = level(0.9, 0.875, 0.3)
+    wanted = [distill.predicted(high, clips, levels, text)[:2], distill.predicted(low, clips, levels, text)[2:]]
+    roles = Roles(high, guidance_scale=3.0, rank=2, seed=0, beside=distill.Expert(low, 0.0, 0.875, 5.0))
+    assert torch.allclose(roles.flow("teacher", clips, levels, text), torch.cat(wanted), atol=1e-5)
+    with_text, without = (roles.flow("teacher", clips, levels, words) for words in (text, negative))
+    scale = distill.like(level(3.0, 3.0, 5.0), clips)
+    guided = roles.guided(clips, levels, text, negative)
+    assert torch.allclose(guided, without + scale * (with_text - without), atol=1e-5)
+
+
+@pytest.mark.parametrize("expert", ["high", "low"])
+def test_an_expert_is_distilled_beside_the_other(tmp_path, distilled, expert):
+    path, _ = distilled(tmp_path, expert=expert, boundary=0.875, two=True)
+    assert path.name == f"few_step_2_{expert}_noise.safetensors"
+    assert parse(f"few-step:{path}").lora._experts(two=True) == (expert,)
+    assert any(tensor.any() for name, tensor in load_file(path).items() if "lora_B" in name)
 
 
 def test_prompts_come_from_a_file_or_the_world(tmp_path):

@@ -22,6 +22,23 @@ _TOLD = "What is told and kept"
 _MACHINE = "Machine"
 
 
+@app.command("style-clips")
+def style_clips(
+    out: Annotated[Path, typer.Argument(help="Folder for the clips and their captions.", show_default=False)],
+    count: int = 20,
+    seed: int = 20,
+) -> None:
+    """Draw clips to try a LoRA with: the embedded model's world as silhouettes at sunset."""
+    from swiftwan import media
+    from swiftwan.pocket.style import training_clips
+
+    out.mkdir(parents=True, exist_ok=True)
+    for number, (frames, caption) in enumerate(training_clips(count, seed)):
+        media.write(out / f"clip{number:02}.mp4", frames, fps=16, record={"request": {"prompt": caption}})
+        (out / f"clip{number:02}.txt").write_text(caption, encoding="utf-8")
+    typer.echo(f"{count} clips in {out}")
+
+
 @app.command()
 def lora(
     data: Annotated[
@@ -83,6 +100,9 @@ def lora(
     base: Annotated[
         str, typer.Option(help="Products with frozen weights: bf16 (as loaded) or fp8.", rich_help_panel=_MACHINE)
     ] = "bf16",
+    weights: Annotated[
+        str, typer.Option(help="Frozen ones: whole, sharded (over GPUs) or offloaded.", rich_help_panel=_MACHINE)
+    ] = "whole",
     device: Annotated[str | None, typer.Option(rich_help_panel=_MACHINE)] = None,
     dtype: Annotated[str | None, typer.Option(rich_help_panel=_MACHINE)] = None,
 ) -> None:
@@ -103,7 +123,7 @@ def lora(
             display.on_step(StepEvent(phase, done, of, time.perf_counter() - began))  # type: ignore[arg-type]
 
         display.begin("load")
-        engine = open_engine(model, device=device, dtype=dtype)
+        engine = open_engine(model, device=device, dtype=dtype, weights=settings.weights)
         try:
             if check:
                 files = []

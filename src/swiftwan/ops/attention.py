@@ -114,7 +114,17 @@ def _load_flash4() -> Attend:
     os.environ.setdefault("FLASH_ATTENTION_CUTE_DSL_CACHE_DIR", str(cache_home / "swiftwan" / "flash4"))
     # Said once a compilation, about an argument that we do not pass (flash-attn-4 4.0.0b36, cutlass-dsl 4.8.1).
     warnings.filterwarnings("ignore", message="Argument aux_data .* cannot be converted", category=UserWarning)
-    return _opaque("flash4", importlib.import_module("flash_attn.cute").flash_attn_func)
+    interface = importlib.import_module("flash_attn.cute.interface")
+    if torch.cuda.get_device_capability()[0] != 9:
+        return _opaque("flash4", interface.flash_attn_func)
+    attend, forward = interface.flash_attn_func, interface._flash_attn_fwd
+
+    def hopper(q: Tensor, k: Tensor, v: Tensor) -> Any:
+        # The package would take 128 x 128, and a forward longer: TI2V-5B at 1280x704x121 796 instead of 784 ms, 1.3B at
+        # 832x480x81 441 instead of 438 (H200, at its limit of 700 W; benchmarks/h200_forward.jsonl).
+        return forward(q, k, v, tile_mn=(192, 128), mma_pv_is_rs=False) if q.shape[-1] == 128 else attend(q, k, v)
+
+    return _opaque("flash4", hopper)
 
 
 @cache

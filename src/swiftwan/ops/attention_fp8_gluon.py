@@ -56,10 +56,35 @@ def _left_side(weights, MMA: gl.constexpr):
 
 
 @gluon.jit
+def _as_float(scores):
+    """Integers below 2**22, plus 1.5 * 2**23 in float32: an addition where a conversion takes twice as long."""
+    return (scores + 0x4B400000).to(gl.float32, bitcast=True)
+
+
+@gluon.jit
+def _soften(scores, factor, largest, total, MMA: gl.constexpr):
+    """One block's scores, integers plus 1.5 * 2**23, to the left side of the second product.
+
+    Returns:
+        that, by what all before must shrink, and the new largest exponent and sum.
+    """
+    magic: gl.constexpr = 12582912.0
+    larger = gl.maximum(largest, (gl.max(scores, 1) - magic) * factor)
+    shrink = gl.exp2(largest - larger)
+    weights = gl.exp2(scores * factor[:, None] - (magic * factor + larger - 8.0)[:, None])
+    total = total * shrink + gl.sum(weights, 1)
+    return _left_side(weights, MMA), shrink, larger, total
+
+
+@gluon.jit
 def _multiply(PART: gl.constexpr, memory, ready, free, tensors, sizes, STAGES: gl.constexpr):
-    """64 queries over all blocks: the scores' product, softmax, the values' product."""
+    """64 queries over all blocks: the scores' product, softmax, the values' product.
+
+    While it takes the softmax of one block, the tensor cores have the scores of the next to compute. Two blocks a
+    turn: with one, the scores would be moved from one set of registers to the other each time.
+    """
     q, k_ring, v_ring = memory
-    factor, v_scale, out = tensors
+    factor, v_scale, v_mean, out = tensors
     last, first_row, out_row, length, count = sizes
     q_ready, k_ready, v_ready = ready
     k_free, v_free = free
@@ -70,47 +95,67 @@ def _multiply(PART: gl.constexpr, memory, ready, free, tensors, sizes, STAGES: g
     row = first_row + PART * HALF + gl.arange(0, HALF, gl.SliceLayout(1, MMA))
     factor = gl.load(factor + row, row < length, other=0.0)
     q = q.index(PART)
-    nothing = gl.zeros([HALF, BLOCK], gl.float32, MMA)
+    nothing = gl.zeros([HALF, BLOCK], gl.int32, MMA)
 
     mbarrier.wait(q_ready, 0)
     mbarrier.wait(k_ready.index(0), 0)
-    scores = warpgroup_mma(q, k_ring.index(0).permute((1, 0)), nothing, use_acc=False, is_async=True)
-    scores = warpgroup_mma_wait(0, deps=(scores,))
+    ahead = warpgroup_mma(q, k_ring.index(0).permute((1, 0)), nothing, use_acc=False, is_async=True)
+    scores = _as_float(warpgroup_mma_wait(0, deps=(ahead,)))
     mbarrier.arrive(k_free.index(0))
     token = last * BLOCK + gl.arange(0, BLOCK, gl.SliceLayout(0, MMA))
     scores = gl.where((token < length)[None, :], scores, float("-inf"))
-    largest = gl.max(scores, 1)
-    weights = gl.exp2(scores * factor[:, None] - (largest * factor - 8.0)[:, None])
-    total = gl.sum(weights, 1)
+    largest = gl.full([HALF], -1e30, gl.float32, gl.SliceLayout(1, MMA))
+    total = gl.zeros([HALF], gl.float32, gl.SliceLayout(1, MMA))
     result = gl.zeros([HALF, WIDTH], gl.float32, MMA)
 
-    for step in range(1, count):
-        # Rounded here and not at the end of the loop before: over its edge, bytes would be carried one by one.
-        left = _left_side(weights, MMA)
-        slot = step % STAGES
-        before = (step - 1) % STAGES
-        mbarrier.wait(k_ready.index(slot), (step // STAGES) & 1)
-        next_scores = warpgroup_mma(q, k_ring.index(slot).permute((1, 0)), nothing, use_acc=False, is_async=True)
-        mbarrier.wait(v_ready.index(before), ((step - 1) // STAGES) & 1)
-        next_result = warpgroup_mma(left, v_ring.index(before).permute((1, 0)), result, is_async=True)
-        scores = warpgroup_mma_wait(1, deps=(next_scores,))
-        mbarrier.arrive(k_free.index(slot))
-        larger = gl.maximum(largest, gl.max(scores, 1))
-        shrink = gl.exp2((largest - larger) * factor)
-        weights = gl.exp2(scores * factor[:, None] - (larger * factor - 8.0)[:, None])
-        total = total * shrink + gl.sum(weights, 1)
-        largest = larger
-        result = warpgroup_mma_wait(0, deps=(next_result,))
-        mbarrier.arrive(v_free.index(before))
+    pairs = (count - 1) // 2
+    for pair in range(pairs):
+        step = 2 * pair
+        slot = (step + 1) % STAGES
+        mbarrier.wait(k_ready.index(slot), ((step + 1) // STAGES) & 1)
+        ahead = warpgroup_mma(q, k_ring.index(slot).permute((1, 0)), nothing, use_acc=False, is_async=True)
+        left, shrink, largest, total = _soften(scores, factor, largest, total, MMA)
         result = result * shrink[:, None]
+        before = step % STAGES
+        mbarrier.wait(v_ready.index(before), (step // STAGES) & 1)
+        behind = warpgroup_mma(left, v_ring.index(before).permute((1, 0)), result, is_async=True)
+        others = _as_float(warpgroup_mma_wait(1, deps=(ahead,)))
+        mbarrier.arrive(k_free.index(slot))
+        result = warpgroup_mma_wait(0, deps=(behind,))
+        mbarrier.arrive(v_free.index(before))
 
+        after = (step + 2) % STAGES
+        mbarrier.wait(k_ready.index(after), ((step + 2) // STAGES) & 1)
+        ahead = warpgroup_mma(q, k_ring.index(after).permute((1, 0)), nothing, use_acc=False, is_async=True)
+        left, shrink, largest, total = _soften(others, factor, largest, total, MMA)
+        result = result * shrink[:, None]
+        mbarrier.wait(v_ready.index(slot), ((step + 1) // STAGES) & 1)
+        behind = warpgroup_mma(left, v_ring.index(slot).permute((1, 0)), result, is_async=True)
+        scores = _as_float(warpgroup_mma_wait(1, deps=(ahead,)))
+        mbarrier.arrive(k_free.index(after))
+        result = warpgroup_mma_wait(0, deps=(behind,))
+        mbarrier.arrive(v_free.index(slot))
+
+    for step in range(2 * pairs, count - 1):  # none or one
+        slot = (step + 1) % STAGES
+        mbarrier.wait(k_ready.index(slot), ((step + 1) // STAGES) & 1)
+        ahead = warpgroup_mma(q, k_ring.index(slot).permute((1, 0)), nothing, use_acc=False, is_async=True)
+        left, shrink, largest, total = _soften(scores, factor, largest, total, MMA)
+        result = result * shrink[:, None]
+        before = step % STAGES
+        mbarrier.wait(v_ready.index(before), (step // STAGES) & 1)
+        behind = warpgroup_mma(left, v_ring.index(before).permute((1, 0)), result, is_async=True)
+        scores = _as_float(warpgroup_mma_wait(1, deps=(ahead,)))
+        result = warpgroup_mma_wait(0, deps=(behind,))
+
+    left, shrink, largest, total = _soften(scores, factor, largest, total, MMA)
+    result = result * shrink[:, None]
     slot = (count - 1) % STAGES
-    left = _left_side(weights, MMA)
     mbarrier.wait(v_ready.index(slot), ((count - 1) // STAGES) & 1)
-    result = warpgroup_mma(left, v_ring.index(slot).permute((1, 0)), result, is_async=True)
-    result = warpgroup_mma_wait(0, deps=(result,))
+    behind = warpgroup_mma(left, v_ring.index(slot).permute((1, 0)), result, is_async=True)
+    result = warpgroup_mma_wait(0, deps=(behind,))
     channel = gl.arange(0, WIDTH, gl.SliceLayout(0, MMA))
-    result = result * (1.0 / total)[:, None] * gl.load(v_scale + channel)[None, :]
+    result = result * (1.0 / total)[:, None] * gl.load(v_scale + channel)[None, :] + gl.load(v_mean + channel)[None, :]
     place = row.to(gl.int64)[:, None] * out_row + channel[None, :]
     gl.store(out + place, result.to(out.dtype.element_ty), (row < length)[:, None])
 
@@ -146,7 +191,7 @@ def _fetch(maps, memory, ready, free, blocks, sizes, STAGES: gl.constexpr, SPARS
 
 @gluon.jit
 def _attend_kernel(
-    q_map, k_map, v_map, out, factor, v_scale, blocks, length, count, heads,
+    q_map, k_map, v_map, out, factor, v_scale, v_mean, blocks, length, count, heads,
     STAGES: gl.constexpr, SPARSE: gl.constexpr,
 ):  # fmt: skip
     HALF: gl.constexpr = q_map.block_shape[0]
@@ -159,13 +204,14 @@ def _attend_kernel(
     out += batch.to(gl.int64) * length * (heads * WIDTH) + head * WIDTH
     factor += line.to(gl.int64) * length
     v_scale += line * WIDTH
+    v_mean += line * WIDTH
     last = count - 1
     if SPARSE:
         blocks += (line.to(gl.int64) * gl.num_programs(0) + gl.program_id(0)) * count
         last = gl.load(blocks + last)
 
-    q = gl.allocate_shared_memory(gl.float8e4nv, [2, HALF, WIDTH], q_map.layout)
-    k_ring = gl.allocate_shared_memory(gl.float8e4nv, [STAGES, BLOCK, WIDTH], k_map.layout)
+    q = gl.allocate_shared_memory(gl.int8, [2, HALF, WIDTH], q_map.layout)
+    k_ring = gl.allocate_shared_memory(gl.int8, [STAGES, BLOCK, WIDTH], k_map.layout)
     v_ring = gl.allocate_shared_memory(gl.float8e4nv, [STAGES, WIDTH, BLOCK], v_map.layout)
     q_ready = gl.allocate_shared_memory(gl.int64, [1], mbarrier.MBarrierLayout())
     k_ready = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
@@ -182,7 +228,7 @@ def _attend_kernel(
     ready = (q_ready, k_ready, v_ready)
     free = (k_free, v_free)
     memory = (q, k_ring, v_ring)
-    tensors = (factor, v_scale, out)
+    tensors = (factor, v_scale, v_mean, out)
     sizes = (last, row, heads * WIDTH, length, count)
     maps = (q_map, k_map, v_map)
     places = (row, head * WIDTH, batch * length, line * WIDTH, count)
@@ -213,16 +259,16 @@ def attend_rounded(x: RoundedAttention, dtype: torch.dtype, blocks: Tensor | Non
     read = count if blocks is None else blocks.shape[-1]
     with torch.cuda.device_of(out):
         _attend_kernel[(count, heads, batch)](
-            q, k, v, out, x.factor, x.v_scale, x.factor if blocks is None else blocks, length, read, heads,
+            q, k, v, out, x.factor, x.v_scale, x.v_mean, x.factor if blocks is None else blocks, length, read, heads,
             STAGES=STAGES, SPARSE=blocks is not None, num_warps=4,
         )  # fmt: skip
     return out
 
 
 def _tiles(x: Tensor, rows: int) -> TensorDescriptor:
-    return TensorDescriptor.from_tensor(
-        x, [rows, 128], gl.NVMMASharedLayout.get_default_for([rows, 128], gl.float8e4nv)
-    )
+    shape = [rows, 128]
+    dtype = gl.int8 if x.dtype is torch.int8 else gl.float8e4nv
+    return TensorDescriptor.from_tensor(x, shape, gl.NVMMASharedLayout.get_default_for(shape, dtype))
 
 
 def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:

@@ -44,13 +44,12 @@ def _(grad: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor) -
     return dq, dk, dv
 
 
-def _keep(context: Any, inputs: tuple[Tensor, ...], output: tuple[Tensor, Tensor]) -> None:
-    context.save_for_backward(*inputs, *output)
-    context.mark_non_differentiable(output[1])
+def _keep(ctx: Any, inputs: tuple[Tensor, ...], output: tuple[Tensor, Tensor]) -> None:
+    ctx.save_for_backward(*inputs, *output)
 
 
-def _backward(context: Any, grad: Tensor, _: Tensor | None) -> tuple[Tensor, ...]:
-    grads: tuple[Tensor, ...] = flash4_backward(grad, *context.saved_tensors)
+def _backward(ctx: Any, grad: Tensor, _: Tensor | None) -> tuple[Tensor, ...]:
+    grads: tuple[Tensor, ...] = flash4_backward(grad, *ctx.saved_tensors)
     return grads
 
 

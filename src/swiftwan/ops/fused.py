@@ -73,7 +73,7 @@ def _add_norm_kernel(
             largest = tl.max(tl.where(inside, tl.abs(result), 0.0), axis=1, keep_dims=True)
             step = tl.maximum(largest, 1e-12) / 448.0
             tl.store(row_scale + batch * length + token, step, token < length)
-            result /= step
+            result *= 1.0 / step
         tl.store(normed + place, result.to(normed.dtype.element_ty), mask)
 
 

@@ -28,14 +28,14 @@ def norm_modulate(x: Tensor, shift: Tensor, scale: Tensor, spans: Sequence[int],
 def gated_add_norm(
     x: Tensor, update: Tensor, gate: Tensor, spans: Sequence[int], weight: Tensor, bias: Tensor, eps: float
 ) -> tuple[Tensor, Rounded]:
-    rounded = empty_rounded(x.shape, x.device)
+    rounded = empty_rounded(update.shape, x.device)
     return add_norm(x, update, gate, (weight, bias), spans, eps, rounded)[0], rounded
 
 
 def add_norm_modulate(
     x: Tensor, update: Tensor, shift: Tensor, scale: Tensor, spans: Sequence[int], eps: float
 ) -> tuple[Tensor, Rounded]:
-    rounded = empty_rounded(x.shape, x.device)
+    rounded = empty_rounded(update.shape, x.device)
     return add_norm(x, update, None, (scale, shift), spans, eps, rounded)[0], rounded
 
 
@@ -70,7 +70,7 @@ def _round_rows_kernel(x, values, scale, width, stride, BLOCK: tl.constexpr, GEL
         value *= tl.sigmoid(1.5957691216057308 * (value + 0.044715 * value * value * value))
     factor = tl.maximum(tl.max(tl.abs(value), axis=0), 1e-12) / 448.0
     tl.store(scale + row, factor)
-    tl.store(values + row * width + column, (value / factor).to(tl.float8e4nv), inside)
+    tl.store(values + row * width + column, (value * (1.0 / factor)).to(tl.float8e4nv), inside)
 
 
 def _round_rows(x: Tensor, gelu: bool) -> Rounded:

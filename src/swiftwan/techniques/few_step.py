@@ -32,8 +32,8 @@ RECIPES: dict[str, FewStep] = {
     "fastwan": FewStep(3, "lcm", 8.0, (1.0, 0.757, 0.522)),
     # github.com/NVlabs/rcm and thu-ml/TurboDiffusion: angles, of which sin / (sin + cos) is noise
     "rcm": FewStep(4, "lcm", 5.0, tuple(1 / (1 + 1 / math.tan(angle)) for angle in (math.atan(80), 1.5, 1.4, 1.0))),
-    # github.com/ModelTC/LightX2V, configs/causvid: timesteps of the 14B student
-    "causvid": FewStep(9, "lcm", 8.0, (0.999, 0.934, 0.862, 0.756, 0.603, 0.41, 0.25, 0.14, 0.074)),
+    # github.com/ModelTC/LightX2V, configs/causvid and wan/causvid/scheduler.py: timesteps of the 14B student
+    "causvid": FewStep(9, "euler", 8.0, (0.999, 0.934, 0.862, 0.756, 0.603, 0.41, 0.25, 0.14, 0.074)),
 }
 """How the published distillations are sampled, by family."""
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import TYPE_CHECKING
@@ -40,7 +39,7 @@ class SparseAttention(Technique):
         keep: share of the blocks that are computed, over 0 and at most 1.
         dense_steps: so many first steps see everything; they lay out the picture.
         dense_layers: so many first layers see everything.
-        block: tokens in a block; other than 128 only where there is no fast kernel anyway.
+        block: tokens in a block; other than 128 runs the reference, which saves nothing.
         bits: 16, or 8 for the kernel of ``attention:fp8``, which rounds and pools in one pass.
     """
 
@@ -100,14 +99,17 @@ class SparseAttention(Technique):
             from swiftwan.ops.attention_fp8_gluon import attend_sparse
 
             return partial(attend_sparse, keep=self.keep)
-        kernel = best_kernel(device)
-        return lambda q, k, v: kernel(q, k, v, select_blocks(q, k, self.keep, self.block), self.block)
+        compute = best_kernel(device, self.block)
+        return lambda q, k, v: compute(q, k, v, select_blocks(q, k, self.keep, self.block), self.block)
 
 
-def best_kernel(device: torch.device) -> SparseKernel:
-    """FlashAttention-4 where it runs, FlexAttention on other GPUs, the reference (which saves nothing) elsewhere."""
-    if device.type != "cuda":
+def best_kernel(device: torch.device, block: int) -> SparseKernel:
+    """FlashAttention-4 where it runs, FlexAttention on other GPUs, the reference (which saves nothing) elsewhere, and
+    for blocks of another size."""
+    if device.type != "cuda" or block != BLOCK:
         return sparse_reference
-    if torch.cuda.get_device_capability(device) >= (9, 0) and importlib.util.find_spec("flash_attn.cute"):
-        return sparse_flash4
-    return sparse_flex()
+    flash4 = kernel("flash4")
+    if flash4.missing_on(torch.cuda.get_device_capability(device)):
+        return sparse_flex()
+    flash4.load()  # its settings hold for the sparse form too
+    return sparse_flash4

@@ -14,6 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from swiftwan.device import Device
 from swiftwan.errors import RequestError, UnavailableError, did_you_mean
 from swiftwan.models.dit import WanTransformer
 from swiftwan.ops.fp8_training import Fp8FrozenLinear
@@ -135,8 +136,14 @@ def factors(transformer: WanTransformer) -> dict[str, nn.Parameter]:
     return found
 
 
-def freeze_in_fp8(transformer: WanTransformer) -> None:
-    """Run the products with the frozen weights below the adapters in 8 bits."""
+def freeze_in_fp8(transformer: WanTransformer, device: Device) -> None:
+    """Run the products with the frozen weights below the adapters in 8 bits.
+
+    Raises:
+        UnavailableError: the device has no 8-bit float products.
+    """
+    if (device.capability or (0, 0)) < (8, 9):
+        raise UnavailableError("--base fp8 needs an NVIDIA GPU of compute capability 8.9 or more; leave it out.")
     for module in transformer.modules():
         if isinstance(module, LoraLinear) and _by_16(module.base_layer):
             module.base_layer = Fp8FrozenLinear(module.base_layer)

@@ -59,19 +59,44 @@ class Phases:
         return self.levels[:: self.stride]
 
 
+@dataclass(frozen=True)
+class Expert:
+    """The other transformer of a two-expert model: a teacher at its own levels, ``low`` and up to below ``high``."""
+
+    transformer: WanTransformer
+    low: float
+    high: float
+    guidance_scale: float
+
+    def teaches(self, level: Tensor) -> Tensor:
+        """At which of the levels (B,) it does; booleans."""
+        return (level >= self.low) & (level < self.high)
+
+
 class Roles:
     """One frozen transformer that plays every part: the teacher as it is, the others each through a LoRA.
 
     Args:
         transformer: gets the adapters; its own weights are frozen.
+        guidance_scale: of the teacher.
         rank: of each adapter.
         seed: of the adapters' first values, which change nothing yet.
+        beside: who teaches where the transformer itself does not.
     """
 
-    def __init__(self, transformer: WanTransformer, *, rank: int, seed: int) -> None:
+    def __init__(
+        self,
+        transformer: WanTransformer,
+        *,
+        guidance_scale: float,
+        rank: int,
+        seed: int,
+        beside: Expert | None = None,
+    ) -> None:
         from peft import LoraConfig, inject_adapter_in_model
         from peft.tuners.lora import LoraLayer
 
+        self.guidance_scale, self.beside = guidance_scale, beside
         self.transformer = transformer.requires_grad_(False)
         self.config = LoraConfig(r=rank, lora_alpha=rank, target_modules=TARGETS)
         device = transformer.patch_embedding.weight.device
@@ -101,15 +126,33 @@ class Roles:
     def flow(self, role: Role, latents: Tensor, level: Tensor, text: Tensor) -> Tensor:
         """The flow that a role predicts, float32."""
         self.play(role)
-        condition = self.transformer.condition(text, latents.shape)
-        flow: Tensor = self.transformer(latents, 1000 * level, condition)
-        return flow.float()
+        if role == "teacher" and self.beside is not None:
+            return self._by_expert(self.beside, latents, level, text)
+        return predicted(self.transformer, latents, level, text)
 
-    def guided(self, latents: Tensor, level: Tensor, text: Tensor, negative: Tensor, scale: float) -> Tensor:
+    def _by_expert(self, beside: Expert, latents: Tensor, level: Tensor, text: Tensor) -> Tensor:
+        """Each clip's flow by the expert of its level."""
+        flow = torch.empty_like(latents, dtype=torch.float32)
+        others = beside.teaches(level)
+        for transformer, clips in ((self.transformer, ~others), (beside.transformer, others)):
+            if clips.any():
+                flow[clips] = predicted(transformer, latents[clips], level[clips], text[clips])
+        return flow
+
+    def guided(self, latents: Tensor, level: Tensor, text: Tensor, negative: Tensor) -> Tensor:
         """The teacher's flow with guidance, both predictions in one pass."""
+        scale = torch.full_like(level, self.guidance_scale)
+        if self.beside is not None:
+            scale = torch.where(self.beside.teaches(level), self.beside.guidance_scale, scale)
         latents, level = torch.cat((latents, latents)), torch.cat((level, level))
         with_text, without = self.flow("teacher", latents, level, torch.cat((text, negative))).chunk(2)
-        return without + scale * (with_text - without)
+        return without + like(scale, without) * (with_text - without)
+
+
+def predicted(transformer: WanTransformer, latents: Tensor, level: Tensor, text: Tensor) -> Tensor:
+    """A transformer's flow, float32."""
+    flow: Tensor = transformer(latents, 1000 * level, transformer.condition(text, latents.shape))
+    return flow.float()
 
 
 # Where roles lead
@@ -121,11 +164,11 @@ def between(start: Tensor, flow: Tensor, here: Tensor, there: Tensor) -> Tensor:
 
 
 @torch.no_grad()
-def walk(roles: Roles, phases: Phases, noise: Tensor, text: Tensor, negative: Tensor, scale: float) -> Tensor:
+def walk(roles: Roles, phases: Phases, noise: Tensor, text: Tensor, negative: Tensor) -> Tensor:
     """The guided teacher's way from noise to a video: where it is at each edge, (edges, B, C, f, h, w)."""
     places, latents = [noise], noise
     for number, (here, there) in enumerate(steps_of(phases.levels, noise), 1):
-        latents = between(latents, roles.guided(latents, here, text, negative, scale), here, there)
+        latents = between(latents, roles.guided(latents, here, text, negative), here, there)
         if number % phases.stride == 0:
             places.append(latents)
     return torch.stack(places)
@@ -165,18 +208,15 @@ def consistency(
     here: Tensor,
     near: Tensor,
     edge: Tensor,
-    *,
-    scale: float,
 ) -> Tensor:
     """How far the student is from where one step of the teacher, and its own average from there, lead; scalar.
 
     Args:
         here, near, edge: falling levels: of the clip, of the teacher's step, of the phase's end.
-        scale: of the teacher's guidance.
     """
     noisy = torch.lerp(clips, noise, like(here, clips))
     with torch.no_grad():
-        stepped = between(noisy, roles.guided(noisy, here, text, negative, scale), here, near)
+        stepped = between(noisy, roles.guided(noisy, here, text, negative), here, near)
         end = between(stepped, roles.flow("average", stepped, near, text), near, edge)
     return regression(roles, noisy, end, text, here, edge)
 
@@ -201,7 +241,7 @@ def noised(clips: Tensor, noise: Tensor, here: Tensor, there: Tensor) -> tuple[T
 
 
 def matching(
-    roles: Roles, made: Tensor, noise: Tensor, text: Tensor, negative: Tensor, here: Tensor, there: Tensor, scale: float
+    roles: Roles, made: Tensor, noise: Tensor, text: Tensor, negative: Tensor, here: Tensor, there: Tensor
 ) -> Tensor:
     """A loss whose gradient moves what the student made towards the teacher's distribution; scalar.
 
@@ -211,7 +251,7 @@ def matching(
     """
     with torch.no_grad():
         noisy, flow = noised(made, noise, here, there)
-        real = roles.guided(noisy, there, text, negative, scale)
+        real = roles.guided(noisy, there, text, negative)
         away = like(there, made) * (real - roles.flow("critic", noisy, there, text))
         size = (like(there, made) * (real - flow)).abs().flatten(1).mean(1)
     roles.play("student")  # whose gradients are to be taken

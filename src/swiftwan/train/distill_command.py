@@ -6,14 +6,14 @@ import json
 import random
 from dataclasses import replace
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Literal, cast
 
 import typer
 
 from swiftwan.errors import RequestError
 from swiftwan.models.config import POCKET, KnownModel
 
-WORLD_PROMPTS = 6144
+WORLD_PROMPTS = 4096
 """Prompts that the embedded model's own world gives where no file does."""
 
 
@@ -33,7 +33,9 @@ def distill(
     regression: Annotated[int, typer.Option(help="Updates on the teacher's walks.")] = 2000,
     consistency: Annotated[int, typer.Option(help="Updates of consistency distillation.")] = 2000,
     matching: Annotated[int, typer.Option(help="Updates of distribution matching at the end.")] = 0,
-    learning_rate: Annotated[float, typer.Option(help="Highest.")] = 1e-3,
+    learning_rate: Annotated[float, typer.Option(help="Highest.")] = 3e-3,
+    start: Annotated[Path | None, typer.Option(help="A LoRA that this wrote, to go on from.")] = None,
+    expert: Annotated[str, typer.Option(help="Of a two-expert model: high or low; one run each.")] = "",
     width: Annotated[int | None, typer.Option(help="Pixels. Unset: the model's own.")] = None,
     height: Annotated[int | None, typer.Option(help="Pixels. Unset: the model's own.")] = None,
     frames: Annotated[int | None, typer.Option(help="4k + 1. Unset: the model's own.")] = None,
@@ -45,9 +47,10 @@ def distill(
     from swiftwan.pipelines.request import TextToVideo
     from swiftwan.plan import complete, describe
     from swiftwan.train import distill_run
+    from swiftwan.train.distill_settings import Settings
 
     facts = describe(model)
-    refuse_unfit(facts.known)
+    refuse_unfit(facts.known, expert)
     asked = TextToVideo(
         "", width=width, height=height, num_frames=frames, guidance_scale=guidance, flow_shift=shift, seed=seed
     )
@@ -55,7 +58,7 @@ def distill(
     request = complete(replace(asked, prompt=lines[0]), facts)
     assert request.flow_shift is not None
     assert request.guidance_scale is not None
-    settings = distill_run.Settings(
+    settings = Settings(
         steps=steps,
         flow_shift=request.flow_shift,
         guidance_scale=request.guidance_scale,
@@ -67,6 +70,9 @@ def distill(
         matching=matching,
         learning_rate=learning_rate,
         seed=seed,
+        expert=cast('Literal["", "high", "low"]', expert),
+        boundary=facts.known.boundary_ratio or 0.0,
+        guidance_scale_2=request.guidance_scale_2 or request.guidance_scale,
     )
     # A small model's weights are rounded for nothing; a large one's would not fit beside its activations.
     dtype = "fp32" if distill_run.is_small(facts.known.transformer) else None
@@ -79,18 +85,19 @@ def distill(
         engine.latent_shape(request)[1:],
         settings,
         base=facts.name,
+        start=start,
         say=lambda line: typer.echo(line, err=True),
     )
     typer.echo(json.dumps({"lora": str(path), "bytes": path.stat().st_size}))
 
 
-def refuse_unfit(model: KnownModel) -> None:
+def refuse_unfit(model: KnownModel, expert: str) -> None:
     """Raise RequestError for a model that this cannot distill, before anything loads."""
-    if model.boundary_ratio is not None:
-        raise RequestError(
-            f"'{model.name}' has two transformers, and train distill knows one; take a model with one, for example "
-            "wan2.1-t2v-1.3b or wan2.2-ti2v-5b."
-        )
+    wanted = ("high", "low") if model.boundary_ratio else ("",)
+    if expert not in wanted and model.boundary_ratio:
+        raise RequestError(f"'{model.name}' has two transformers: give --expert high, and in another run --expert low.")
+    if expert not in wanted:
+        raise RequestError(f"--expert is '{expert}', and '{model.name}' has one transformer: leave it out.")
     if model.image_start == "channels":
         raise RequestError(
             f"'{model.name}' makes videos from images, and train distill has prompts alone; take a text-to-video one, "

@@ -13,12 +13,10 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from swiftwan.errors import RequestError, did_you_mean
+from swiftwan.errors import RequestError
 from swiftwan.models.dit import WanTransformer
 from swiftwan.train.loop import seed_of
 
-DISTRIBUTIONS = ("logit-normal", "uniform")
-WEIGHTINGS = ("none", "bell")
 GOLDEN = (5**0.5 - 1) / 2
 
 
@@ -39,8 +37,6 @@ class Levels:
     high: float = 1.0
 
     def __post_init__(self) -> None:
-        if self.distribution not in DISTRIBUTIONS:
-            raise RequestError(f"timesteps are '{self.distribution}'." + did_you_mean(self.distribution, DISTRIBUTIONS))
         if self.shift <= 0:
             raise RequestError(f"shift is {self.shift}; it must be above 0 (1 is no shift).")
 

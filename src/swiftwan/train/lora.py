@@ -13,16 +13,15 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from swiftwan.device import pick_device
 from swiftwan.engine import Engine
 from swiftwan.errors import RequestError, UnavailableError, did_you_mean
 from swiftwan.train import buckets, validate
 from swiftwan.train.cache import Cache, Encoders
 from swiftwan.train.data import Problem, find
+from swiftwan.train.processes import Processes, Weights, local_device
 from swiftwan.train.run import Data, Run
 from swiftwan.train.settings import Settings
 from swiftwan.weights.check import read_json
-from swiftwan.weights.lora_write import check_form
 from swiftwan.weights.write import write_json
 
 OnStep = Callable[[str, int, int], None]
@@ -35,10 +34,14 @@ LOG_EVERY = 10
 # Before the loop
 
 
-def open_engine(model: str, *, device: str | None, dtype: str | None) -> Engine:
-    """Load a model to train beside: plain, but for the fastest attention that has a backward pass."""
-    hopper = (pick_device(device).capability or (0, 0)) >= (9, 0)
-    return Engine.load(model, plan=["attention:cudnn"] if hopper else [], device=device, dtype=dtype)
+def open_engine(model: str, *, device: str | None, dtype: str | None, weights: Weights = "whole") -> Engine:
+    """Load a model to train beside.
+
+    Args:
+        weights: where the frozen ones shall rest; ``offloaded`` ones are never whole on the device.
+    """
+    plan = ["offload:model"] if weights == "offloaded" else []
+    return Engine.load(model, plan=plan, device=device or local_device(), dtype=dtype)
 
 
 def trackers(names: Sequence[str], out: Path) -> list[Any]:
@@ -72,7 +75,6 @@ def prepare(engine: Engine, source: str, settings: Settings, out: Path, cache: P
     known, defaults = engine.facts.known, engine.facts.known.defaults
     if known.image_end == "always":
         raise RequestError(f"'{known.name}' goes from a first frame to a last one, which training does not know yet.")
-    check_form(settings.format)
     shapes = buckets.Shapes.of(
         known,
         settings.width or defaults.width,
@@ -144,13 +146,22 @@ def train(
         SwiftwanError: the loss is not finite any more.
         OutputError: the disk is full; the last good checkpoint stays.
     """
-    data = prepare(engine, source, settings, out, cache, on_step)
-    identity = {"model": engine.model_name, "data": data.sha256, "dtype": engine.dtype_name} | settings.identity()
+    processes = Processes(engine.torch_device, settings.weights)
+    with processes.first_then_others():
+        data = prepare(engine, source, settings, out, cache, on_step)
+    identity = {
+        "model": engine.model_name,
+        "data": data.sha256,
+        "dtype": engine.dtype_name,
+        "processes": processes.count,
+    }
+    identity |= settings.identity()
     _same_run(out, identity)
-    run = Run(engine, settings, data, out)
-    write_json(out / "run.json", identity)
+    run = Run(engine, settings, data, out, processes)
     resumed = run.resume()
-    validate.forget_after(run.log_path, run.step if resumed else -1)
+    if processes.is_first:
+        write_json(out / "run.json", identity)
+        validate.forget_after(run.log_path, run.step if resumed else -1)
     if not resumed:
         run.validate()
     while run.step < settings.steps:

@@ -7,6 +7,7 @@ again: at 832x480x81 it is 70 % of a 1.3B forward's work, and 3 GB.
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Sequence
 from functools import partial
 from typing import Any, Literal, cast
@@ -21,6 +22,9 @@ from swiftwan.ops.flash4_training import flash4_forward
 
 Keep = Literal["all", "attention", "nothing"]
 KEEPS: tuple[Keep, ...] = ("all", "attention", "nothing")
+
+# It warns of in-place operations in what is computed again; a block has none.
+logging.getLogger("torch._higher_order_ops.wrap").setLevel(logging.ERROR)
 
 _aten = torch.ops.aten
 ATTENTION_OPS = (

@@ -266,11 +266,12 @@ def order(model: PocketScorers, pool: Pool, generator: torch.Generator, chance: 
 @torch.no_grad()
 def in_units(model: PocketScorers, pool: Pool, *, pairs: int = 512) -> PocketScorers:
     """Scale the distance so that frames of two unrelated scenes are 1 apart on average."""
-    apart = []
-    for at in range(0, min(pairs, len(pool.words) // 2), GROUP):
-        x = pool.pictures[at : at + GROUP, 0].float() / 127.5 - 1
-        y = pool.pictures[-1 - at - GROUP : -1 - at, 0].float() / 127.5 - 1
-        apart.append(model.distances(model.features(x), model.features(y)))
+    first = pool.pictures[: len(pool.words) // 2, 0][:pairs]
+    others = pool.pictures[-len(first) :, 0]
+    apart = [
+        model.distances(model.features(x.float() / 127.5 - 1), model.features(y.float() / 127.5 - 1))
+        for x, y in zip(first.split(GROUP), others.split(GROUP), strict=True)
+    ]
     mean = torch.cat(apart).mean()
     for weight in model.weights:
         weight.div_(mean.sqrt())

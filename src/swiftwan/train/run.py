@@ -17,14 +17,16 @@ from torch import Tensor, nn
 
 from swiftwan.device import versions
 from swiftwan.engine import Engine
-from swiftwan.errors import RequestError, SwiftwanError, UnavailableError
-from swiftwan.models.dit import WanTransformer
+from swiftwan.errors import SwiftwanError
+from swiftwan.models.dit import WanTransformer, each_block
 from swiftwan.train import adapter, flow, memory, validate
 from swiftwan.train.buckets import Item, Shapes, batches
 from swiftwan.train.cache import Cache, Encoders
 from swiftwan.train.checkpoint import Checkpoints, optimizer_tensors, restore_optimizer
 from swiftwan.train.loop import Schedule
+from swiftwan.train.processes import Processes, shard
 from swiftwan.train.settings import Settings
+from swiftwan.train.trainee import Trainee, attention, make_optimizer, trainees
 from swiftwan.weights.lora import Expert
 from swiftwan.weights.lora_write import write_lora
 
@@ -54,21 +56,6 @@ class Data:
         return math.ceil(longest / TEXT_STEP) * TEXT_STEP
 
 
-@dataclass(frozen=True)
-class Trainee:
-    """A transformer that learns, and the noise levels that are its own.
-
-    Attributes:
-        expert: high, low, or None for a model's only transformer.
-        share: which part of all batches is drawn for it.
-    """
-
-    expert: Expert | None
-    transformer: WanTransformer
-    levels: flow.Levels
-    share: float = 1.0
-
-
 class Run:
     """A run in a folder.
 
@@ -78,8 +65,9 @@ class Run:
         average: their running mean; empty where none is kept.
     """
 
-    def __init__(self, engine: Engine, settings: Settings, data: Data, out: Path) -> None:
+    def __init__(self, engine: Engine, settings: Settings, data: Data, out: Path, processes: Processes) -> None:
         self.engine, self.settings, self.data, self.out = engine, settings, data, out
+        self.processes = processes
         self.device = engine.torch_device
         self.trainees = trainees(engine, settings)
         self.parameters = self._adapted()
@@ -110,10 +98,18 @@ class Run:
                 adapter.tie(transformer, self.trainees[0].transformer)
             else:
                 parameters |= {f"{trainee.expert or 'model'}.{name}": parameter for name, parameter in found.items()}
+            attend = attention(self.engine.device)
+            for block in each_block(transformer):
+                block.attn1.attend = attend
+            if settings.base == "fp8":
+                adapter.freeze_in_fp8(transformer, self.engine.device)
             memory.keep_in_blocks(transformer, self._keeps(transformer))
             if self.device.type == "cuda":
-                for block in transformer.blocks:
-                    block.compile(dynamic=False)
+                for layer in transformer.blocks:
+                    layer.compile(dynamic=False)
+            if settings.weights != "whole":
+                shard(transformer, list(found.values()), self.device, settings.weights)
+                self.engine.parts.enter = lambda component: None  # they come by themselves from now on
         return parameters
 
     def _keeps(self, transformer: WanTransformer) -> list[memory.Keep]:
@@ -135,11 +131,13 @@ class Run:
         parameters: list[Tensor] = list(self.parameters.values())
         for group in self.optimizer.param_groups:
             group["lr"] = self.schedule.at(self.step)
-        total = torch.zeros((), device=self.device)
-        for number in range(self.step * settings.accumulate, (self.step + 1) * settings.accumulate):
-            loss = self._loss(number) / settings.accumulate
+        trainee, total = self._trainee(), torch.zeros((), device=self.device)
+        each = settings.accumulate
+        for number in range(self.step * each, (self.step + 1) * each):
+            loss = self._loss(trainee, number * self.processes.count + self.processes.rank) / each
             loss.backward()
             total += loss.detach()
+        self.processes.average(parameters)
         norm = nn.utils.clip_grad_norm_(parameters, settings.clip)
         bad = ~(torch.isfinite(total) & torch.isfinite(norm))
         self._first_bad = torch.where(bad & torch.isinf(self._first_bad), float(self.step + 1), self._first_bad)
@@ -153,14 +151,15 @@ class Run:
         self._losses.append(total)
         self._norm = norm
 
-    def _loss(self, number: int) -> Tensor:
+    def _trainee(self) -> Trainee:
+        """Who learns in this step: as often as its share says."""
+        place = flow.spread(self.settings.seed, self.step)
+        return self.trainees[0] if place < self.trainees[0].share else self.trainees[-1]
+
+    def _loss(self, trainee: Trainee, number: int) -> Tensor:
         items = [self.data.train[i] for i in self._numbers(number)]
-        place = flow.spread(self.settings.seed, number)
-        for trainee in self.trainees:
-            if place < trainee.share or trainee is self.trainees[-1]:
-                break
-            place -= trainee.share
-        level = trainee.levels.quantile(flow.shares(place / trainee.share, len(items))).to(self.device)
+        place = flow.spread(self.settings.seed + 1, number)
+        level = trainee.levels.quantile(flow.shares(place, len(items))).to(self.device)
         chance = flow.generator(self.settings.seed, number, self.device)
         batch = self.batch(items, chance, drop=self.settings.drop_caption)
         noise = torch.randn(batch.latents.shape, generator=chance, device=self.device)
@@ -257,7 +256,8 @@ class Run:
                 )
             end = f"_{trainee.expert}" if trainee.expert else ""
             self._write({f"{name}{end}": value for name, value in losses.items()}, trackers)
-        validate.plot(validate.read_log(self.log_path), self.out / "loss.svg")
+        if self.processes.is_first:
+            validate.plot(validate.read_log(self.log_path), self.out / "loss.svg")
         self._began = time.perf_counter()
 
     def _held_out(self) -> Iterator[flow.Batch]:
@@ -268,12 +268,15 @@ class Run:
         """Videos of the model as it is now."""
         item = (self.data.held_out or self.data.train)[0]
         prompts = self.settings.prompts or (item.caption,)
+        folder = self.out / "samples" if self.processes.is_first else None
         with self.averaged():
-            validate.sample(self.engine, prompts, item, self.out / "samples", self.step, self.settings.seed)
+            validate.sample(self.engine, prompts, item, folder, self.step, self.settings.seed)
         self._began = time.perf_counter()
 
     def _write(self, values: Mapping[str, float], trackers: Sequence[Any]) -> None:
         rounded = {name: float(f"{value:.6g}") for name, value in values.items()}
+        if not self.processes.is_first:
+            return
         with self.log_path.open("a", encoding="utf-8") as log:
             log.write(json.dumps({"step": self.step, **rounded}) + "\n")
         for tracker in trackers:
@@ -301,6 +304,8 @@ class Run:
             OutputError: the disk is full.
         """
         self.check()
+        if not self.processes.is_first:
+            return
         tensors = {f"adapter.{name}": p.detach() for name, p in self.parameters.items()}
         tensors |= {f"average.{name}": value for name, value in self.average.items()}
         state, values = optimizer_tensors(self.optimizer, self.parameters)
@@ -321,7 +326,9 @@ class Run:
         return True
 
     def deliver(self) -> list[Path]:
-        """Write the adapter as others read it."""
+        """Write the adapter as others read it; the first process does."""
+        if not self.processes.is_first:
+            return []
         settings = self.settings
         config = adapter.lora_config(settings.rank, settings.scale, adapter.chosen_targets(settings.targets)).to_dict()
         final: dict[Expert | None, dict[str, Tensor]] = {}
@@ -347,48 +354,3 @@ class Run:
 
 def _padded(text: Tensor, tokens: int) -> Tensor:
     return nn.functional.pad(text, (0, 0, 0, tokens - len(text)))
-
-
-def trainees(engine: Engine, settings: Settings) -> list[Trainee]:
-    """Who learns at which noise levels, the low-noise expert first.
-
-    Raises:
-        RequestError: one of two experts is asked for, and the model has one transformer.
-    """
-    known, parts = engine.facts.known, engine.parts
-    shift = settings.shift or min(5.0, known.defaults.flow_shift)
-    whole = flow.Levels(settings.timesteps, shift)
-    if parts.transformer_2 is None or parts.boundary_ratio is None:
-        if settings.experts in ("high", "low"):
-            raise RequestError(f"'{known.name}' has one transformer; leave out --experts {settings.experts}.")
-        return [Trainee(None, parts.transformer, whole)]
-    boundary = parts.boundary_ratio
-    below = whole.share_below(boundary)
-    low = flow.Levels(settings.timesteps, shift, high=boundary)
-    high = flow.Levels(settings.timesteps, shift, low=boundary)
-    if settings.experts == "low":
-        return [Trainee("low", parts.transformer_2, low)]
-    if settings.experts == "high":
-        return [Trainee("high", parts.transformer, high)]
-    return [Trainee("low", parts.transformer_2, low, below), Trainee("high", parts.transformer, high, 1 - below)]
-
-
-def make_optimizer(settings: Settings, parameters: list[nn.Parameter]) -> torch.optim.Optimizer:
-    """AdamW, or bitsandbytes' with its state in 8 bits.
-
-    Raises:
-        UnavailableError: bitsandbytes is not installed.
-    """
-    options: dict[str, Any] = {"lr": 0.0, "betas": (0.9, 0.99), "weight_decay": settings.weight_decay}
-    if settings.optimizer == "adamw":
-        return torch.optim.AdamW(parameters, fused=parameters[0].is_cuda, **options)
-    if settings.optimizer != "adamw8bit":
-        raise RequestError(f"optimizer is '{settings.optimizer}'; it is adamw or adamw8bit.")
-    try:
-        from bitsandbytes.optim import AdamW8bit
-    except ImportError:
-        raise UnavailableError(
-            "adamw8bit needs the package 'bitsandbytes': pip install 'swiftwan[quantize]'."
-        ) from None
-    optimizer: torch.optim.Optimizer = AdamW8bit(parameters, **options)
-    return optimizer

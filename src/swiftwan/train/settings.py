@@ -5,9 +5,19 @@ from __future__ import annotations
 from dataclasses import asdict, dataclass, fields
 from typing import Any, Literal
 
-from swiftwan.errors import RequestError
+from swiftwan.errors import RequestError, did_you_mean
+from swiftwan.weights.lora_write import FORMATS
 
-Experts = Literal["high", "low", "both", "shared"]
+_CHOICES = {
+    "optimizer": ("adamw", "adamw8bit"),
+    "timesteps": ("logit-normal", "uniform"),
+    "weighting": ("none", "bell"),
+    "experts": ("high", "low", "both", "shared"),
+    "base": ("bf16", "fp8"),
+    "weights": ("whole", "sharded", "offloaded"),
+    "keep": ("auto", "all", "attention", "nothing"),
+    "format": FORMATS,
+}
 
 
 @dataclass(frozen=True)
@@ -27,6 +37,7 @@ class Settings:
         drop_caption: share of clips trained without their caption, so that guidance keeps working.
         ema: decay of the averaged adapter, which is what is then delivered; 0 keeps none.
         base: bf16 (as loaded), or fp8 for the products with the frozen weights.
+        weights: frozen ones, ``whole`` on each device, ``sharded`` over all, or ``offloaded`` to host memory.
         keep: what blocks keep for the backward pass; auto is the most that fits.
     """
 
@@ -47,13 +58,14 @@ class Settings:
     timesteps: Literal["logit-normal", "uniform"] = "logit-normal"
     shift: float | None = None
     weighting: Literal["none", "bell"] = "none"
-    experts: Experts = "both"
+    experts: Literal["high", "low", "both", "shared"] = "both"
     first_frame: float = 0.0
     drop_caption: float = 0.1
     ema: float = 0.0
     held_out: float = 0.1
     seed: int = 0
     base: Literal["bf16", "fp8"] = "bf16"
+    weights: Literal["whole", "sharded", "offloaded"] = "whole"
     validate_every: int = 100
     sample_every: int = 0
     prompts: tuple[str, ...] = ()
@@ -71,6 +83,9 @@ class Settings:
         for name, least in (("steps", 1), ("accumulate", 1), ("validate_every", 1), ("checkpoint_every", 1)):
             if getattr(self, name) < least:
                 raise RequestError(f"{name} is {getattr(self, name)}; it must be at least {least}.")
+        for name, allowed in _CHOICES.items():
+            if (said := getattr(self, name)) not in allowed:
+                raise RequestError(f"{name} is '{said}'." + did_you_mean(said, allowed))
         for name in ("first_frame", "drop_caption", "ema", "held_out"):
             if not 0 <= getattr(self, name) < 1 and not (name == "first_frame" and self.first_frame == 1):
                 raise RequestError(f"{name} is {getattr(self, name)}; it is a share, from 0 to below 1.")

@@ -44,16 +44,19 @@ def held_out_loss(
     return told | {"held_out": sum(means) / len(means)}
 
 
-def sample(engine: Engine, prompts: Sequence[str], item: Item, folder: Path, step: int, seed: int) -> list[Path]:
+def sample(engine: Engine, prompts: Sequence[str], item: Item, folder: Path | None, step: int, seed: int) -> list[Path]:
     """Generate a video a prompt with the model as it is now, in the shape of an item; the clip's first frame begins it
-    for models that need one. The seed does not change with the step, so that videos can be compared.
+    for models that need one. The seed does not change with the step, so that videos can be compared. Without a folder
+    nothing is written: a process that only lends its share of the weights.
     """
-    folder.mkdir(parents=True, exist_ok=True)
     written = []
     for number, prompt in enumerate(prompts):
         # Compiled blocks were compiled for training's shapes; a sample now and then is not worth another compilation.
         with torch.compiler.set_stance("force_eager"):
             result = engine.run(request(engine, prompt, item, seed + number))
+        if folder is None:
+            continue
+        folder.mkdir(parents=True, exist_ok=True)
         path = folder / f"step-{step:06d}-{number}{'.mp4' if item.bucket.frames > 1 else '.png'}"
         result.save(path)
         written.append(path)

@@ -58,16 +58,17 @@ def write_lora(
             tensors |= {f"{prefix}.{name}": tensor.to(dtype) for name, tensor in of_expert.items()}
             packed |= {f"{prefix}.{key}": value for key, value in peft_config.items()}
         settings = {"lora_adapter_metadata": json.dumps(packed, indent=2, sort_keys=True)}
-        return [_save(path, tensors, {**metadata, **settings, "format": "pt"})]
+        # Names say which file is whose only where they have to: a high-noise expert's begin as a lone transformer's.
+        file = path if len(factors) > 1 else _named(path, next(iter(factors)))
+        return [_save(file, tensors, {**metadata, **settings, "format": "pt"})]
     alpha = torch.tensor(float(peft_config["lora_alpha"]))
     written = []
     for expert, of_expert in factors.items():
-        file = path if expert is None else path.with_name(f"{path.stem}-{expert}_noise{path.suffix}")
         rename = _comfyui if form == "comfyui" else _kohya
         tensors = {rename(name): tensor.to(dtype) for name, tensor in of_expert.items()}
         tensors |= {f"{name.partition('.lora_')[0]}.alpha": alpha.clone() for name in tensors}
         rank = {"ss_network_dim": str(peft_config["r"]), "ss_network_alpha": str(peft_config["lora_alpha"])}
-        written.append(_save(file, tensors, {**metadata, **rank, "format": "pt"}))
+        written.append(_save(_named(path, expert), tensors, {**metadata, **rank, "format": "pt"}))
     return written
 
 
@@ -75,6 +76,10 @@ def check_form(form: str) -> None:
     """Raise RequestError for a form that is unknown."""
     if form not in FORMATS:
         raise RequestError(f"format is '{form}'." + did_you_mean(form, FORMATS))
+
+
+def _named(path: Path, expert: Expert | None) -> Path:
+    return path if expert is None else path.with_name(f"{path.stem}-{expert}_noise{path.suffix}")
 
 
 def _comfyui(name: str) -> str:

@@ -120,7 +120,7 @@ def stand_in(request: Request, sizes: Sequence[tuple[int, int]]) -> Request:
     files = {name: value for name in FILE_FIELDS if (value := getattr(request, name, None)) is not None}
     if not files:
         return request
-    shrink = max(1, *(side // 1024 for size in sizes for side in size))  # only the aspect counts
+    shrink = max([1, *(side // 1024 for size in sizes for side in size)])  # only the aspect counts
     blanks = [Image.new("RGB", (max(1, width // shrink), max(1, height // shrink))) for width, height in sizes]
     while len(blanks) < len(request.sources() or (1,)):
         blanks.append(Image.new("RGB", (request.width or 64, request.height or 64)))
