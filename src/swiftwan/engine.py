@@ -86,7 +86,7 @@ class Engine:
             _free_memory()
             raise MemoryLimitError(
                 f"{where.name} has {where.free_bytes / 1e9:.1f} GB free, too little for the weights of '{model}' in "
-                f"{_name(chosen.settings.dtype)}; take a smaller model or a 16-bit --dtype."
+                f"{_name(chosen.settings.dtype)}; take --plan auto, a smaller model or a 16-bit --dtype."
             )
         return cls(chosen.adapt(facts), parts, chosen, where)
 
