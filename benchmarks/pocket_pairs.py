@@ -23,7 +23,7 @@ from torch import Tensor
 
 import swiftwan as sw
 from swiftwan.device import Device, pick_device, versions
-from swiftwan.errors import PlanError, SwiftwanError
+from swiftwan.errors import PlanError
 from swiftwan.plan import describe, make_plan, parse
 from swiftwan.techniques import TECHNIQUES
 from swiftwan.techniques.base import RELOAD
@@ -97,8 +97,8 @@ def rows(device: Device, of: Sequence[str] = ()) -> Iterator[dict[str, Any]]:
         else:
             try:
                 latents = runner.latents((one, other))
-            except (SwiftwanError, RuntimeError) as problem:
-                yield row | {"status": "failed", "reason": str(problem).partition("\n")[0]}
+            except Exception as problem:
+                yield row | {"status": "failed", "reason": f"{type(problem).__name__}: {problem}".partition("\n")[0]}
                 continue
             error = ((latents - plain).norm() / plain.norm()).item()
             yield row | {"status": "ok" if latents.isfinite().all() else "failed", "error": error}

@@ -176,6 +176,7 @@ class Engine:
     def _memory_advice(self, request: Request) -> str:
         total = self.device.total_bytes
         need = estimate(request, self.facts, self.plan, total)
+        budget = pick_device(self.device.torch_device).free_bytes
         told = (
             f"{self.device.name} ran out of memory at {request.width}x{request.height}, {request.num_frames} frames, "
             f"which takes about {need.activation_bytes / 1e9:.1f} GB beside {need.weight_bytes / 1e9:.1f} GB of weights"
@@ -183,7 +184,7 @@ class Engine:
         step = self.facts.grid.temporal
         for frames in range((request.num_frames or 1) - step, 0, -step):
             smaller = replace(request, num_frames=frames)
-            if estimate(smaller, self.facts, self.plan, total).peak_bytes < 0.9 * min(total, need.peak_bytes):
+            if 1.1 * estimate(smaller, self.facts, self.plan, total).activation_bytes < budget:
                 return f"{told}; {frames} frames should fit, or the same frames at a smaller size, or vae:tiling."
         return f"{told}; free memory on the device, or take a smaller size or model."
 

@@ -152,7 +152,7 @@ def plain_costs(request: Request, facts: Facts, dtype: torch.dtype) -> Costs:
         block_bytes=blocks,
         rest_bytes=rest,
         text_bytes=facts.text_parameters * dtype.itemsize,
-        text_linear_parameters=facts.text_parameters - facts.text_embedding_parameters,
+        text_linear_parameters=facts.text_parameters - facts.text_kept_parameters,
         product="fp32" if dtype is torch.float32 else "16",
     )
 
