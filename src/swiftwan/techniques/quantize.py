@@ -59,6 +59,7 @@ class Quantize(Technique):
     kind = "near"
     reason = "linear layers hold their weights in fewer bits"
     slot = Slot.LINEAR
+    values = FORMATS
 
     def __post_init__(self) -> None:
         for option, allowed in _CHOICES.items():
