@@ -27,6 +27,7 @@ class ProgressiveResolution(Technique):
     kind = "approximate"
     reason = "under high noise only the layout is decided, which a small picture shows as well"
     slot = Slot.SCHEDULE
+    switch = "nothing"
     claims = ("latents",)
 
     def __post_init__(self) -> None:

@@ -19,6 +19,7 @@ from swiftwan.weights.tiny import find_tiny, load_tiny, misfit
 if TYPE_CHECKING:
     from swiftwan.device import Device
     from swiftwan.models.config import KnownModel
+    from swiftwan.techniques.costs import Costs
     from swiftwan.weights.build import Parts
 
 
@@ -85,6 +86,9 @@ class FastVae(Technique):
             return "its kernels need an NVIDIA GPU"
         return "" if find_spec("triton") else "its kernels need Triton: pip install triton"
 
+    def cost(self, costs: Costs) -> Costs:
+        return replace(costs, decoder="fast")
+
     def install(self, parts: Parts) -> None:
         parts.vae.run_fast()
 
@@ -135,6 +139,9 @@ class TinyVae(Technique):
             return misfit(find_tiny(self.path), model.vae)
         except WeightsError as problem:
             return str(problem)
+
+    def cost(self, costs: Costs) -> Costs:
+        return replace(costs, decoder="tiny")
 
     def install(self, parts: Parts) -> None:
         weight = parts.vae.decoder.conv_out.weight
