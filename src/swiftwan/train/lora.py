@@ -9,9 +9,12 @@ checkpoint is the whole state: a run that was killed goes on to the bit as if it
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
+
+import torch
 
 from swiftwan.engine import Engine
 from swiftwan.errors import RequestError, UnavailableError, did_you_mean
@@ -34,12 +37,18 @@ LOG_EVERY = 10
 # Before the loop
 
 
-def open_engine(model: str, *, device: str | None, dtype: str | None, weights: Weights = "whole") -> Engine:
+def open_engine(
+    model: str, *, device: str | None, dtype: str | None, weights: Weights = "whole", deterministic: bool = False
+) -> Engine:
     """Load a model to train beside.
 
     Args:
         weights: where the frozen ones shall rest; ``offloaded`` ones are never whole on the device.
+        deterministic: the same sums in the same order every time, on a GPU too; for the whole process.
     """
+    if deterministic:
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+        torch.use_deterministic_algorithms(True)
     plan = ["offload:model"] if weights == "offloaded" else []
     return Engine.load(model, plan=plan, device=device or local_device(), dtype=dtype)
 
