@@ -7,6 +7,9 @@ BIN := .venv/bin
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 INSTALL = $(BIN)/python -m pip install --quiet --constraint constraints.txt
 
+# Tests are many and small: a process a core, each with one thread, takes half the time of one process with all cores.
+TEST = OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses auto --maxprocesses 4 --dist worksteal
+
 # Each check runs even if one before it failed, so that one call tells everything.
 LINT = $(BIN)/ruff check . || failed=1; $(BIN)/ruff format --check . || failed=1; $(BIN)/mypy || failed=1
 
@@ -33,7 +36,7 @@ train-demo: .venv/installed-train
 	$(BIN)/swiftwan generate "$(PROMPT)" --seed 7 --with lora:train-demo/run/lora.safetensors --out train-demo/after.mp4
 
 test: .venv/installed-dev
-	@failed=0; $(LINT); $(BIN)/python -m pytest || failed=1; exit $$failed
+	@failed=0; $(LINT); $(TEST) || failed=1; exit $$failed
 
 lint: .venv/installed-dev
 	@failed=0; $(LINT); exit $$failed
@@ -62,7 +65,8 @@ clean:
 	$(INSTALL) --editable '.[train]'
 	@touch $@ .venv/installed
 
-.venv/installed-dev: .venv/created pyproject.toml constraints.txt
+.venv/installed-dev: .venv/created pyproject.toml constraints.txt requirements-page.txt
 	@echo "Installing swiftwan and its test tools into .venv (once; minutes, most of them PyTorch's download) ..."
 	$(INSTALL) --editable '.[dev]'
+	$(INSTALL) --no-deps --requirement requirements-page.txt
 	@touch $@ .venv/installed

@@ -27,6 +27,7 @@ if TYPE_CHECKING:
     from swiftwan.measure.missing import Missing
     from swiftwan.measure.timeline import Timeline
     from swiftwan.pipelines.request import Request
+    from swiftwan.plan import Facts, Plan
 
 
 @dataclass(frozen=True)
@@ -80,16 +81,16 @@ def measure(job: Job) -> dict[str, Any]:
     """Load, warm up, run, then look at what came out; the order keeps the timed runs clear of all else."""
     import torch
 
+    from swiftwan.ceilings import product_tflop_per_second
     from swiftwan.device import pick_device
-    from swiftwan.measure.ceiling import product_tflop_per_second
     from swiftwan.measure.hardware import HardwareSampler, readers
     from swiftwan.measure.missing import Missing
     from swiftwan.measure.timeline import timeline
-    from swiftwan.plan import complete, describe, estimate
+    from swiftwan.plan import complete, estimate
 
     cell = job.cell
     device = pick_device(cell.device)
-    facts = describe(cell.model)
+    facts, plan = _planned(cell, device)
     request = complete(_request(cell), facts)
     _check_room(job, request)
 
@@ -104,7 +105,7 @@ def measure(job: Job) -> dict[str, Any]:
     warm_up_seconds = time.perf_counter() - started
 
     dtype = contestant.dtype
-    load = estimate(request, facts, dtype)
+    load = estimate(request, facts, plan, device.total_bytes)
     watched = readers(device.torch_device)
     runs: list[Timeline] = []
     peak_bytes = 0
@@ -145,6 +146,16 @@ class Contestant:
 
     def run(self, request: Request, on_step: Any = None) -> Any:
         return self.model.run(request, on_step=on_step)
+
+
+def _planned(cell: Cell, device: Device) -> tuple[Facts, Plan]:
+    """What is known of the model as this cell runs it, and its plan: the plain one for a peer."""
+    from swiftwan.plan import describe, make_plan
+
+    facts = describe(cell.model)
+    specs = [] if cell.plan.peer else expanded(cell.plan)
+    plan = make_plan(specs, device, cell.plan.dtype, facts)
+    return plan.adapt(facts), plan
 
 
 def _load(cell: Cell, device: Device) -> Contestant:
@@ -243,7 +254,8 @@ def _look(job: Job, frames: Tensor, latents: Tensor, request: Request) -> dict[s
     on = torch.device(pick_device(cell.device).torch_device)
     if on.type == "cuda":
         torch.cuda.empty_cache()
-    quality = score(Material(frames, request.prompt, reference, on), cell.metrics)
+    there = reference if isinstance(reference, Missing) else reference.to(on)
+    quality = score(Material(frames.to(on), request.prompt, there, on), cell.metrics)
     return {
         "save_seconds": save_seconds,
         "video": path.relative_to(job.folder).as_posix(),

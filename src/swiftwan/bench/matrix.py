@@ -7,8 +7,8 @@ errors are against it. The files in ``src/swiftwan/bench/matrices`` are examples
 from __future__ import annotations
 
 import tomllib
-from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field, fields
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -128,6 +128,18 @@ class Matrix:
             for name, request in self.requests.items()
             for plan in ordered
         ]
+
+    def only(self, names: Sequence[str]) -> Matrix:
+        """These plans and the baseline, their cells the same as in the whole.
+
+        Raises:
+            RequestError: there is no such plan.
+        """
+        known = [plan.name for plan in self.plans]
+        for name in names:
+            if name not in known:
+                raise RequestError(f"matrix '{self.name}' has no plan '{name}'." + did_you_mean(name, known))
+        return replace(self, plans=tuple(plan for plan in self.plans if plan.name in (*names, self.baseline)))
 
 
 def named_matrices() -> list[str]:

@@ -64,6 +64,9 @@ QUALITY_FIGURES = (
     Figure("Temporal LPIPS", "temporal_lpips", "{:.3f}".format),
     Figure("CLIP score", "clip_score", "{:.3f}".format),
     Figure("Judge", "judge_percent", "{:.0f} %".format),
+    Figure("Pocket CLIP score", "pocket_clip_score", "{:.3f}".format),
+    Figure("Pocket perceptual distance", "pocket_perceptual", "{:.4f}".format),
+    Figure("Pocket temporal distance", "pocket_temporal_perceptual", "{:.4f}".format),
     Figure("Latent error", "error", "{:.2e}".format),
 )
 

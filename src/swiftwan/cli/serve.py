@@ -26,7 +26,15 @@ _START_S = 120.0
 class Options:
     """The arguments of both verbs."""
 
-    model: Annotated[str, Option(help="Name, hub id, folder or random:NAME.", metavar="M")] = "pocket"
+    model: Annotated[
+        list[str] | None,
+        Option(
+            help="Name, hub id, folder or random:NAME; the first is loaded at once, others may be asked for. "
+            "Unset: pocket.",
+            metavar="M",
+            show_default=False,
+        ),
+    ] = None
     plan: Annotated[str, Option(help="A recipe's name, auto, or none.", metavar="P")] = "auto"
     techniques: Annotated[
         list[str] | None,
@@ -46,6 +54,10 @@ class Options:
     ] = None
     queue: Annotated[int, Option(help="Jobs that may wait.", min=1, metavar="N")] = 100
     grace: Annotated[float, Option(help="Seconds that running jobs get when stopped.", min=0, metavar="S")] = 30.0
+    keep: Annotated[
+        float | None,
+        Option(help="Hours that files of ended jobs are kept. Unset: for ever.", min=0.001, metavar="H"),
+    ] = None
 
 
 def takes_options(verb: Callable[[Options], None]) -> Callable[..., None]:
@@ -90,16 +102,20 @@ def run(options: Options, *, page: bool) -> None:
     check_safe(options.host, key)
     logging.basicConfig(level=logging.WARNING, format="%(asctime)s %(message)s")
     logging.getLogger("swiftwan").setLevel(logging.INFO)
+    models = list(dict.fromkeys(map(_absolute, options.model or ["pocket"])))
     settings = ServiceSettings(
         folder=options.data,
-        model=_absolute(options.model),
+        model=models[0],
+        others=models[1:],
         plan=options.techniques or ([] if options.plan == "none" else options.plan),
         dtype=options.dtype,
         devices=options.device or _devices(),
         queue_limit=options.queue,
         grace_s=options.grace,
+        keep_s=None if options.keep is None else 3600 * options.keep,
     )
-    _check(settings.model, settings.plan)
+    _check(models, settings.plan)
+    _warn_of_pillow()
     service = Service(settings)
     service.start()
     try:
@@ -151,10 +167,23 @@ def _devices() -> list[str]:
     return [f"cuda:{index}" for index in range(torch.cuda.device_count())] or ["cpu"]
 
 
-def _check(model: str, plan: str | Sequence[str]) -> None:
+def _warn_of_pillow() -> None:
+    """gradio 6.31 brings Pillow 12 to who installs the page; it works with 13 too."""
+    import PIL
+
+    if int(PIL.__version__.partition(".")[0]) < 13:
+        echo(
+            f"Pillow {PIL.__version__} has a fault in its JPEG decoder (CVE-2026-112403), which reads what clients send; "
+            "run 'pip install \"pillow>=13\"' (pip will say that gradio wants an older one: it works with this one)",
+            err=True,
+        )
+
+
+def _check(models: Sequence[str], plan: str | Sequence[str]) -> None:
     """Raise now what every job would fail with."""
     from swiftwan.plan import describe, parse
 
-    describe(model)
+    for model in models:
+        describe(model)
     for spec in () if isinstance(plan, str) else plan:
         parse(spec)

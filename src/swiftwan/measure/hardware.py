@@ -10,8 +10,10 @@ peaks of memory: the peak that counts is torch's (``Result.peak_bytes``).
 
 from __future__ import annotations
 
+import os
 import threading
 import time
+from collections import deque
 from collections.abc import Callable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
@@ -66,24 +68,38 @@ class Reader(Protocol):
 
 
 class ProcessReader:
-    """This process on the CPU, for machines without a GPU."""
+    """A process on the CPU, for machines without a GPU.
+
+    Args:
+        process_id: asked for at each reading, since a process may be replaced by another; None while there is none.
+    """
 
     name = "process"
 
-    def __init__(self) -> None:
+    def __init__(self, process_id: Callable[[], int | None] = os.getpid) -> None:
         import psutil
 
-        self._process = psutil.Process()
+        self._process_id = process_id
         self._machine = psutil
         self._threads = psutil.cpu_count() or 1
-        self._process.cpu_percent()  # the first call only sets the mark that the next one counts from
+        self._process: psutil.Process | None = None
+        self.read()  # the first only sets the mark that the next one counts from
 
     def read(self) -> Reading:
-        return Reading(
-            memory_used_bytes=self._process.memory_info().rss,
-            memory_free_bytes=self._machine.virtual_memory().available,
-            utilisation_percent=self._process.cpu_percent() / self._threads,
-        )
+        free = self._machine.virtual_memory().available
+        process_id = self._process_id()
+        try:
+            if process_id is not None and (self._process is None or self._process.pid != process_id):
+                self._process = self._machine.Process(process_id)
+            if process_id is None or self._process is None:
+                return Reading(memory_free_bytes=free)
+            return Reading(
+                memory_used_bytes=self._process.memory_info().rss,
+                memory_free_bytes=free,
+                utilisation_percent=self._process.cpu_percent() / self._threads,
+            )
+        except self._machine.Error:  # it has just ended
+            return Reading(memory_free_bytes=free)
 
     def energy_joules(self) -> float | None:
         return None
@@ -144,15 +160,35 @@ def readers(torch_devices: str | Sequence[str]) -> list[Reader] | Missing:
     names = [torch_devices] if isinstance(torch_devices, str) else list(torch_devices)
     if not any(name.startswith("cuda") for name in names):
         return [ProcessReader()]
+    nvml = _nvml()
+    if isinstance(nvml, Missing):
+        return nvml
+    return _opened(nvml, [str(torch.cuda.get_device_properties(name).uuid) for name in names])
+
+
+def gpu_readers(uuids: Sequence[str]) -> list[Reader] | Missing:
+    """Readers of GPUs by their UUIDs; this needs no CUDA, of which each process pays hundreds of MB."""
+    nvml = _nvml()
+    return nvml if isinstance(nvml, Missing) else _opened(nvml, uuids)
+
+
+def _opened(nvml: Any, uuids: Sequence[str]) -> list[Reader] | Missing:
+    try:
+        return [NvmlReader(nvml, uuid) for uuid in uuids]
+    except nvml.NVMLError as error:
+        return Missing(f"NVML cannot be asked: {error}")
+
+
+def _nvml() -> Any | Missing:
     try:
         import pynvml
     except ModuleNotFoundError:
         return Missing("nvidia-ml-py is not installed; pip install nvidia-ml-py")
     try:
         pynvml.nvmlInit()
-        return [NvmlReader(pynvml, str(torch.cuda.get_device_properties(name).uuid)) for name in names]
     except pynvml.NVMLError as error:
         return Missing(f"NVML cannot be asked: {error}")
+    return pynvml
 
 
 @dataclass(frozen=True)
@@ -227,6 +263,7 @@ class HardwareSampler:
     Args:
         readers: one a device.
         interval_seconds: between readings.
+        kept: how many readings of each device are kept, the last ones; None is all.
         clock: seconds; replaced in tests.
     """
 
@@ -235,12 +272,13 @@ class HardwareSampler:
         readers: Sequence[Reader],
         *,
         interval_seconds: float = INTERVAL_SECONDS,
+        kept: int | None = None,
         clock: Callable[[], float] = time.perf_counter,
     ) -> None:
         self._readers = readers
         self._interval_seconds = interval_seconds
         self._clock = clock
-        self._samples: list[list[Sample]] = [[] for _ in readers]
+        self._samples: list[deque[Sample]] = [deque(maxlen=kept) for _ in readers]
         self._phases: list[tuple[float, str]] = []
         self._ended = threading.Event()
         self._thread = threading.Thread(target=self._watch, name="swiftwan-hardware", daemon=True)
@@ -274,6 +312,10 @@ class HardwareSampler:
         now = self._clock() - self._started
         for reader, samples in zip(self._readers, self._samples, strict=True):
             samples.append(Sample(now, reader.read()))
+
+    def seen(self) -> list[tuple[Sample, ...]]:
+        """The readings so far, a tuple a device."""
+        return [tuple(samples) for samples in self._samples]
 
     def trace(self) -> Trace:
         """What was seen; call it after the context ended."""

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import math
 import re
-from collections.abc import AsyncIterator, Mapping
+from collections.abc import AsyncIterator, Mapping, Sequence
 from dataclasses import dataclass, fields
 from typing import Any, NoReturn
 
@@ -15,6 +15,7 @@ from starlette.datastructures import UploadFile
 from swiftwan.errors import did_you_mean
 from swiftwan.pipelines.request import TASKS, Request, request_from_json
 from swiftwan.serve.http.answers import ApiError, wrong_field
+from swiftwan.serve.http.shapes import public_name
 from swiftwan.serve.http.uploads import Upload, from_data_url
 from swiftwan.serve.jobs.admission import FILE_FIELDS, check_plan_of_client
 from swiftwan.serve.jobs.folder import Folder
@@ -129,16 +130,31 @@ class Asked:
     """A call, understood. ``inputs`` are names of files that were taken in for it, ``sizes`` those of its images."""
 
     request: Request
+    model: str
     plan: str | list[str] | None
     inputs: tuple[str, ...]
     sizes: tuple[tuple[int, int], ...]
+
+
+def model_named(name: object, models: Sequence[str]) -> str:
+    """Which of a server's models a call names; the first if it names none.
+
+    Raises:
+        ApiError: 400: none of them.
+    """
+    for model in models:
+        if name is None or name == public_name(model):
+            return model
+    known = [public_name(model) for model in models]
+    told = f"model is {str(name)[:80]!r}; this server runs {' and '.join(known)}; leave it out or name one."
+    raise wrong_field("model", told + did_you_mean(str(name)[:80], known))
 
 
 def understand(body: Body, *, model: str, fps: int | None, picture: bool, folder: Folder) -> Asked:
     """Make a request of a body.
 
     Args:
-        model: the one that this server runs.
+        model: what :func:`model_named` found.
         fps: its default, by which ``seconds`` become frames.
         picture: whether one frame is wanted.
         folder: where the files of the call go.
@@ -150,8 +166,7 @@ def understand(body: Body, *, model: str, fps: int | None, picture: bool, folder
     said = dict(body.said)
     for name, value in said.items():
         _check_range(name, value)
-    if said.pop("model", model) != model:
-        raise wrong_field("model", f"this server runs '{model}' alone; leave model out or name it.")
+    said.pop("model", None)
     plan = check_plan_of_client(said.pop("plan")) if "plan" in said else None
     sizes = [size for upload in body.uploads if (size := upload.seen[1])]  # all are looked at before one is kept
     task = _task(said, body.uploads, picture=picture)
@@ -165,7 +180,7 @@ def understand(body: Body, *, model: str, fps: int | None, picture: bool, folder
     except BaseException:
         folder.remove(inputs)
         raise
-    return Asked(request, plan, tuple(inputs), tuple(sizes))
+    return Asked(request, model, plan, tuple(inputs), tuple(sizes))
 
 
 def _check_range(name: str, value: Any) -> None:

@@ -38,9 +38,17 @@ def ready(service: Desk) -> JSONResponse:
 
 @router.get("/v1/models")
 def models(service: Desk) -> dict[str, Any]:
-    """The model that runs here."""
-    name = public_name(service.settings.model)
-    return {"object": "list", "data": [{"id": name, "object": "model", "created": 0, "owned_by": "swiftwan"}]}
+    """The models that can be asked for, the one that is loaded at the start first."""
+    names = map(public_name, service.models)
+    told = [{"id": name, "object": "model", "created": 0, "owned_by": "swiftwan"} for name in names]
+    return {"object": "list", "data": told}
+
+
+@router.post("/v1/models/reload")
+def reload(service: Desk) -> dict[str, bool]:
+    """Have every worker load its model anew for its next job: weights or libraries on the disk have changed."""
+    service.supervisor.reload()
+    return {"reloaded": True}
 
 
 @router.get("/v1/queue")

@@ -20,6 +20,7 @@ def public_name(model: str) -> str:
 def video(service: Service, job: Job) -> dict[str, Any]:
     """A job as OpenAI's video object."""
     request = job.request
+    expires = service.expires_at(job)
     frames, fps = request["num_frames"], request["fps"]
     error = None if job.error_code is None else {"code": job.error_code, "message": job.error_message}
     return {
@@ -30,7 +31,7 @@ def video(service: Service, job: Job) -> dict[str, Any]:
         "progress": job.progress,
         "created_at": int(job.created_at),
         "completed_at": int(job.finished_at) if job.state == "completed" and job.finished_at else None,
-        "expires_at": None,
+        "expires_at": None if expires is None else int(expires),
         "error": error,
         "prompt": request["prompt"],
         "seconds": f"{frames / fps:g}",
@@ -60,7 +61,7 @@ def wan(service: Service, job: Job) -> dict[str, Any]:
         "peak_memory_mb": round(record["peak_bytes"] / 2**20, 1) if "peak_bytes" in record else None,
         "sha256": record.get("sha256"),
         "preview_url": f"/v1/videos/{job.id}/preview" if job.state == "in_progress" else None,
-        "content_url": f"/v1/{kind}/{job.id}/content" if job.state == "completed" else None,
+        "content_url": f"/v1/{kind}/{job.id}/content" if job.state == "completed" and not job.expired else None,
     }
 
 

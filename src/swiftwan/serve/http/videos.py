@@ -13,7 +13,7 @@ from fastapi.sse import EventSourceResponse, ServerSentEvent
 from pydantic import BaseModel, ConfigDict
 
 from swiftwan.serve.http.answers import ApiError
-from swiftwan.serve.http.asked import Asked, Body, read_body, understand
+from swiftwan.serve.http.asked import Asked, Body, model_named, read_body, understand
 from swiftwan.serve.http.shapes import public_name, video
 from swiftwan.serve.jobs.admission import stand_in
 from swiftwan.serve.jobs.job import Job
@@ -43,10 +43,9 @@ def existing(job_id: str, service: Desk) -> Job:
 
 
 def ask(service: Service, body: Body, *, picture: bool) -> Asked:
-    """Understand a body as this server's model can."""
-    admission = service.admission()
-    fps = admission.facts.known.defaults.fps
-    model = public_name(service.settings.model)
+    """Understand a body as the model that it names can; without a name it is the server's first."""
+    model = model_named(body.said.get("model"), service.models)
+    fps = service.admission(model).facts.known.defaults.fps
     return understand(body, model=model, fps=fps, picture=picture, folder=service.folder)
 
 
@@ -57,7 +56,13 @@ def enqueue(service: Service, body: Body, *, picture: bool, key: str | None = No
     try:
         told = fingerprint(body.said, (chunk for upload in body.uploads for chunk in upload.chunks()))
         job, new = service.submit(
-            asked.request, plan=asked.plan, inputs=asked.inputs, sizes=asked.sizes, key=key, fingerprint=told
+            asked.request,
+            model=asked.model,
+            plan=asked.plan,
+            inputs=asked.inputs,
+            sizes=asked.sizes,
+            key=key,
+            fingerprint=told,
         )
     finally:
         if not new:
@@ -76,10 +81,10 @@ def explain(body: Brought, service: Desk) -> dict[str, Any]:
     """Say what a video would take, and whether it fits; queue nothing."""
     asked = ask(service, body, picture=False)
     service.folder.remove(asked.inputs)
-    admission = service.admission()
+    admission = service.admission(asked.model)
     explanation = admission.explain(stand_in(asked.request, asked.sizes), asked.plan)
     fits = explanation.load.peak_bytes <= admission.device.total_bytes
-    model = public_name(service.settings.model)
+    model = public_name(asked.model)
     return explanation.to_json() | {"model": model, "lines": explanation.lines(), "fits": fits}
 
 
@@ -127,11 +132,15 @@ def send_file(service: Service, job_id: str, variant: str) -> FileResponse:
     """A variant of a finished job.
 
     Raises:
-        ApiError: 409: it is not finished.
+        ApiError: 409: it is not finished; 410: its files have expired.
     """
     job = service.store.get(job_id)
     if job.state != "completed":
         raise ApiError(409, f"this job is {job.state}; its content is there once it is completed.", code="not_ready")
+    if job.expired:
+        raise ApiError(
+            410, "the files of this job have expired; its record has the seed to make it anew.", code="expired"
+        )
     path = service.folder.path(job.files[variant])
     return FileResponse(path, media_type=MEDIA_TYPES[path.suffix], filename=f"{job.id}.{variant}{path.suffix}")
 

@@ -74,6 +74,18 @@ class Folder:
         self.write(name, chunks)
         return name
 
+    def copy_input(self, name: str) -> str:
+        """A second copy of an upload, under a name of its own.
+
+        Raises:
+            OutputError: the first is gone, or there is no room.
+        """
+        path = self.path(name)
+        try:
+            return self.take_in([path.read_bytes()], path.suffix)
+        except FileNotFoundError:
+            raise OutputError("the file of this job is no longer there; choose it again.") from None
+
     def write(self, name: str, chunks: Iterable[bytes], *, durable: bool = True) -> None:
         """Write a file whole or not at all.
 

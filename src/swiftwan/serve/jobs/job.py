@@ -27,6 +27,7 @@ class Job:
         work: TFLOP, as the planner counts them; what times to wait are estimated with.
         attempt: how many times it was started.
         crashes: how many of these ended with their worker's death.
+        expired: its files were removed because they had been kept as long as the server keeps them.
         phase, step, steps, eta_s: where it is; eta_s None while unknown.
         files: names of what was written, by variant: video or image, thumbnail, spritesheet.
         record: seconds by stage, peak_bytes, sha256 and the like, once completed.
@@ -47,6 +48,7 @@ class Job:
     attempt: int
     crashes: int
     cancel: bool
+    expired: bool
     phase: str
     step: int
     steps: int
@@ -76,8 +78,10 @@ class Job:
 _SPANS = {"load": (0, 0), "image": (0, 1), "text": (1, 2), "denoise": (2, 90), "decode": (90, 98), "save": (99, 99)}
 
 _JSON = ("request", "plan", "inputs", "files", "record")
+_FLAGS = ("cancel", "expired")
 
 
 def from_row(row: sqlite3.Row) -> Job:
     values = {field.name: row[field.name] for field in fields(Job)}
-    return Job(**values | {name: json.loads(values[name]) for name in _JSON} | {"cancel": bool(values["cancel"])})
+    told = {name: json.loads(values[name]) for name in _JSON} | {name: bool(values[name]) for name in _FLAGS}
+    return Job(**values | told)

@@ -7,7 +7,6 @@ import json
 import time
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field, replace
-from functools import cached_property
 from pathlib import Path
 from typing import Any, Literal
 
@@ -35,10 +34,12 @@ class ServiceSettings:
 
     Attributes:
         folder: where jobs and files are kept; made if it is missing.
-        model, plan, dtype: as ``Engine.load`` takes them.
+        model, plan, dtype: as ``Engine.load`` takes them; the model is there before the first job comes.
+        others: models that may be asked for beside it; each is loaded when its turn comes.
         devices: one worker each.
         queue_limit: jobs that may wait.
         grace_s: how long a drain waits for running jobs.
+        keep_s: how long the files of ended jobs are kept; None is for ever.
         patience, command: of the supervisor.
     """
 
@@ -46,9 +47,11 @@ class ServiceSettings:
     model: str = "pocket"
     plan: str | Sequence[str] = "auto"
     dtype: str | None = None
+    others: Sequence[str] = ()
     devices: Sequence[str] = ("cpu",)
     queue_limit: int = 100
     grace_s: float = 30.0
+    keep_s: float | None = None
     patience: Patience = field(default_factory=Patience)
     command: Sequence[str] = WORKER
 
@@ -75,7 +78,10 @@ class Service:
         self.store.worker_died(None, "the server died in every attempt at this job; see its log.")
         self.store.forget()
         self.folder.sweep(self.store.all_files())
-        self.supervisor = Supervisor(self.folder, self.store, self._workers(), settings.patience, settings.command)
+        self.supervisor = Supervisor(
+            self.folder, self.store, self._workers(), settings.patience, settings.command, settings.keep_s
+        )
+        self._admissions: dict[str, Admission] = {}
         self.admitting = False
 
     def _workers(self) -> list[WorkerSettings]:
@@ -110,13 +116,13 @@ class Service:
             return "SETUP_FAILED" if all(slot.problem for slot in slots) else "READY"
         return "BUSY" if any(slot.state == "busy" for slot in slots) else "STARTING"
 
-    @cached_property
-    def _admission(self) -> Admission:
-        device = device_from_facts(self.supervisor.devices[0])
-        return Admission(self.settings.model, self.settings.plan, device, self.settings.dtype)
+    @property
+    def models(self) -> tuple[str, ...]:
+        """What can be asked for, the one that is loaded at the start first."""
+        return (self.settings.model, *self.settings.others)
 
-    def admission(self) -> Admission:
-        """What can be asked here.
+    def admission(self, model: str | None = None) -> Admission:
+        """What can be asked of a model here; None is the first.
 
         Raises:
             NotReadyError: no worker has told its device yet, or the server stops.
@@ -125,12 +131,17 @@ class Service:
             raise NotReadyError("the server is stopping and takes no more jobs; try another, or later.")
         if not self.supervisor.devices:
             raise NotReadyError("the server is starting; try again in a few seconds.")
-        return self._admission
+        model = model or self.settings.model
+        if model not in self._admissions:
+            device = device_from_facts(self.supervisor.devices[0])
+            self._admissions[model] = Admission(model, self.settings.plan, device, self.settings.dtype)
+        return self._admissions[model]
 
     def submit(
         self,
         request: Request,
         *,
+        model: str | None = None,
         plan: str | list[str] | None = None,
         inputs: Sequence[str] = (),
         sizes: Sequence[tuple[int, int]] = (),
@@ -141,6 +152,7 @@ class Service:
 
         Args:
             request: its paths are names that ``folder.take_in`` gave.
+            model: one of ``models``; None is the first.
             inputs: these names.
             sizes: width and height of each; () where the request says the size itself.
 
@@ -148,14 +160,14 @@ class Service:
             RequestError, PlanError, WillNotFitError: it cannot be met.
             QueueFullError, KeyReusedError, NotReadyError, DiskFullError: it cannot be taken now.
         """
-        admission = self.admission()
+        admission = self.admission(model)
         explanation = admission.check(stand_in(request, sizes), plan)
         self.folder.check_room()
         load = explanation.load
         files = {name: getattr(request, name) for name in FILE_FIELDS if hasattr(request, name)}
         return self.store.add(
             replace(explanation.request, **files).to_json(),
-            model=self.settings.model,
+            model=admission.model,
             plan=_listed(self.settings.plan if plan is None else plan),
             inputs=inputs,
             work=load.forwards * load.tflop_per_forward,
@@ -171,9 +183,17 @@ class Service:
             self.folder.remove_job(job)
         return job
 
+    def expires_at(self, job: Job) -> float | None:
+        """When the files of an ended job go (seconds since 1970); None for never, or not known yet."""
+        return None if self.settings.keep_s is None or not job.finished_at else job.finished_at + self.settings.keep_s
+
     def wait_s(self, job: Job) -> float | None:
         """Seconds until a waiting job starts, if that can be told."""
         return self.store.wait_s(job, workers=len(self.supervisor.slots)) if job.state == "queued" else None
+
+    def wait_for_new_s(self) -> float | None:
+        """Seconds until a job that is added now would start, if that can be told."""
+        return self.store.wait_for_new_s(workers=len(self.supervisor.slots))
 
     def wait_for(self, job_id: str, *, timeout_s: float) -> Job:
         """Return a job when it has ended, or as it is after the time."""

@@ -1,65 +1,19 @@
-"""The queue: jobs in one SQLite file, which a crash of any process leaves whole.
-
-Several processes open it at once. A job that was added is on the disk when ``add`` returns (WAL, synchronous=FULL).
-A worker names the attempt it works on with every write, so that one that was given up for dead cannot
-overwrite what its successor does.
-"""
+"""The queue as its clients see it: jobs in one SQLite file, accepted, looked at, ordered, stopped and kept."""
 
 from __future__ import annotations
 
 import json
+import math
 import secrets
 import sqlite3
-import threading
 import time
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Literal
 
-from swiftwan.errors import SwiftwanError
-from swiftwan.serve.jobs.job import ENDED, MAX_REQUEUES, Job, State, from_row
-
-_SCHEMA_VERSION = 1
-
-_SCHEMA = f"""
-CREATE TABLE IF NOT EXISTS jobs (
-    number INTEGER PRIMARY KEY AUTOINCREMENT,
-    id TEXT NOT NULL UNIQUE,
-    place REAL NOT NULL,
-    state TEXT NOT NULL DEFAULT 'queued',
-    request TEXT NOT NULL,
-    model TEXT NOT NULL,
-    plan TEXT NOT NULL,
-    inputs TEXT NOT NULL DEFAULT '[]',
-    work REAL NOT NULL DEFAULT 1,
-    key TEXT UNIQUE,
-    fingerprint TEXT,
-    created_at REAL NOT NULL,
-    started_at REAL,
-    finished_at REAL,
-    attempt INTEGER NOT NULL DEFAULT 0,
-    crashes INTEGER NOT NULL DEFAULT 0,
-    worker TEXT,
-    cancel INTEGER NOT NULL DEFAULT 0,
-    deleted INTEGER NOT NULL DEFAULT 0,
-    phase TEXT NOT NULL DEFAULT '',
-    step INTEGER NOT NULL DEFAULT 0,
-    steps INTEGER NOT NULL DEFAULT 0,
-    eta_s REAL,
-    files TEXT NOT NULL DEFAULT '{{}}',
-    record TEXT NOT NULL DEFAULT '{{}}',
-    error_code TEXT,
-    error_message TEXT
-) STRICT;
-CREATE INDEX IF NOT EXISTS by_state ON jobs (state, place);
-CREATE TABLE IF NOT EXISTS settings (name TEXT PRIMARY KEY, value TEXT NOT NULL) STRICT;
-PRAGMA user_version = {_SCHEMA_VERSION};
-"""
-
-
-class StoreError(SwiftwanError):
-    """What was asked of the queue cannot be done."""
+from swiftwan.serve.jobs.attempts import Attempts
+from swiftwan.serve.jobs.database import StoreError
+from swiftwan.serve.jobs.job import ENDED, Job, State, from_row
 
 
 class UnknownJobError(StoreError):
@@ -82,8 +36,8 @@ class WrongStateError(StoreError):
     pass
 
 
-class Store:
-    """The jobs of one folder. Safe to share among threads; each process opens its own."""
+class Store(Attempts):
+    """The jobs of one folder."""
 
     def __init__(self, path: Path, *, limit: int = 100) -> None:
         """Open, or make, the file.
@@ -92,27 +46,8 @@ class Store:
             path: of the database.
             limit: how many jobs may be queued.
         """
+        super().__init__(path)
         self.limit = limit
-        self._lock = threading.Lock()
-        self._db = sqlite3.connect(path, timeout=30, isolation_level=None, check_same_thread=False)
-        self._db.row_factory = sqlite3.Row
-        self._db.execute("PRAGMA journal_mode=WAL")
-        self._db.execute("PRAGMA synchronous=FULL")
-        found = self._db.execute("PRAGMA user_version").fetchone()[0]
-        if found not in (0, _SCHEMA_VERSION):
-            self._db.close()
-            raise StoreError(
-                f"'{path.name}' was written by another version of swiftwan (schema {found}, this one knows "
-                f"{_SCHEMA_VERSION}); use that version or another folder."
-            )
-        if found == 0:
-            self._db.executescript(_SCHEMA)
-
-    def close(self) -> None:
-        with self._lock:
-            self._db.close()
-
-    # Clients: accept, look, change
 
     def add(
         self,
@@ -246,9 +181,11 @@ class Store:
         """Queue a failed or cancelled job again, behind the others.
 
         Raises:
-            WrongStateError: it is in another state.
+            WrongStateError: it is in another state, or its files have expired.
         """
         job = self.get(job_id)
+        if job.expired and job.inputs:
+            raise WrongStateError("the files of this job have expired; send it anew with its images.")
         with self._write() as db:
             changed = db.execute(
                 "UPDATE jobs SET state = 'queued', crashes = 0, cancel = 0, phase = '', step = 0, steps = 0,"
@@ -260,6 +197,15 @@ class Store:
         if not changed:
             raise WrongStateError(f"this job is {job.state}; only a failed or cancelled one can be tried again.")
         return self.get(job_id)
+
+    def expire(self, before: float) -> list[Job]:
+        """Mark jobs that ended before a time as expired; return them, so that their files can go. Records stay."""
+        with self._write() as db:
+            rows = db.execute(
+                f"UPDATE jobs SET expired = 1 WHERE NOT expired AND finished_at < ? AND state IN {ENDED} RETURNING *",
+                (before,),
+            ).fetchall()
+            return [from_row(row) for row in rows]
 
     def move(self, job_id: str, position: int) -> Job:
         """Put a waiting job at a position of the queue; 0 runs next.
@@ -284,11 +230,6 @@ class Store:
         with self._write() as db:
             db.execute("INSERT OR REPLACE INTO settings VALUES ('paused', ?)", (str(int(paused)),))
 
-    @property
-    def paused(self) -> bool:
-        row = self._row("SELECT value FROM settings WHERE name = 'paused'")
-        return row is not None and row["value"] == "1"
-
     # What is known of times
 
     def counts(self) -> dict[str, int]:
@@ -306,7 +247,14 @@ class Store:
 
     def wait_s(self, job: Job, *, workers: int) -> float | None:
         """Seconds until a waiting job starts, from the speed of the last jobs; None while no job was measured."""
-        row = self._row("SELECT sum(work) AS ahead FROM jobs WHERE state = 'queued' AND place < ?", (job.place,))
+        return self._wait_behind(job.place, workers)
+
+    def wait_for_new_s(self, *, workers: int) -> float | None:
+        """The same for a job that is added now."""
+        return self._wait_behind(math.inf, workers)
+
+    def _wait_behind(self, place: float, workers: int) -> float | None:
+        row = self._row("SELECT sum(work) AS ahead FROM jobs WHERE state = 'queued' AND place < ?", (place,))
         assert row is not None
         rate = self.seconds_per_tflop()
         if rate is None:
@@ -344,126 +292,7 @@ class Store:
         soonest = row.fetchone()["soonest"]
         return 10.0 if soonest is None else max(1.0, soonest)
 
-    # Workers: take, tell, end
-
-    def claim(self, worker: str) -> Job | None:
-        """Take the next job; None if there is none, or the queue is paused."""
-        if self.paused or self._row("SELECT 1 FROM jobs WHERE state = 'queued'") is None:
-            return None
-        with self._write() as db:
-            row = db.execute(
-                "UPDATE jobs SET state = 'in_progress', worker = ?, started_at = ?, attempt = attempt + 1,"
-                " phase = 'load', step = 0, steps = 0, eta_s = NULL"
-                " WHERE id = (SELECT id FROM jobs WHERE state = 'queued' ORDER BY place LIMIT 1) RETURNING *",
-                (worker, time.time()),
-            ).fetchone()
-            return from_row(row) if row is not None else None
-
-    def wanted(self, job: Job) -> bool:
-        """Whether the worker of this attempt should go on."""
-        row = self._row(
-            "SELECT cancel FROM jobs WHERE id = ? AND attempt = ? AND state = 'in_progress'", (job.id, job.attempt)
-        )
-        return row is not None and not row["cancel"]
-
-    def tell(self, job: Job, phase: str, step: int, steps: int, eta_s: float | None) -> None:
-        """Note how far an attempt is."""
-        self._update(job, phase=phase, step=step, steps=steps, eta_s=eta_s)
-
-    def complete(self, job: Job, files: dict[str, str], record: dict[str, Any]) -> bool:
-        """End an attempt well; False if it was no longer this worker's."""
-        return self._update(
-            job,
-            state="completed",
-            finished_at=time.time(),
-            eta_s=0.0,
-            files=json.dumps(files),
-            record=json.dumps(record),
-        )
-
-    def fail(self, job: Job, code: str, message: str) -> bool:
-        """End an attempt with its reason."""
-        return self._update(job, state="failed", finished_at=time.time(), error_code=code, error_message=message)
-
-    def stopped(self, job: Job, where: str) -> bool:
-        """End an attempt that was asked to stop."""
-        message = f"cancelled at {where}"
-        return self._update(
-            job, state="cancelled", finished_at=time.time(), error_code="cancelled", error_message=message
-        )
-
-    def put_back(self, job: Job) -> bool:
-        """Queue an attempt again that its worker had no time to finish; it keeps its place."""
-        return self._update(job, state="queued", phase="", step=0, steps=0, eta_s=None)
-
-    def worker_died(self, worker: str | None, reason: str) -> list[Job]:
-        """Queue what a dead worker held again; at the third death fail it. None is every worker.
-
-        Args:
-            worker: its name.
-            reason: what is told of the job that fails.
-
-        Returns:
-            the jobs, as they are now; deleted and cancelled ones included.
-        """
-        with self._write() as db:
-            held = db.execute(
-                "SELECT id FROM jobs WHERE state = 'in_progress' AND (? IS NULL OR worker = ?)", (worker, worker)
-            ).fetchall()
-            for row in held:
-                db.execute(
-                    "UPDATE jobs SET crashes = crashes + 1, phase = '', step = 0, steps = 0, eta_s = NULL,"
-                    " state = CASE WHEN cancel THEN 'cancelled' WHEN crashes < ? THEN 'queued' ELSE 'failed' END,"
-                    " finished_at = CASE WHEN cancel OR crashes >= ? THEN ? END,"
-                    " error_code = CASE WHEN cancel THEN 'cancelled' WHEN crashes >= ? THEN 'worker_crashed' END,"
-                    " error_message = CASE WHEN cancel THEN 'cancelled' WHEN crashes >= ? THEN ? END"
-                    " WHERE id = ?",
-                    (MAX_REQUEUES, MAX_REQUEUES, time.time(), MAX_REQUEUES, MAX_REQUEUES, reason, row["id"]),
-                )
-            return [from_row(db.execute("SELECT * FROM jobs WHERE id = ?", (row["id"],)).fetchone()) for row in held]
-
-    def forget(self) -> list[Job]:
-        """Remove the rows of deleted jobs that no worker holds; return them, so that their files can go too."""
-        if self._row("SELECT 1 FROM jobs WHERE deleted AND state != 'in_progress'") is None:
-            return []
-        with self._write() as db:
-            rows = db.execute("DELETE FROM jobs WHERE deleted AND state != 'in_progress' RETURNING *").fetchall()
-            return [from_row(row) for row in rows]
-
     def all_files(self) -> set[str]:
         """Names of every file that a job, deleted ones included, still needs."""
-        rows = self._rows("SELECT inputs, files FROM jobs")
+        rows = self._rows("SELECT inputs, files FROM jobs WHERE NOT expired")
         return {name for row in rows for name in (*json.loads(row["inputs"]), *json.loads(row["files"]).values())}
-
-    def _update(self, job: Job, **values: Any) -> bool:
-        columns = ", ".join(f"{name} = ?" for name in values)
-        with self._write() as db:
-            done = db.execute(
-                f"UPDATE jobs SET {columns} WHERE id = ? AND attempt = ? AND state = 'in_progress'",
-                (*values.values(), job.id, job.attempt),
-            )
-            return done.rowcount == 1
-
-    # SQLite
-
-    def _row(self, query: str, values: Sequence[Any] = ()) -> sqlite3.Row | None:
-        with self._lock:
-            row: sqlite3.Row | None = self._db.execute(query, values).fetchone()
-            return row
-
-    def _rows(self, query: str, values: Sequence[Any] = ()) -> list[sqlite3.Row]:
-        with self._lock:
-            return self._db.execute(query, values).fetchall()
-
-    @contextmanager
-    def _write(self) -> Iterator[sqlite3.Connection]:
-        """One transaction; IMMEDIATE, so that it waits at its beginning and never fails in its middle."""
-        with self._lock:
-            self._db.execute("BEGIN IMMEDIATE")
-            try:
-                yield self._db
-                self._db.execute("COMMIT")
-            except BaseException:
-                if self._db.in_transaction:  # SQLite itself rolls back when the disk is full
-                    self._db.execute("ROLLBACK")
-                raise

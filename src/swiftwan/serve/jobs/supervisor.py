@@ -34,6 +34,7 @@ class Slot:
     Attributes:
         beat, moved: when the process last spoke, and last made progress (monotonic seconds).
         early_deaths: how many processes in a row died before they were ready.
+        gpu: by what NVML knows the device, if it is one of its own.
         problem: why the model could not be loaded, if so.
     """
 
@@ -41,6 +42,7 @@ class Slot:
     process: subprocess.Popen[str] | None = None
     state: WorkerState = "starting"
     device: dict[str, Any] | None = None
+    gpu: str | None = None
     problem: str | None = None
     beat: float = 0.0
     moved: float = 0.0
@@ -69,7 +71,8 @@ class Patience:
 class Supervisor:
     """Start, watch, restart and drain the workers of a folder.
 
-    ``command`` starts a worker; its settings follow as one JSON argument.
+    ``command`` starts a worker; its settings follow as one JSON argument. Files of jobs go ``keep_s`` seconds after
+    their end.
     """
 
     folder: Folder
@@ -77,10 +80,12 @@ class Supervisor:
     settings: Sequence[WorkerSettings]
     patience: Patience = field(default_factory=Patience)
     command: Sequence[str] = WORKER
+    keep_s: float | None = None
 
     def __post_init__(self) -> None:
         self.slots = [Slot(settings) for settings in self.settings]
         self.draining = False
+        self._next_expiry = 0.0
         self._end = threading.Event()
         self._thread = threading.Thread(target=self._watch, name="supervisor", daemon=True)
 
@@ -102,6 +107,10 @@ class Supervisor:
                 self._all_gone_within(15)
         self._end.set()
         self._thread.join()
+
+    def reload(self) -> None:
+        """Have every worker load its model anew for its next job."""
+        self._say("reload")
 
     @property
     def devices(self) -> list[dict[str, Any]]:
@@ -129,6 +138,7 @@ class Supervisor:
             message = json.loads(line)
             slot.beat = time.monotonic()
             slot.device = message.get("device", slot.device)
+            slot.gpu = message.get("gpu", slot.gpu)
             if "state" in message:
                 slot.state = message["state"]
                 slot.problem = message.get("problem", slot.problem)
@@ -177,8 +187,13 @@ class Supervisor:
         slot.restart_at = now + min(self.patience.back_off_s, 0.25 * 2**slot.early_deaths)
 
     def _tidy(self) -> None:
+        """Remove the files of deleted and of expired jobs."""
         try:
-            for job in self.store.forget():
+            gone = self.store.forget()
+            if self.keep_s is not None and time.monotonic() >= self._next_expiry:
+                self._next_expiry = time.monotonic() + min(60.0, self.keep_s / 10)
+                gone += self.store.expire(time.time() - self.keep_s)
+            for job in gone:
                 self.folder.remove_job(job)
         except sqlite3.OperationalError as error:
             _log.error("the queue cannot be written: %s", error)

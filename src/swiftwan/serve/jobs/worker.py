@@ -2,8 +2,9 @@
 
     python -m swiftwan.serve.jobs.worker '{"name": ..., "root": ..., ...}'
 
-It tells its supervisor what it does, one JSON object a line on stdout, and is told `drain` (end after this job) or
-`stop` (put this job back within a step) on stdin. When stdin closes the supervisor is gone, and so is the worker.
+It tells its supervisor what it does, one JSON object a line on stdout, and is told `drain` (end after this job),
+`stop` (put this job back within a step) or `reload` (load the model anew for the next job) on stdin. When stdin closes
+the supervisor is gone, and so is the worker.
 """
 
 from __future__ import annotations
@@ -70,6 +71,8 @@ class Worker:
         self.store = Store(self.folder.database)
         self.draining = threading.Event()
         self.stopping = threading.Event()
+        self.stale = threading.Event()
+        self.load_s = 0.0
         self._loaded: tuple[str, str] | None = None
         self._engine: Engine | None = None
         self.decode_s_per_pixel = 0.0
@@ -77,15 +80,19 @@ class Worker:
 
     def listen(self, commands: IO[str]) -> None:
         """Follow the supervisor's words until it is gone."""
-        for word in commands:
+        for word in map(str.strip, commands):
+            if word == "reload":
+                self.stale.set()
+                continue
             self.draining.set()
-            if word.strip() == "stop":
+            if word == "stop":
                 self.stopping.set()
         os._exit(0)
 
     def run(self) -> None:
         """Load the model, then take jobs until told to drain."""
-        self.tell({"device": self.device_facts()})
+        facts = self.device_facts()
+        self.tell({"device": facts, "gpu": _uuid(facts["torch_device"])})
         problem = None
         try:
             self.engine_for(self.settings.model, self.settings.plan)
@@ -149,28 +156,31 @@ class Worker:
     def make(self, job: Job, watch: Watch) -> tuple[dict[str, str], dict[str, Any]]:
         """Run a job's request; return the names of its files, and its record."""
         from swiftwan.pipelines.request import request_from_json
-        from swiftwan.serve.jobs.preview import Glimpse, watching
+        from swiftwan.serve.jobs.preview import Glimpse
         from swiftwan.serve.jobs.results import save
 
         self.folder.check_room()
         engine = self.engine_for(job.model, job.plan)
         watch.check()
-        watch.glimpse = Glimpse(engine.facts.known.vae.z_dim)
-        with watching(watch.glimpse, engine.parts.transformer, engine.parts.transformer_2):
-            result = engine.run(request_from_json(job.request), on_step=watch.on_step)
+        watch.glimpse = Glimpse()
+        result = engine.run(request_from_json(job.request), on_step=watch.on_step)
         self.decode_s_per_pixel = 3 * result.seconds.get("decode", 0.0) / result.frames.numel()
         watch.begin("save")
-        return save(self.folder, job, result)
+        files, record = save(self.folder, job, result)
+        return files, record | {"load_seconds": round(self.load_s, 3)}
 
     def engine_for(self, model: str, plan: str | list[str]) -> Engine:
         """The engine of a model and plan; another one is dropped first, since two seldom fit."""
         wanted = (model, json.dumps(plan))
-        if self._engine is None or self._loaded != wanted:
+        if self._engine is None or self._loaded != wanted or self.stale.is_set():
             from swiftwan.engine import Engine
 
+            self.stale.clear()
             self._engine = self._loaded = None
             gc.collect()
+            began = time.monotonic()
             self._engine = Engine.load(model, plan=plan, device=self.settings.device, dtype=self.settings.dtype)
+            self.load_s = time.monotonic() - began
             self._loaded = wanted
         return self._engine
 
@@ -232,10 +242,10 @@ class Watch:
         if last or now - self._noted >= self.NOTE_S:
             self._noted = now
             self._note(event.phase, event.step, event.steps, self._eta(event, now))
-        if event.phase == "denoise" and self.glimpse is not None:
+        if event.latents is not None and event.timestep is not None and self.glimpse is not None:
+            self.glimpse.see(event.latents, event.timestep)
             if now >= self._preview_at:
                 self._preview(self.worker.vae, self.glimpse)
-            self.glimpse.next_step()
 
     def _eta(self, event: StepEvent, now: float) -> float | None:
         """Seconds left; the first step of a phase, which compiles and warms up, tells nothing."""
@@ -289,6 +299,15 @@ def _reason(error: Exception) -> tuple[str, str]:
         case _:
             return "internal", f"unexpected {type(error).__name__}; the server's log has more."
     return code, str(error)
+
+
+def _uuid(torch_device: str) -> str | None:
+    """By what NVML knows a GPU; the server reads its memory without a CUDA context of its own."""
+    if not torch_device.startswith("cuda"):
+        return None
+    import torch
+
+    return str(torch.cuda.get_device_properties(torch_device).uuid)
 
 
 def _answers(device_type: str) -> bool:

@@ -1,0 +1,82 @@
+"""The checklist of techniques: what can be ticked, and why some of it cannot be ticked beside what is."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from itertools import groupby
+
+from swiftwan.errors import SwiftwanError
+from swiftwan.plan import make_plan, parse
+from swiftwan.serve.jobs.admission import Admission
+from swiftwan.techniques import TECHNIQUES
+
+OFFERED = (
+    "fused",
+    "attention:cudnn",
+    "attention:flash4",
+    "batched-cfg",
+    "compile",
+    "cuda-graphs",
+    "offload:model",
+    "offload:blocks:resident=0",
+    "text-encoder:cpu",
+    "quantize:fp8",
+    "quantize:int8",
+    "quantize:int4",
+    "tf32",
+    "vae:fast",
+    "vae:tiling",
+    "step-cache:threshold=0.1",
+    "deepcache:interval=2",
+    "sparse-attention:keep=0.25",
+    "cfg-interval:from=0.1,to=0.9",
+    "cfg-skip:every=2,first=4",
+)
+"""Specs with the options worth changing; the line below the checklist takes any other spec too."""
+
+_KINDS = ("exact", "near", "approximate", "retrained")
+
+
+def by_kind() -> list[tuple[str, list[str]]]:
+    """The offered heads, the most exact kind first."""
+    kinds = [(_KINDS.index(parse(spec).kind), head(spec)) for spec in OFFERED]
+    return [(_KINDS[kind], [name for _, name in group]) for kind, group in groupby(sorted(kinds), lambda one: one[0])]
+
+
+def head(spec: str) -> str:
+    """A spec without its options: ``quantize:fp8:scale=row`` is ``quantize:fp8``."""
+    return ":".join(part for part in spec.split(":") if "=" not in part)
+
+
+def line_of(ticked: Sequence[str], line: str) -> str:
+    """The line of specs after the checklist changed: what was typed stays, as far as it is still ticked."""
+    offered = {head(spec): spec for spec in OFFERED}
+    kept = [spec for spec in line.split() if head(spec) in ticked or head(spec) not in offered]
+    there = {head(spec) for spec in kept}
+    return " ".join([*kept, *(offered[name] for name in ticked if name not in there)])
+
+
+def ticks_of(line: str) -> list[list[str]]:
+    """What is ticked in each group of :func:`by_kind` for a line of specs."""
+    heads = {head(spec) for spec in line.split()}
+    return [[name for name in names if name in heads] for _, names in by_kind()]
+
+
+def refused_beside(line: str, admission: Admission) -> dict[str, str]:
+    """Which of the others cannot be added to a line that is fine by itself, each with the reason."""
+    chosen = line.split()
+    taken = {head(spec) for spec in chosen}
+    reasons = {}
+    for spec in OFFERED:
+        if head(spec) in taken:
+            continue
+        try:
+            make_plan([*chosen, spec], admission.device, admission.dtype, admission.facts.known)
+        except SwiftwanError as problem:
+            reasons[head(spec)] = str(problem)
+    return reasons
+
+
+def reasons() -> dict[str, str]:
+    """What each offered technique does, in its own words."""
+    return {head(spec): TECHNIQUES[spec.partition(":")[0]].reason for spec in OFFERED}
