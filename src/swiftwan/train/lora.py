@@ -21,7 +21,7 @@ from swiftwan.errors import RequestError, UnavailableError, did_you_mean
 from swiftwan.train import buckets, validate
 from swiftwan.train.cache import Cache, Encoders
 from swiftwan.train.data import Problem, find
-from swiftwan.train.processes import Processes, Weights, local_device
+from swiftwan.train.processes import Processes, Weights, local_device, rank_and_count
 from swiftwan.train.run import Data, Run
 from swiftwan.train.settings import Settings
 from swiftwan.weights.check import read_json
@@ -60,7 +60,7 @@ def trackers(names: Sequence[str], out: Path) -> list[Any]:
         RequestError: the name is unknown.
         UnavailableError: its package is not installed.
     """
-    if not names:
+    if not names or rank_and_count()[0]:
         return []
     from accelerate.tracking import LOGGER_TYPE_TO_CLASS, get_available_trackers
 
@@ -68,10 +68,12 @@ def trackers(names: Sequence[str], out: Path) -> list[Any]:
     for name in names:
         if name not in LOGGER_TYPE_TO_CLASS:
             raise RequestError(f"log is '{name}'." + did_you_mean(name, LOGGER_TYPE_TO_CLASS))
-        if name not in get_available_trackers():
+        if name not in map(str, get_available_trackers()):
             raise UnavailableError(f"logging to {name} needs its package: pip install {name}.")
         kind = LOGGER_TYPE_TO_CLASS[name]
-        made.append(kind(out.name, logging_dir=out) if kind.requires_logging_directory else kind(out.name))
+        tracker = kind(out.name, logging_dir=out) if kind.requires_logging_directory else kind(out.name)
+        tracker.start()
+        made.append(tracker)
     return made
 
 
