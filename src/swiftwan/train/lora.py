@@ -116,6 +116,8 @@ def prepare(engine: Engine, source: str, settings: Settings, out: Path, cache: P
             engine.parts.text.encode(prompt)  # stays in the prompt cache when the encoder has gone
     engine.parts.enter("vae")
     encoders.fill(kept, [*train, *held_out], lambda done, of: on_step("encode", done, of))
+    if not settings.sample_every:
+        encoders.leave()
     return Data(found.sha256, shapes, train, held_out, kept, encoders)
 
 
