@@ -37,9 +37,11 @@ class PretendingWorker(Worker):
             watch.on_step(StepEvent("denoise", step, steps, STEP_S * step))
         watch.begin("save")
         data = job.request["prompt"].encode() * 10_000
-        name = self.folder.result(job, ".mp4")
+        picture = job.request["num_frames"] == 1
+        name = self.folder.result(job, ".png" if picture else ".mp4")
         self.folder.write(name, (data[i : i + 4096] for i in range(0, len(data), 4096)))
-        return {"video": name}, {"sha256": hashlib.sha256(data).hexdigest(), "seconds": {}}
+        files = {"image" if picture else "video": name, "thumbnail": name, "spritesheet": name}
+        return files, {"sha256": hashlib.sha256(data).hexdigest(), "seconds": {}}
 
 
 if __name__ == "__main__":

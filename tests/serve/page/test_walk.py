@@ -206,15 +206,15 @@ def test_two_results_play_in_step_and_settings_come_back(
         page.get_by_role("radio", name=plan).check()
         if plan == "My own":
             page.get_by_label("step-cache").check()
+            page.locator("#explained").get_by_text("1 technique", exact=True).wait_for()
         ask(page, steps=8, frames=33, seed=seed)
-        page.locator("#result .state.completed").wait_for()
-        page.wait_for_timeout(1500)
+        page.locator("#result .state:not(.completed)").wait_for()
         finished(page, seed)
     page.get_by_role("tab", name="Compare").click()
     page.get_by_role("button", name="Refresh the lists").click()
     videos = page.locator(".pair video")
     page.wait_for_function("document.querySelectorAll('.pair video').length == 2")
-    page.get_by_text("PSNR, right against left").wait_for()
+    page.get_by_text("PSNR, right to left").wait_for()
     page.get_by_role("button", name="Play", exact=True).click()
     page.wait_for_timeout(1200)
     one, other = (videos.nth(i).evaluate("v => [v.currentTime, v.paused]") for i in range(2))
@@ -297,7 +297,8 @@ def test_it_fits_a_phone_and_works_by_keyboard(open_page: Open, picture: Any) ->
     assert page.evaluate("document.documentElement.scrollWidth") <= 360
     picture(page, "page-phone")
     page.get_by_role("radio", name="Text to video").focus()
-    page.keyboard.press("ArrowRight")
+    page.keyboard.press("Tab")
+    page.keyboard.press("Space")
     assert page.get_by_role("radio", name="Image to video").is_checked()
     seen = set()
     for _ in range(60):
