@@ -1,13 +1,16 @@
 """A worker that is real but for its model: it sleeps through its steps and writes its prompt as the result.
 
-It starts in a fraction of a second, so that it can be killed a hundred times.
+It starts in a fraction of a second, so that it can be killed a hundred times. PRETENDED_RESERVE sets the room that
+it leaves on the disk, in bytes.
 """
 
 import hashlib
+import os
 import time
 from typing import Any
 
 from swiftwan.pipelines.result import StepEvent
+from swiftwan.serve.jobs import folder
 from swiftwan.serve.jobs.job import Job
 from swiftwan.serve.jobs.worker import Watch, Worker, main
 
@@ -31,6 +34,7 @@ class PretendingWorker(Worker):
         return None
 
     def make(self, job: Job, watch: Watch) -> tuple[dict[str, str], dict[str, Any]]:
+        self.folder.check_room()
         steps = job.request["num_inference_steps"]
         for step in range(1, steps + 1):
             time.sleep(STEP_S)
@@ -45,4 +49,5 @@ class PretendingWorker(Worker):
 
 
 if __name__ == "__main__":
+    folder.RESERVE_BYTES = int(os.environ.get("PRETENDED_RESERVE", folder.RESERVE_BYTES))
     main(PretendingWorker)

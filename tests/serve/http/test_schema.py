@@ -55,8 +55,8 @@ def test_no_call_that_the_description_allows_or_forbids_makes_an_error_of_ours(
     assert len(operations) > 18
     called = 0
     for (method, path), operation in operations.items():
-        if mode == "NEGATIVE" and not (operation.body or operation.query or operation.path_parameters):
-            continue  # there is nothing to get wrong
+        if mode == "NEGATIVE" and not (operation.body or operation.query):
+            continue  # there is nothing to get wrong: any word may be an id
         strategy = operation.as_strategy(generation_mode=GenerationMode[mode])
 
         @settings(
@@ -76,7 +76,7 @@ def test_no_call_that_the_description_allows_or_forbids_makes_an_error_of_ours(
             called += 1
 
         call()
-    assert called > 100
+    assert called > 60
 
 
 def test_the_description_names_every_field_of_every_task(operations: dict[tuple[str, str], Any]) -> None:

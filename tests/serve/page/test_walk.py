@@ -141,7 +141,7 @@ def finished(page: Any, seed: str) -> None:
 
 def test_generate_watch_and_see_it_in_another_browser(open_page: Open, picture: Any) -> None:
     page = open_page()
-    ask(page, steps=30, frames=33, seed="11")
+    ask(page, steps=20, frames=33, seed="11")
     page.locator("#result .stage img.preview").wait_for()
     page.locator("#result .told").get_by_text("left").wait_for()
     progress = int(page.get_by_role("progressbar").get_attribute("aria-valuenow"))
@@ -156,7 +156,7 @@ def test_generate_watch_and_see_it_in_another_browser(open_page: Open, picture: 
     page.get_by_role("button", name="Accuracy").click()
     page.locator("#metrics").get_by_text("Prompt, by the judge").wait_for()
     page.locator("#metrics .facts dd").get_by_text("frames/s").wait_for()
-    assert page.locator("#metrics rect.column").count() == 30
+    assert page.locator("#metrics rect.column").count() == 20
     picture(page, "page")
 
 
