@@ -1,4 +1,4 @@
-"""A browser walks the page of a real server with the pocket model: generate, watch, cancel, compare, close and come back.
+"""A browser walks the page of a real server with the pocket model: generate, watch, cancel, compare, come back.
 
     SWIFTWAN_PICTURES=docs/pictures python -m pytest tests/serve/page/test_walk.py
 

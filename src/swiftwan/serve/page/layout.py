@@ -180,7 +180,9 @@ def _inputs(page: Page) -> tuple[Form, Any]:
         with gr.Column(visible=False) as checklist:
             line = _techniques()
     with gr.Accordion("Settings from a file", open=False, elem_classes="glass"):
-        given = gr.File(label="An .mp4 or .png that swiftwan wrote", file_types=[".mp4", ".png"], height=110, elem_classes="drop")
+        given = gr.File(
+            label="An .mp4 or .png that swiftwan wrote", file_types=[".mp4", ".png"], height=110, elem_classes="drop"
+        )
 
     components = Inputs(
         kind=kind,
@@ -212,7 +214,12 @@ def _inputs(page: Page) -> tuple[Form, Any]:
 
 def _files() -> dict[str, Any]:
     """Inputs for files; a browser shows no picture of them, since nothing decodes them here."""
-    pictures: dict[str, Any] = {"file_types": [".png", ".jpg", ".jpeg", ".webp"], "visible": False, "height": 110, "elem_classes": "drop"}
+    pictures: dict[str, Any] = {
+        "file_types": [".png", ".jpg", ".jpeg", ".webp"],
+        "visible": False,
+        "height": 110,
+        "elem_classes": "drop",
+    }
     with gr.Row():
         image = gr.File(label="Image", **pictures)
         last = gr.File(label="Last image, if the model knows one", **pictures)
