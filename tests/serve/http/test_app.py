@@ -117,6 +117,7 @@ def test_files_expire_and_their_record_stays(client: TestClient, desk: Service, 
 
 def test_a_server_of_two_models_takes_jobs_for_both(client: TestClient, desk: Service, error_of: Any) -> None:
     object.__setattr__(desk.settings, "others", ["random:wan2.1-t2v-1.3b"])
+    desk.supervisor.slots[0].device = desk.supervisor.devices[0] | {"total_bytes": 10**11}
     names = [model["id"] for model in client.get("/v1/models").json()["data"]]
     assert names == ["pocket", "random:wan2.1-t2v-1.3b"]
     first = client.post("/v1/videos", json=SMALL).json()
