@@ -7,10 +7,13 @@ BIN := .venv/bin
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 INSTALL = $(BIN)/python -m pip install --quiet --constraint constraints.txt
 
+# Tests are many and small: a process a core, each with one thread, takes half the time of one process with all cores.
+TEST = OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses auto --maxprocesses 4 --dist worksteal
+
 # Each check runs even if one before it failed, so that one call tells everything.
 LINT = $(BIN)/ruff check . || failed=1; $(BIN)/ruff format --check . || failed=1; $(BIN)/mypy || failed=1
 
-.PHONY: help install demo test lint clean
+.PHONY: help install demo train-demo test lint clean
 .DELETE_ON_ERROR:
 
 install: .venv/installed
@@ -18,6 +21,7 @@ install: .venv/installed
 help:
 	@echo "make          install swiftwan into .venv"
 	@echo "make demo     and make demo.mp4 with the embedded model"
+	@echo "make train-demo  and fine-tune a LoRA of it: train-demo/before.mp4 and after.mp4, minutes on two cores"
 	@echo "make test     ruff, mypy and all tests"
 	@echo "make lint     ruff and mypy only"
 	@echo "make clean    remove .venv, demo.mp4 and every cache"
@@ -25,17 +29,23 @@ help:
 demo: .venv/installed
 	$(BIN)/swiftwan generate "$(PROMPT)" --seed 7 --out demo.mp4
 
+train-demo: .venv/installed-train
+	$(BIN)/swiftwan train style-clips train-demo/clips
+	$(BIN)/swiftwan train lora train-demo/clips --out train-demo/run --steps 300 --rank 4 --learning-rate 2e-3
+	$(BIN)/swiftwan generate "$(PROMPT)" --seed 7 --out train-demo/before.mp4
+	$(BIN)/swiftwan generate "$(PROMPT)" --seed 7 --with lora:train-demo/run/lora.safetensors --out train-demo/after.mp4
+
 test: .venv/installed-dev
-	@failed=0; $(LINT); $(BIN)/python -m pytest || failed=1; exit $$failed
+	@failed=0; $(LINT); $(TEST) || failed=1; exit $$failed
 
 lint: .venv/installed-dev
 	@failed=0; $(LINT); exit $$failed
 
 clean:
-	rm -rf .venv demo.mp4 .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	rm -rf .venv demo.mp4 train-demo .pytest_cache .mypy_cache .ruff_cache .hypothesis
 	find src tests -name __pycache__ -type d -prune -exec rm -rf {} +
 
-# The three files below are stamps: what they stand for is done, and is done again only when
+# The files below are stamps: what they stand for is done, and is done again only when
 # pyproject.toml or constraints.txt changes.
 .venv/created:
 	@command -v $(PYTHON) >/dev/null || { \
@@ -49,6 +59,11 @@ clean:
 	@echo "Installing swiftwan into .venv (once; minutes, most of them PyTorch's download) ..."
 	$(INSTALL) --editable .
 	@touch $@
+
+.venv/installed-train: .venv/created pyproject.toml constraints.txt
+	@echo "Installing swiftwan and what training needs into .venv (once; minutes, most of them PyTorch's download) ..."
+	$(INSTALL) --editable '.[train]'
+	@touch $@ .venv/installed
 
 .venv/installed-dev: .venv/created pyproject.toml constraints.txt requirements-page.txt
 	@echo "Installing swiftwan and its test tools into .venv (once; minutes, most of them PyTorch's download) ..."

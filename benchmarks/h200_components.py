@@ -181,9 +181,9 @@ def tune(size: str) -> None:
                     size,
                     f"add_norm add={add} rows={rows} warps={warps}",
                     lambda: module._add_norm_kernel[(triton.cdiv(tokens, rows), 1)](
-                        x, update, gate, scale, shift, summed, normed, tokens, tokens,
+                        x, update, gate, scale, shift, summed, normed, x, tokens, tokens,
                         6 * dim, 6 * dim, 6 * dim, 6 * dim, EPS, WIDTH=dim, BLOCK=block, ROWS=rows, SPANS=1,
-                        ADD=add, GATED=add, NORM=True, MODULATED=True, num_warps=warps,
+                        ADD=add, GATED=add, NORM=True, MODULATED=True, ROUNDED=False, num_warps=warps,
                     ),
                     count=passes * size_bytes,
                     repeats=5,

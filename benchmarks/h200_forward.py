@@ -1,9 +1,10 @@
 """One forward of each published size on an H200, beside diffusers' on the same random weights.
 
     python benchmarks/h200_forward.py CASE... [--plans 'attention:flash4 fused' ...] [--repeats 5]
-        [--peers eager compiled] [--out rows.jsonl] [--profile top.txt]
+        [--peers eager compiled] [--steady 2] [--out rows.jsonl] [--profile top.txt]
 
-Ours and the peers stand in one process and take turns, so that a warm chip slows all alike. ``seconds`` is the median,
+Ours and the peers stand in one process and take turns, so that a warm chip slows all alike. With ``--steady`` each then
+runs alone for so many seconds while NVML tells power and clocks: what the chip sustains. ``seconds`` is the median,
 ``ratio`` the median of peer over ours within a turn. The floor is the work at the matrix and attention rates measured
 on the same chip (DESIGN.md); ``ceiling_fraction`` is that floor over ``seconds``.
 """
@@ -31,6 +32,8 @@ from torch import Tensor
 
 from swiftwan.device import pick_device, versions
 from swiftwan.guidance import Embeddings
+from swiftwan.measure.hardware import HardwareSampler, readers
+from swiftwan.measure.missing import Missing
 from swiftwan.models.config import KNOWN_MODELS, KnownModel
 from swiftwan.models.dit import KEEP_FP32, WanTransformer
 from swiftwan.plan import make_plan
@@ -110,16 +113,27 @@ class Bench:
         with torch.device("meta"):
             return WanTransformer(self.case.known.transformer).eval().requires_grad_(False)
 
-    def ours(self, specs: list[str]) -> Callable[[], Tensor]:
-        """A run with a plan of its own over the shared weights."""
+    def model(self, specs: list[str]) -> WanTransformer:
+        """A transformer with a plan of its own over the shared weights."""
         model = self.empty()
         model.load_state_dict(self.weights.state_dict(), assign=True)
-        plan = make_plan(specs, self.where)
-        parts: Any = SimpleNamespace(transformer=model, transformer_2=None)
-        for technique in plan.techniques:
+        parts: Any = SimpleNamespace(
+            transformer=model,
+            transformer_2=None,
+            vae=SimpleNamespace(run_fast=lambda: None),
+            weights_move=False,
+            device=self.device,
+        )
+        for technique in make_plan(specs, self.where).techniques:
             technique.install(parts)
+        return model
+
+    def ours(self, specs: list[str]) -> Callable[[], Tensor]:
+        model = self.model(specs)
         if self.case.guided:
-            guide = plan.guide(model, self.text, self.case.latent_shape, GUIDANCE)
+            guide = make_plan(specs, self.where).guide.guidance(
+                model, self.text, self.case.latent_shape, GUIDANCE, [self.timestep.item()]
+            )
             return lambda: guide(self.latents, self.timestep)
         condition = model.condition(self.text.prompt, self.case.latent_shape)
         return lambda: model(self.latents, self.timestep, condition)
@@ -185,6 +199,22 @@ def timed(run: Callable[[], Tensor], inner: int) -> float:
     return start.elapsed_time(end) / 1e3 / inner
 
 
+def steady(run: Callable[[], Tensor], seconds: float, each: float) -> dict[str, Any]:
+    """Run without a pause; what the chip drew meanwhile, its clock, and joules a run."""
+    watched = readers("cuda:0")
+    count = max(2, round(seconds / each))
+    sampler = HardwareSampler([] if isinstance(watched, Missing) else watched, interval_seconds=0.1)
+    with sampler:
+        taken = timed(run, count)
+    told: dict[str, Any] = {"seconds": round(taken, 5)}
+    for device in sampler.trace().devices:
+        found = device.summary()
+        names = ("power_mean_watts", "sm_clock_mean_mhz", "clocks_held_back_percent", "temperature_peak_celsius")
+        told |= {name: None if found[name] is None else round(found[name], 1) for name in names}
+        told["joules_a_run"] = None if found["energy_joules"] is None else round(found["energy_joules"] / count, 2)
+    return told
+
+
 def failed(problem: BaseException) -> str:
     return f"{type(problem).__name__}: {str(problem).strip().partition(chr(10))[0][:300]}"
 
@@ -243,6 +273,8 @@ def measure(name: str, arguments: argparse.Namespace) -> list[dict[str, Any]]:
                     row[f"ratio_to_{kind}"] = round(
                         statistics.median(b / a for a, b in zip(ours, peers, strict=True)), 3
                     )
+            if arguments.steady:
+                row["steady"] = steady(runs[label], arguments.steady, statistics.median(ours))
             best = [kind for kind in ("compiled", "eager") if f"diffusers {kind}" in seconds]
             if best:
                 row |= {
@@ -295,6 +327,7 @@ def main() -> None:
     parser.add_argument("--plans", nargs="+", default=["", "fused attention:flash4"])
     parser.add_argument("--peers", nargs="*", default=["eager", "compiled"])
     parser.add_argument("--repeats", type=int, default=5)
+    parser.add_argument("--steady", type=float, default=0.0)
     parser.add_argument("--out", default="-")
     parser.add_argument("--profile")
     parser.add_argument("--commit", default="")

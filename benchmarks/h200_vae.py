@@ -1,6 +1,7 @@
 """`vae-832x480x81` and its like: latents to uint8 frames on one H200, beside diffusers' AutoencoderKLWan.
 
     python benchmarks/h200_vae.py bench vae-832x480x81 [--out FOLDER]   # rows, on standard output too
+    python benchmarks/h200_vae.py encode vae-832x480x81                 # the other way: video to latents
     python benchmarks/h200_vae.py check                                 # errors per dtype, kernels and whole decoders
     python benchmarks/h200_vae.py variants                              # chunk lengths and layouts
     python benchmarks/h200_vae.py compiled ours|peer                    # torch.compile of the plain decoders
@@ -33,7 +34,7 @@ from torch import Tensor, nn
 from swiftwan.models.config import WAN21_VAE, WAN22_VAE, VAEConfig
 from swiftwan.models.vae import WanVAE
 from swiftwan.models.vae_fast import FastDecoder, Layout
-from swiftwan.ops.vae_between import PAIRS, STACKED, VOLUME, WINOGRAD, Window
+from swiftwan.ops.vae_between import STACKED, VOLUME, WINOGRAD, Window
 
 CASES = {
     "vae-832x480x81": (WAN21_VAE, 81, 480, 832),
@@ -42,7 +43,7 @@ CASES = {
 }
 CEILING = 705e12  # the largest bf16 product measured in DESIGN.md, for ceiling_fraction
 CHUNK = 4
-WINDOWS = {"volume": VOLUME, "stacked": STACKED, "pairs": PAIRS, "winograd": WINOGRAD}
+WINDOWS = {"volume": VOLUME, "stacked": STACKED, "winograd": WINOGRAD}
 WITH_FP32 = ("vae-832x480x81",)  # elsewhere it is too slow to repeat
 PREFIX = 5  # latent frames that errors are taken over
 
@@ -244,7 +245,7 @@ def layouts(out: Path) -> dict[str, Layout]:
     """Each window wherever it divides, and the fastest of each shape where components have been measured."""
 
     def all_in(window: Window) -> Layout:
-        return lambda i, o, t: window if not window.group or t % window.group == 0 else VOLUME
+        return lambda i, o, t: VOLUME if window is WINOGRAD and t % 2 else window
 
     found = {name: all_in(window) for name, window in WINDOWS.items()}
     file = out / "layout.json"
@@ -253,8 +254,7 @@ def layouts(out: Path) -> dict[str, Layout]:
 
         def fastest(i: int, o: int, t: int) -> Window:
             near = [(abs(int(key.split(",")[2]) - t), g) for key, g in measured.items() if key.startswith(f"{i},{o},")]
-            window = WINDOWS[min(near)[1]] if near else VOLUME
-            return window if not window.group or t % window.group == 0 else VOLUME
+            return all_in(WINDOWS[min(near)[1]] if near else VOLUME)(i, o, t)
 
         found["components"] = fastest
     return found
@@ -290,6 +290,56 @@ def settle(vae: WanVAE, z: Tensor, out: Path) -> int:
     torch.backends.cudnn.benchmark = best["benchmark"]
     vae.make_decoder = lambda d: FastDecoder(d, layouts(out)[best["layout"]])
     return int(best["chunk"])
+
+
+@torch.no_grad()
+def encode(case: str, repeats: int) -> Iterator[dict[str, Any]]:
+    """Video to normalised latents, ours beside diffusers' posterior mode, on the same weights."""
+    config, frames, height, width = CASES[case]
+    video = (
+        torch.rand(1, 3, frames, height, width, generator=torch.Generator("cuda").manual_seed(1), device="cuda") * 2 - 1
+    )
+    theirs = diffusers_vae(config)
+    start = video[:, :, : 4 * PREFIX - 3]  # causal, as decoding is
+    tf32(False)
+    reference = theirs.encode(start).latent_dist.mode()
+    tf32(True)
+    fast = our_vae(config, theirs, torch.bfloat16)
+    plain = our_vae(config, theirs, torch.bfloat16, fast=False)
+    low = diffusers_vae(config).bfloat16()
+    runs: dict[str, Callable[[Tensor], Tensor]] = {
+        "vae:fast": lambda x: fast.denormalize(fast.encode(x)),
+        "plain": lambda x: plain.denormalize(plain.encode(x)),
+        "diffusers bf16": lambda x: low.encode(x.bfloat16()).latent_dist.mode(),
+    }
+    errors = {name: relative(run(start), reference) for name, run in runs.items()}
+    seconds: dict[str, list[float]] = {name: [] for name in runs}
+    peaks: dict[str, int] = {}
+    for repeat in range(repeats + 1):  # the first round warms up and is not counted
+        for name, run in runs.items():
+            taken, peaks[name] = timed(lambda run=run: run(video))
+            if repeat:
+                seconds[name].append(taken)
+    peer = statistics.median(seconds["diffusers bf16"])
+    for name in ("vae:fast", "plain"):
+        ours = statistics.median(seconds[name])
+        yield row(
+            case.replace("vae", "vae-encode", 1),
+            plan=[] if name == "plain" else [name],
+            shape=f"video {tuple(video.shape)} to latents",
+            seconds=round(ours, 4),
+            spread=[round(min(seconds[name]), 4), round(max(seconds[name]), 4)],
+            repeats=repeats,
+            peer="diffusers bf16, eager, TF32 allowed",
+            peer_seconds=round(peer, 4),
+            ratio=round(peer / ours, 2),
+            peak_bytes=peaks[name],
+            peer_peak_bytes=peaks["diffusers bf16"],
+            error=round(errors[name], 5),
+            peer_error=round(errors["diffusers bf16"], 5),
+            error_against="diffusers in float32 without TF32",
+            status="ok",
+        )
 
 
 @torch.no_grad()
@@ -343,6 +393,7 @@ def run_all(out: Path) -> None:
         (["bench", "vae22-1280x704x121", "--repeats", "2"], 120),
         (["compiled", "peer"], 100),
         (["compiled", "ours"], 100),
+        (["encode", "vae-832x480x81"], 60),
     ]
     for part, limit in parts:
         command = (me if not part[0].endswith(".py") else me[:-1]) + part + ["--out", str(out)]
@@ -356,7 +407,7 @@ def run_all(out: Path) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("mode", choices=["bench", "check", "variants", "compiled", "profile", "all"])
+    parser.add_argument("mode", choices=["bench", "encode", "check", "variants", "compiled", "profile", "all"])
     parser.add_argument("what", nargs="?", default="vae-832x480x81")
     parser.add_argument("--repeats", type=int, default=5)
     parser.add_argument("--out", type=Path, default=Path("."))
@@ -365,6 +416,7 @@ def main() -> None:
         return run_all(options.out)
     modes: dict[str, Callable[[], Iterator[dict[str, Any]]]] = {
         "bench": lambda: bench(options.what, options.repeats, options.out),
+        "encode": lambda: encode(options.what, options.repeats),
         "check": check,
         "variants": lambda: variants(options.out),
         "compiled": lambda: compiled(options.what),

@@ -19,7 +19,6 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from swiftwan.ops.vae_between import (
-    PAIRS,
     STACKED,
     VOLUME,
     WINOGRAD,
@@ -66,7 +65,7 @@ def randn(*shape: int) -> Tensor:
     return torch.randn(shape, device="cuda", dtype=torch.bfloat16)
 
 
-WINDOWS = {"volume": VOLUME, "stacked": STACKED, "pairs": PAIRS, "winograd": WINOGRAD}
+WINDOWS = {"volume": VOLUME, "stacked": STACKED, "winograd": WINOGRAD}
 
 
 def convolution(name: str, c: int, o: int, t: int, h: int, w: int) -> Callable[[], object] | None:
@@ -76,7 +75,7 @@ def convolution(name: str, c: int, o: int, t: int, h: int, w: int) -> Callable[[
         x = randn(1, c, t + 2, h, w)
         return lambda: F.conv3d(x, weight, padding=(0, 1, 1))
     window = WINDOWS[name]
-    if window.group and t % window.group:
+    if name == "winograd" and t % 2:
         return None
     buffer = randn(*window.shape(t, h, w, c))
     if name == "volume":
@@ -85,7 +84,7 @@ def convolution(name: str, c: int, o: int, t: int, h: int, w: int) -> Callable[[
     if name == "winograd":
         images, planes = buffer.permute(0, 1, 4, 2, 3).unbind(), winograd_taps(weight)
         return lambda: [F.conv2d(i, p, padding=1) for i, p in zip(images, planes, strict=True)]
-    stacked, wide = buffer.flatten(3).permute(0, 3, 1, 2), stack_taps(weight, window.group)
+    stacked, wide = buffer.flatten(3).permute(0, 3, 1, 2), stack_taps(weight)
     return lambda: F.conv2d(stacked, wide, padding=1)
 
 
@@ -124,12 +123,12 @@ def convolutions(say: Callable[..., None]) -> dict[str, str]:
 def kernels(say: Callable[..., None]) -> None:
     for c, h, w, t in ((96, 480, 832, 4), (192, 240, 416, 4), (384, 120, 208, 2), (384, 60, 104, 1)):
         bias, gamma, past, residual = randn(c), randn(c), randn(2, h, w, c), randn(t, h, w, c)
-        sources: dict[str, Tensor | Products] = {"frames": randn(t, h, w, 1, c)}
+        sources: dict[str, Tensor | Products] = {"frames": randn(t, h, w, c)}
         if t % 2 == 0:
-            sources |= {"pairs": randn(t // 2, h, w, 2, c), "winograd": Products(*randn(4, t // 2, h, w, c))}
+            sources["winograd"] = Products(*randn(4, t // 2, h, w, c))
         for name, y in sources.items():
             for into, window in WINDOWS.items():
-                if window.group and t % window.group:
+                if into == "winograd" and t % 2:
                     continue
                 for kept in (False, True):
                     total = Sum(y, bias, residual if kept else None)

@@ -1,6 +1,6 @@
 """`pocket-judge`: what share of the embedded model's clips show their prompts, by the judge of `swiftwan.pocket`.
 
-    python benchmarks/pocket_judge.py [--prompts 256] [--steps 20] [--guidance 4] >> benchmarks/pocket_judge.jsonl
+    python benchmarks/pocket_judge.py [--prompts 256] [--steps 20] [--with few-step] >> benchmarks/pocket_judge.jsonl
 
 Half of the prompts hold a combination of colour, shape and motion that training never saw.
 """
@@ -14,12 +14,12 @@ from collections import Counter
 from collections.abc import Iterator
 from concurrent.futures import ProcessPoolExecutor
 from functools import partial
-from importlib.metadata import PackageNotFoundError, version
 from multiprocessing import get_context
 
 import torch
 
 import swiftwan as sw
+from swiftwan.device import versions
 from swiftwan.pocket.judge import judge
 from swiftwan.pocket.world import Scene, sample_scenes
 
@@ -37,6 +37,7 @@ def marks(split: str, scene: Scene, frames: torch.Tensor) -> Iterator[tuple[tupl
     """What was asked of one clip, and whether it is right."""
     verdict = judge(frames, scene)
     yield (split, "background"), verdict.background
+    yield (split, "whole clip"), verdict.right
     kind = "one thing" if len(scene.things) == 1 else "two things"
     if kind == "two things":
         yield (split, "two things: both colours"), verdict.colours_present
@@ -46,10 +47,12 @@ def marks(split: str, scene: Scene, frames: torch.Tensor) -> Iterator[tuple[tupl
                 yield (split, f"{of}: {what}"), bool(getattr(thing, what))
 
 
-def judged(part: Cases, steps: int | None, guidance: float | None, device: str | None) -> tuple[Counter, Counter, dict]:
+def judged(
+    part: Cases, plan: list[str], steps: int | None, guidance: float | None, device: str | None
+) -> tuple[Counter, Counter, dict]:
     """Asked and right, by split and word; and how the clips were made."""
     torch.set_num_threads(max(1, torch.get_num_threads() // 4))
-    engine = sw.Engine.load("pocket", device=device)
+    engine = sw.Engine.load("pocket", plan=plan or "auto", device=device)
     asked: Counter[tuple[str, str]] = Counter()
     right: Counter[tuple[str, str]] = Counter()
     for seed, split, scene in part:
@@ -74,12 +77,13 @@ def main() -> None:
     parser.add_argument("--prompts", type=int, default=256)
     parser.add_argument("--steps", type=int)
     parser.add_argument("--guidance", type=float)
+    parser.add_argument("--with", dest="plan", action="append", default=[], help="a technique; unset: auto")
     parser.add_argument("--device")
     parser.add_argument("--processes", type=int, default=1, help="each loads the model and takes its share of prompts")
     options = parser.parse_args()
     every = cases(options.prompts)
     shares = [every[i :: options.processes] for i in range(options.processes)]
-    work = partial(judged, steps=options.steps, guidance=options.guidance, device=options.device)
+    work = partial(judged, plan=options.plan, steps=options.steps, guidance=options.guidance, device=options.device)
     with ProcessPoolExecutor(options.processes, mp_context=get_context("spawn")) as pool:
         results = list(pool.map(work, shares))
     asked, right = (sum((result[i] for result in results), Counter()) for i in (0, 1))
@@ -94,25 +98,14 @@ def main() -> None:
     }
     row = {
         "case": "pocket-judge",
-        "rung": "exact",
+        "rung": "few-step" if any(spec.startswith("few-step") for spec in options.plan) else "exact",
         "prompts": len(every),
         "percent_right": percent,
         **results[0][2],
-        "versions": versions("swiftwan", "torch", "diffusers", "transformers"),
+        "versions": versions(),
         "date": datetime.date.today().isoformat(),
     }
     print(json.dumps(row))
-
-
-def versions(*names: str) -> dict[str, str]:
-    """Of installed packages; from a source tree, swiftwan has none."""
-    found = {}
-    for name in names:
-        try:
-            found[name] = version(name)
-        except PackageNotFoundError:
-            continue
-    return found
 
 
 if __name__ == "__main__":

@@ -69,7 +69,7 @@ class Engine:
         self.model_name, self.plan, self.device, self.dtype = model, plan, device, dtype
 
     @classmethod
-    def load(cls, model, *, plan="auto", device=None, dtype=None):
+    def load(cls, model, *, plan="auto", device=None, dtype=None, request=None):
         print("a library prints while loading")
         CALLS.append(("load", model, plan, device, dtype))
         if os.environ.get("FAKE_FAILURE"):
@@ -281,7 +281,7 @@ WRONG = [
     ("generate x --device cdua --out o.mp4", "device is 'cdua'. Did you mean 'cuda'?"),
     ("generate x --stesp 3 --out o.mp4", "--steps"),
     ("generate x --steps three --out o.mp4", "--steps"),
-    ("generate x --quality 11 --out o.mp4", "--quality"),
+    ("generate x --file-quality 11 --out o.mp4", "--file-quality"),
     ("genrate x", "Did you mean 'generate'?"),
     ("generate", "there is no prompt"),
     ("generate x y", "unexpected extra argument"),

@@ -2,7 +2,8 @@ import pytest
 import torch
 
 from swiftwan.errors import RequestError
-from swiftwan.sampling import REFUSED, SCHEDULERS, check_scheduler, make_scheduler
+from swiftwan.models.config import KNOWN_MODELS
+from swiftwan.sampling import REFUSED, SCHEDULERS, FewStep, check_scheduler, make_scheduler
 
 CPU = torch.device("cpu")
 
@@ -41,3 +42,51 @@ def test_a_constant_flow_ends_at_its_data(name):
 def test_epsilon_schedulers_are_refused_with_the_reason(name):
     with pytest.raises(RequestError, match="the model predicts flow"):
         check_scheduler(name)
+
+
+# Few steps
+
+FEW = FewStep(4, "lcm", 5.0, (0.9, 0.7, 0.5, 0.2))
+
+
+def test_fewer_steps_take_the_first_levels_and_more_take_even_ones():
+    assert FEW.levels_for(4, 5.0) == FEW.levels
+    assert FEW.levels_for(2, 5.0) == (0.9, 0.7)
+    assert FEW.levels_for(5, 5.0) == pytest.approx([1, 5 * 0.8 / 4.2, 5 * 0.6 / 3.4, 5 * 0.4 / 2.6, 5 * 0.2 / 1.8])
+    assert FEW.levels_for(4, 1.0) == pytest.approx([1, 0.75, 0.5, 0.25])
+
+
+def test_a_distillation_changes_what_it_fixes_and_nothing_else():
+    defaults = KNOWN_MODELS["wan2.2-t2v-a14b"].defaults
+    changed = FEW.over(defaults)
+    assert (changed.num_inference_steps, changed.scheduler, changed.flow_shift) == (4, "lcm", 5.0)
+    assert (changed.guidance_scale, changed.guidance_scale_2) == (1.0, 1.0)
+    assert FEW.over(KNOWN_MODELS["wan2.1-t2v-1.3b"].defaults).guidance_scale_2 is None
+    assert (changed.width, changed.num_frames, changed.fps) == (defaults.width, defaults.num_frames, defaults.fps)
+
+
+@pytest.mark.parametrize("name", ["euler", "lcm"])
+def test_levels_are_where_the_model_is_evaluated(name):
+    scheduler = make_scheduler(name, num_inference_steps=4, flow_shift=5.0, device=CPU, levels=FEW.levels)
+    assert scheduler.timesteps.tolist() == pytest.approx([900, 700, 500, 200])
+    assert scheduler.sigmas.tolist() == pytest.approx([0.9, 0.7, 0.5, 0.2, 0])
+
+
+def test_levels_leave_a_solver_alone_that_has_its_own():
+    plain = make_scheduler("unipc", num_inference_steps=4, flow_shift=5.0, device=CPU)
+    given = make_scheduler("unipc", num_inference_steps=4, flow_shift=5.0, device=CPU, levels=FEW.levels)
+    assert torch.equal(plain.sigmas, given.sigmas)
+
+
+def test_steps_are_those_of_the_published_few_step_samplers():
+    """x0 = x - level flow; then LightX2V for Wan2.1, FastVideo and rCM add fresh noise, LightX2V for Wan2.2 its own."""
+    sample, flow, noise = (torch.randn(1, 4, 2, 3, 3) for _ in range(3))
+    data = sample - 0.9 * flow
+    euler = make_scheduler("euler", num_inference_steps=4, flow_shift=5.0, device=CPU, levels=FEW.levels)
+    stepped = euler.step(flow, euler.timesteps[0], sample, return_dict=False)[0]
+    assert torch.allclose(stepped, data + 0.7 * flow, atol=1e-5)
+    lcm = make_scheduler("lcm", num_inference_steps=4, flow_shift=5.0, device=CPU, levels=FEW.levels)
+    generator = torch.Generator().manual_seed(3)
+    stepped = lcm.step(flow, lcm.timesteps[0], sample, generator=generator, return_dict=False)[0]
+    noise = torch.randn(sample.shape, generator=torch.Generator().manual_seed(3))
+    assert torch.allclose(stepped, 0.3 * data + 0.7 * noise, atol=1e-5)

@@ -161,6 +161,10 @@ def _cuda(index: int) -> Device:
         raise UnavailableError(f"device is 'cuda:{index}'; here are {here}.")
     properties = torch.cuda.get_device_properties(index)
     free, total = torch.cuda.mem_get_info(index)
+    share = torch.cuda.get_per_process_memory_fraction(index)
+    if share < 1:  # what this process may not take is not there for it
+        total = int(share * total)
+        free = min(free, total - torch.cuda.memory_reserved(index))
     capability = (properties.major, properties.minor)
     if torch.version.hip is not None:
         dtype, reason = torch.bfloat16, "the format Wan was trained in"

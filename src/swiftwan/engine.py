@@ -16,6 +16,7 @@ from swiftwan.pipelines.result import Result
 from swiftwan.plan import Facts, Plan, complete, describe, estimate, make_plan
 from swiftwan.prompt_cache import PromptCache
 from swiftwan.techniques.lora import find_loras, labels
+from swiftwan.techniques.switching import switch
 from swiftwan.weights.build import Parts, build
 from swiftwan.weights.check import cache_folder
 from swiftwan.weights.find import locate
@@ -45,6 +46,7 @@ class Engine:
         plan: str | Sequence[str] = "auto",
         device: str | None = None,
         dtype: str | None = None,
+        request: Request | None = None,
     ) -> Engine:
         """Load a model.
 
@@ -53,13 +55,14 @@ class Engine:
             plan: a recipe's name, or technique specs ``name[:value][:key=value,...]``; [] is the plain run.
             device: ``cuda``, ``cuda:N`` or ``cpu``; None takes the best here.
             dtype: ``bf16``, ``fp16`` or ``fp32``; None takes the device's.
+            request: what ``plan="auto"`` shall fit; None takes the model's official size.
 
         Raises:
             PlanError, UnavailableError, WeightsError, OutputError, MemoryLimitError: in one line each.
         """
         where = pick_device(device)
         facts = describe(model)
-        chosen = make_plan(plan, where, dtype, facts.known)
+        chosen = make_plan(plan, where, dtype, facts, request)
         torch.backends.cuda.matmul.allow_tf32 = chosen.settings.tf32
         torch.backends.cudnn.allow_tf32 = chosen.settings.tf32
         if where.torch_device.startswith("cuda"):
@@ -69,6 +72,7 @@ class Engine:
                 locate(model),
                 device=torch.device(where.torch_device),
                 dtype=chosen.settings.dtype,
+                vae_dtype=chosen.settings.vae_dtype,
                 transformers_on=torch.device("cpu") if chosen.settings.transformers_on_host else None,
                 as_loaded=chosen.settings.as_loaded,
             )
@@ -85,7 +89,7 @@ class Engine:
                 f"{where.name} has {where.free_bytes / 1e9:.1f} GB free, too little for the weights of '{model}' in "
                 f"{_name(chosen.settings.dtype)}; take a smaller model or a 16-bit --dtype."
             )
-        return cls(facts, parts, chosen, where)
+        return cls(chosen.adapt(facts), parts, chosen, where)
 
     @property
     def model_name(self) -> str:
@@ -131,6 +135,17 @@ class Engine:
         techniques = tuple(changed.get(id(technique), technique) for technique in self.plan.techniques)
         self.plan = replace(self.plan, techniques=techniques)
 
+    def switch(self, plan: str | Sequence[str]) -> None:
+        """Run by another plan from now on, without loading anew; ``explain`` says what each technique's switch costs.
+
+        Raises:
+            PlanError: the plan cannot be, or differs in a technique that decides how weights load.
+        """
+        chosen = make_plan(plan, self.device, self.dtype_name, self.facts)
+        switch(self.parts, self.plan.techniques, chosen.techniques)
+        self.parts.text.cache = _prompt_cache(chosen.settings.prompt_cache)
+        self.plan = chosen
+
     def run(self, request: Request, *, on_step: OnStep | None = None) -> Result:
         """Run one request.
 
@@ -139,10 +154,11 @@ class Engine:
             on_step: told after each unit of work; what it raises ends the run within a step.
 
         Raises:
-            RequestError: a task or a value that the model cannot take, or an input that cannot be read.
+            RequestError: a task or a value that the model or the plan cannot take, or an input that cannot be read.
             MemoryLimitError: the device's memory ran out; says which settings would fit.
         """
         request = complete(request, self.facts)
+        self.plan.check(request)
         if self.torch_device.type == "cuda":
             torch.cuda.reset_peak_memory_stats(self.torch_device)
         try:
@@ -158,9 +174,8 @@ class Engine:
             yield self.run(request, on_step=on_step)
 
     def _memory_advice(self, request: Request) -> str:
-        dtype = self.plan.settings.dtype
-        need = estimate(request, self.facts, dtype)
-        budget = pick_device(self.device.torch_device).free_bytes
+        total = self.device.total_bytes
+        need = estimate(request, self.facts, self.plan, total)
         told = (
             f"{self.device.name} ran out of memory at {request.width}x{request.height}, {request.num_frames} frames, "
             f"which takes about {need.activation_bytes / 1e9:.1f} GB beside {need.weight_bytes / 1e9:.1f} GB of weights"
@@ -168,7 +183,7 @@ class Engine:
         step = self.facts.grid.temporal
         for frames in range((request.num_frames or 1) - step, 0, -step):
             smaller = replace(request, num_frames=frames)
-            if 1.2 * estimate(smaller, self.facts, dtype).activation_bytes < budget:
+            if estimate(smaller, self.facts, self.plan, total).peak_bytes < 0.9 * min(total, need.peak_bytes):
                 return f"{told}; {frames} frames should fit, or the same frames at a smaller size, or vae:tiling."
         return f"{told}; free memory on the device, or take a smaller size or model."
 

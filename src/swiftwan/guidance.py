@@ -77,7 +77,7 @@ class SequentialGuidance:
 
 
 class BatchedGuidance(SequentialGuidance):
-    """One pass over a batch of two: fewer launches, the same arithmetic."""
+    """One pass over a batch of two: fewer launches, and what comes before the first text is computed once."""
 
     def __init__(
         self, transformer: WanTransformer, text: Embeddings, shape: tuple[int, ...], scale: float, calls: int
@@ -94,7 +94,6 @@ class BatchedGuidance(SequentialGuidance):
         return Unguided(*self._of_alone)
 
     def pair(self, latents: Tensor, timestep: Tensor) -> tuple[Tensor, Tensor]:
-        latents, timestep = (x.expand(2, *x.shape[1:]) for x in (latents, timestep))
         conditional, unconditional = self.transformer(latents, timestep, self.condition).chunk(2)
         return conditional, unconditional
 

@@ -69,7 +69,7 @@ def sized(request: Request, defaults: Defaults, grid: Grid) -> Request:
         RequestError: an input cannot be read, is too large, or a blend's images differ in size.
     """
     if isinstance(request, VideoToVideo):
-        clip = _facts(request.video)
+        clip = clip_facts(request.video)
         most = min(clip.frames, defaults.num_frames)
         whole = (most - 1) // grid.temporal * grid.temporal + 1
         request = replace(
@@ -84,7 +84,7 @@ def sized(request: Request, defaults: Defaults, grid: Grid) -> Request:
             )
         sizes = [clip.size]
     else:
-        sizes = [_read_image(name, source)[0].size for name, source in request.sources().items()]
+        sizes = [read_image(name, source)[0].size for name, source in request.sources().items()]
     if not sizes:
         return request
     if isinstance(request, Blend) and len(set(sizes)) > 1:
@@ -125,7 +125,7 @@ def read(request: Request) -> Given | None:
         assert request.num_frames is not None
         pixels, given = _read_video(request.video, size, request.num_frames)
         return Given(pixels[None], (given,))
-    images = [_fitted(name, source, size) for name, source in request.sources().items()]
+    images = [fitted(name, source, size) for name, source in request.sources().items()]
     if not images:
         return None
     return Given(torch.stack([pixels for pixels, _ in images])[:, None], tuple(given for _, given in images))
@@ -143,8 +143,13 @@ def sha256_of(source: str | Path) -> str:
 # Images
 
 
-def _fitted(name: str, source: Any, size: tuple[int, int]) -> tuple[Tensor, Input]:
-    image, sha256, told = _read_image(name, source)
+def fitted(name: str, source: Any, size: tuple[int, int]) -> tuple[Tensor, Input]:
+    """An image as uint8 (H, W, 3) of a size, and what was done to it.
+
+    Raises:
+        RequestError: it cannot be read; the message begins with ``name``.
+    """
+    image, sha256, told = read_image(name, source)
     image, cut = cover(image, size)
     return _pixels(image), Input(_name(source), sha256, ", ".join([*told, *cut]))
 
@@ -168,7 +173,7 @@ def cover(image: Image, size: tuple[int, int]) -> tuple[Image, list[str]]:
     return image.resize(size, Image.Resampling.LANCZOS, box=box), told
 
 
-def _read_image(name: str, source: Any) -> tuple[Image, str, list[str]]:
+def read_image(name: str, source: Any) -> tuple[Image, str, list[str]]:
     """An image upright and in RGB, its hash, and what that took."""
     from PIL import Image, ImageOps
 
@@ -258,20 +263,26 @@ def _name(source: Any) -> str:
 
 
 @dataclass(frozen=True)
-class _Clip:
+class ClipFacts:
+    """Width and height, frames, and frames per second where the file says so."""
+
     size: tuple[int, int]
     frames: int
     fps: float | None
 
 
-def _facts(video: str | Path | Sequence[Image]) -> _Clip:
-    """Size, length and rate of a video; its first frame alone is decoded."""
+def clip_facts(video: str | Path | Sequence[Image]) -> ClipFacts:
+    """Size, length and rate of a video; its first frame alone is decoded.
+
+    Raises:
+        RequestError: it cannot be read.
+    """
     import av
 
     if not isinstance(video, str | Path):
         if not video:
             raise RequestError("the video has no frames; give one or more.")
-        return _Clip(video[0].size, len(video), None)
+        return ClipFacts(video[0].size, len(video), None)
     with _Opened(video) as container:
         stream = container.streams.video[0]
         first = next(_decode(video, container), None)
@@ -284,7 +295,7 @@ def _facts(video: str | Path | Sequence[Image]) -> _Clip:
             frames = sum(packet.size > 0 for packet in container.demux(stream))
         except av.FFmpegError as error:
             raise RequestError(f"video '{video}' is damaged: {error}.") from None
-        return _Clip(first.size, frames, float(stream.average_rate) if stream.average_rate else None)
+        return ClipFacts(first.size, frames, float(stream.average_rate) if stream.average_rate else None)
 
 
 def _read_video(video: str | Path | Sequence[Image], size: tuple[int, int], num_frames: int) -> tuple[Tensor, Input]:
@@ -313,6 +324,16 @@ def _read_video(video: str | Path | Sequence[Image], size: tuple[int, int], num_
     if len(frames) < num_frames:
         raise RequestError(f"video '{_name(video)}' is damaged: only {len(frames)} of {num_frames} frames can be read.")
     return torch.stack(frames), Input(_name(video), sha256, ", ".join([*told, *cut]))
+
+
+def video_frames(video: str | Path) -> Iterator[Image]:
+    """Frames of a file in order, upright, one held at a time.
+
+    Raises:
+        RequestError: it cannot be read, or breaks off.
+    """
+    with _Opened(video) as container:
+        yield from _decode(video, container)
 
 
 def _decode(video: str | Path, container: Any) -> Iterator[Image]:

@@ -90,7 +90,7 @@ def test_out_of_memory_and_surprises_are_told_apart(tmp_path, monkeypatch) -> No
         def load(*_):
             raise error
 
-        monkeypatch.setattr(cell, "_load", load)
+        monkeypatch.setattr(cell, "_loader", load)
         return attempt(job(tmp_path))
 
     assert fail(torch.OutOfMemoryError("tried to allocate\n9 GiB")) == {

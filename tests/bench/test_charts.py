@@ -1,6 +1,8 @@
+from xml.etree import ElementTree
+
 import pytest
 
-from swiftwan.bench.charts import Series, lines, scatter, ticks
+from swiftwan.bench.charts import Series, figure, lines, scatter, ticks
 
 
 @pytest.mark.parametrize(
@@ -29,6 +31,14 @@ def test_a_chart_names_its_lines_axes_and_marks() -> None:
     svg = lines([Series("a<b", 0, [(0, 1), (2, 3)], [(2, 3, "Text")])], x="seconds", y="GiB")
     assert "a&lt;b: Text" in svg
     assert 'aria-label="GiB against seconds"' in svg
+
+
+def test_a_figure_is_a_file_of_its_own() -> None:
+    svg = ElementTree.fromstring(figure([Series("a<b", 0, [(0, 1), (2, 3)])], x="frames", y="seconds"))
+    assert svg.tag == "{http://www.w3.org/2000/svg}svg"
+    words = [node.text for node in svg.iter("{http://www.w3.org/2000/svg}text")]
+    assert {"a<b", "frames", "seconds"} <= set(words)
+    assert len(list(svg.iter("{http://www.w3.org/2000/svg}circle"))) == 2
 
 
 def test_the_ninth_line_is_dashed_and_colours_are_the_same_everywhere() -> None:

@@ -80,6 +80,23 @@ def test_two_timesteps_equal_one_a_token():
     assert relative_error(got, expected) < 1e-5
 
 
+@pytest.mark.parametrize("kind", ["t2v", "i2v with clip (2.1)", "ti2v-5b"])
+@torch.no_grad()
+def test_one_video_under_two_prompts_equals_two_videos(kind):
+    ours, _ = pair(**KINDS[kind])
+    latents, text = torch.randn(1, ours.config.in_channels, 2, 6, 4), torch.randn(2, 5, 20)
+    image = torch.randn(2, 257, ours.config.image_dim) if ours.config.image_dim else None
+    timestep = torch.tensor([[0.0, 700.0]]) if kind == "ti2v-5b" else torch.tensor([700.0])
+    condition = ours.condition(text, latents.shape, image)
+    twice = ours(latents.expand(2, -1, -1, -1, -1), timestep.expand(2, *timestep.shape[1:]), condition)
+    seen = []
+    ours.blocks[0].attn1.to_out[0].register_forward_hook(lambda _, given, __: seen.append(len(given[0])))
+    once = ours(latents, timestep, condition)
+    assert seen == [1], "the first self-attention serves both prompts"
+    assert once.shape == twice.shape
+    assert relative_error(once, twice) < 1e-6
+
+
 @torch.no_grad()
 def test_a_full_prompt_needs_no_padding():
     ours, reference = pair()

@@ -30,7 +30,7 @@ def test_a_row_of_zeros_stays_zero():
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 @pytest.mark.parametrize(("tokens", "width"), [(1, 64), (77, 1536), (1000, 8960)])
 def test_the_fast_rows_equal_the_plain_ones(dtype, tokens, width):
-    from swiftwan.ops.fp8_triton import quantize_rows as fast
+    from swiftwan.ops.fused_fp8 import quantize_rows as fast
 
     x = torch.randn(tokens, width, device="cuda").to(dtype)
     (ours, our_scale), (plain, scale) = fast(x), quantize_rows(x)
@@ -45,6 +45,31 @@ def test_a_layer_is_near_its_float_twin(bias):
     linear = nn.Linear(1536, 640, bias=bias, device="cuda", dtype=torch.bfloat16)
     x = torch.randn(2, 300, 1536, device="cuda", dtype=torch.bfloat16)
     exact = nn.functional.linear(x.float(), linear.weight.float(), linear.bias.float() if bias else None)
-    out = Fp8Linear(linear)(x)
+    out = Fp8Linear.of(linear)(x)
     assert out.shape == (2, 300, 640)
     assert ((out.float() - exact).norm() / exact.norm()).item() < 0.05
+
+
+def test_merged_layers_share_their_weights_and_keep_their_numbers():
+    layers = [Fp8Linear.of(nn.Linear(32, out)) for out in (16, 48)]
+    before = [(layer.weight.float(), layer.scale.clone(), layer.bias.data.clone()) for layer in layers]
+    one = Fp8Linear.merged(layers)
+    assert (one.in_features, one.out_features) == (32, 64)
+    assert torch.equal(one.weight.float(), torch.cat([weight for weight, _, _ in before]))
+    assert torch.equal(one.scale, torch.cat([scale for _, scale, _ in before], dim=1))
+    assert torch.equal(one.bias, torch.cat([bias for _, _, bias in before]))
+    layers[1].weight.zero_()
+    layers[1].bias.data.fill_(3)
+    assert not one.weight[16:].float().any()
+    assert (one.bias[16:] == 3).all()
+    assert torch.equal(layers[0].weight.float(), before[0][0])
+
+
+@pytest.mark.gpu
+@on_gpu
+def test_a_merged_layer_computes_what_its_parts_do():
+    layers = [Fp8Linear.of(nn.Linear(256, out, device="cuda", dtype=torch.bfloat16)) for out in (64, 320)]
+    x = torch.randn(2, 30, 256, device="cuda", dtype=torch.bfloat16)
+    expected = torch.cat([layer(x) for layer in layers], dim=-1)
+    got = Fp8Linear.merged(layers)(x)
+    assert ((got.float() - expected.float()).norm() / expected.float().norm()).item() < 1e-2

@@ -51,6 +51,15 @@ def test_norms_and_gates(dtype, worst, spans, width):
     compare("add_norm_modulate", worst, x, update, shift, scale, spans, EPS)
 
 
+@pytest.mark.parametrize("spans", [[15], [4, 11]], ids=str)
+def test_one_vector_and_one_stream_serve_a_whole_batch(spans):
+    x, update = draw(1, 15, 72), draw(2, 15, 72)
+    shift, scale, gate = draw(1, len(spans), 6, 72).unbind(2)[:3]
+    compare("norm_modulate", 1e-6, update, shift, scale, spans, EPS)
+    compare("gated_add", 1e-6, update, update, gate, spans)
+    compare("add_norm_modulate", 1e-6, x, update, shift, scale, spans, EPS)
+
+
 def test_the_norm_is_that_of_the_rounded_sum():
     x, update = draw(1, 15, 64, dtype=torch.float16), draw(1, 15, 64, dtype=torch.float16)
     shift, scale = draw(1, 1, 64), draw(1, 1, 64)

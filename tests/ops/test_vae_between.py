@@ -9,7 +9,6 @@ from torch import Tensor
 
 from swiftwan.models.vae_blocks import DuplicateUp, RMSNorm, Stream
 from swiftwan.ops.vae_between import (
-    PAIRS,
     POINT,
     STACKED,
     VOLUME,
@@ -28,7 +27,7 @@ from swiftwan.ops.vae_between import (
     winograd_taps,
 )
 
-WINDOWS = [VOLUME, STACKED, PAIRS, WINOGRAD, Window(4, 2)]
+WINDOWS = [VOLUME, STACKED, WINOGRAD]
 
 
 def relative_error(ours: Tensor, reference: Tensor) -> float:
@@ -42,17 +41,17 @@ def convolve(window: Window, buffer: Tensor, weight: Tensor) -> Tensor | Product
     def images(x: Tensor, taps: Tensor) -> Tensor:
         return F.conv2d(x.permute(0, 3, 1, 2), taps, padding=1).permute(0, 2, 3, 1)
 
-    if window.winograd:
+    if window.form == "winograd":
         return Products(*(images(x, taps) for x, taps in zip(buffer, winograd_taps(weight), strict=True)))
-    if window.group == 0:
+    if window.form == "volume":
         y = F.conv3d(buffer.permute(3, 0, 1, 2).unsqueeze(0), weight, padding=(0, 1, 1))
-        return y[0].permute(1, 2, 3, 0).unsqueeze(3)
-    return images(buffer.flatten(3), stack_taps(weight, window.group)).unflatten(3, (window.group, -1))
+        return y[0].permute(1, 2, 3, 0)
+    return images(buffer.flatten(3), stack_taps(weight))
 
 
 def frames_of(y: Tensor | Products, bias: Tensor | None = None) -> Tensor:
     """(T, H, W, C) of a convolution's result."""
-    return enter_plain(Sum(y, bias), Step(POINT), None).buffer.squeeze(3)
+    return enter_plain(Sum(y, bias), Step(POINT), None).buffer
 
 
 @pytest.mark.parametrize("window", WINDOWS, ids=str)
@@ -62,7 +61,7 @@ def test_every_window_is_a_causal_convolution(window, chunks):
     expected = F.conv3d(F.pad(x.permute(3, 0, 1, 2), (0, 0, 0, 0, 2, 0)), weight, bias, padding=(0, 1, 1))
     past, made = None, []
     for part in x.split(chunks):
-        entered = enter(Sum(part.unsqueeze(3)), Step(window), past)
+        entered = enter(Sum(part), Step(window), past)
         assert entered.buffer.shape == window.shape(*part.shape)
         past = entered.past
         made.append(frames_of(convolve(window, entered.buffer, weight), bias))
@@ -108,18 +107,18 @@ def test_norm_and_silu_are_those_of_the_layers():
     with torch.no_grad():
         total = x + bias + residual
         expected = F.silu(norm(total.permute(3, 0, 1, 2).unsqueeze(0)))[0].permute(1, 2, 3, 0)
-        entered = enter(Sum(x.unsqueeze(3), bias, residual), Step(POINT, norm.gamma, silu=True, keep=True), None)
-    assert relative_error(entered.buffer.squeeze(3), expected) < 1e-6
+        entered = enter(Sum(x, bias, residual), Step(POINT, norm.gamma, silu=True, keep=True), None)
+    assert relative_error(entered.buffer, expected) < 1e-6
     torch.testing.assert_close(entered.kept, total)
     assert entered.past is None
 
 
 def test_frames_that_do_not_divide():
     with pytest.raises(AssertionError):
-        PAIRS.shape(3, 4, 4, 8)
+        WINOGRAD.shape(3, 4, 4, 8)
 
 
-SOURCES = ["frames", "pairs", "folded", "products"]
+SOURCES = ["frames", "folded", "products"]
 
 
 def random_sum(source: str, residual: str, frames: int, channels: int, dtype: torch.dtype) -> Sum:
@@ -128,8 +127,7 @@ def random_sum(source: str, residual: str, frames: int, channels: int, dtype: to
 
     height, width = 10, 14
     shapes = {
-        "frames": (frames, height, width, 1, channels),
-        "pairs": (frames // 2, height, width, 2, channels),
+        "frames": (frames, height, width, channels),
         "folded": (frames, height // 2 + 1, width // 2 + 1, 2, 2, channels),
         "products": (4, frames // 2, height, width, channels),
     }
@@ -145,7 +143,7 @@ def random_sum(source: str, residual: str, frames: int, channels: int, dtype: to
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 @pytest.mark.parametrize("source", SOURCES)
-@pytest.mark.parametrize("window", [*WINDOWS, POINT], ids=str)
+@pytest.mark.parametrize("window", [*WINDOWS, POINT, Window("stacked", 1)], ids=str)
 def test_kernels_equal_their_plain_forms(source, window):
     # Each combination compiles a kernel of its own, so the remaining choices are drawn: 6 of 144.
     draw = random.Random(f"{source} {window}")

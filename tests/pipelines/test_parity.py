@@ -182,6 +182,18 @@ def test_events_tell_every_unit_of_work(one_expert):
     ]
 
 
+def test_steps_show_the_latents_they_leave_and_how_noisy_these_are(one_expert):
+    events = []
+    result = one_expert[1].run(request(), on_step=events.append)
+    steps = [event for event in events if event.phase == "denoise"]
+    timesteps = [event.timestep for event in steps]
+    assert timesteps == sorted(timesteps, reverse=True)
+    assert timesteps[-1] == 0
+    assert torch.equal(steps[-1].latents.cpu(), result.latents)
+    assert all(event.latents.shape == result.latents.shape for event in steps)
+    assert all(event.latents is None for event in events if event.phase != "denoise")
+
+
 def test_what_on_step_raises_ends_the_run(one_expert):
     def stop(event):
         if event.phase == "denoise":

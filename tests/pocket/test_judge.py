@@ -191,3 +191,15 @@ def test_things_are_paired_by_what_fits_best():
 def test_other_tensors_are_refused(frames):
     with pytest.raises(RequestError, match=r"the judge reads torch.uint8 \(F, H, W, 3\)"):
         read_clip(frames)
+
+
+@pytest.mark.parametrize("seed", [3, 4, 10, 13, 15, 16])
+def test_blotches_that_are_no_thing_are_read_all_the_same(seed):
+    """A colour here and there, never of eight pixels in one frame: a student's first clips look so."""
+    size = (2, 3, 4, 6, 8, 12)[seed % 6]
+    blotches = torch.rand(1, 3, 3, size, size, generator=torch.Generator().manual_seed(seed))
+    video = torch.nn.functional.interpolate(blotches, size=(9, 128, 128), mode="trilinear" if seed % 2 else "nearest")
+    seen = read_clip((video[0].permute(1, 2, 3, 0) * 255).round().to(torch.uint8))
+    colours = [thing.colour for thing in seen.things]
+    assert len(set(colours)) == len(colours)
+    assert set(colours) <= set(COLOURS)

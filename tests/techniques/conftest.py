@@ -17,7 +17,9 @@ TINY = TransformerConfig(
 @pytest.fixture
 def parts():
     """Two experts of random weights, as a technique finds them."""
-    return SimpleNamespace(transformer=WanTransformer(TINY).eval(), transformer_2=WanTransformer(TINY).eval())
+    return SimpleNamespace(
+        transformer=WanTransformer(TINY).eval(), transformer_2=WanTransformer(TINY).eval(), weights_move=False
+    )
 
 
 @pytest.fixture

@@ -1,8 +1,10 @@
 import pytest
 import torch
 
+import swiftwan as sw
 from swiftwan.device import pick_device
 from swiftwan.errors import PlanError, UnavailableError
+from swiftwan.models.config import KNOWN_MODELS, POCKET
 from swiftwan.ops import attention as kernels
 from swiftwan.plan import make_plan, parse
 from swiftwan.techniques.attention import Attention
@@ -77,6 +79,54 @@ def test_auto_takes_the_fastest_exact_kernel_that_is_here(gpu, monkeypatch):
     assert make_plan("auto", gpu((9, 0))).specs == ("attention:cudnn",)
     assert make_plan("auto", pick_device("cpu")).specs == ()
     assert make_plan("none", gpu((9, 0))).specs == ()
+
+
+@pytest.mark.parametrize(
+    ("spec", "words"),
+    [
+        ("attention:fp8:keep-steps=-1", "keep-steps is -1; it is 0 or more"),
+        ("attention:flash4:keep-layers=2", "is exact everywhere; keep-layers is for kernels in 8 bits"),
+        ("attention:fp9", "Did you mean 'fp8'"),
+        ("attention:fp8", "compute capability 9.0 or more"),
+    ],
+)
+def test_bad_plans_say_what_and_how(spec, words):
+    with pytest.raises(PlanError, match=words):
+        make_plan([spec], pick_device("cpu"))
+
+
+def test_the_8_bit_kernel_is_for_hopper_and_its_head_width(gpu, monkeypatch):
+    monkeypatch.setattr(kernels, "_installed", lambda package: True)
+    with pytest.raises(PlanError, match=r"tensor cores of GPUs before compute capability 10\.0"):
+        make_plan(["attention:fp8"], gpu((10, 0)))
+    with pytest.raises(PlanError, match="'fp8' takes heads of 128, those of 'pocket' are 64"):
+        make_plan(["attention:fp8"], gpu((9, 0)), model=POCKET)
+    plan = make_plan(["attention:fp8:keep-steps=2"], gpu((9, 0)), model=KNOWN_MODELS["wan2.1-t2v-1.3b"])
+    assert plan.specs == ("attention:fp8:keep-steps=2",)
+    assert plan.techniques[0].kind == "near"
+
+
+REQUEST = sw.TextToVideo("a red circle moves left over a blue background", seed=1, num_inference_steps=4, num_frames=5)
+
+
+def latents(*plan):
+    engine = sw.Engine.load("pocket", plan=["prompt-cache:off", *plan], device="cpu", dtype="fp32")
+    request = sw.TextToVideo(
+        "a red circle moves left over a blue background", seed=1, num_inference_steps=4, num_frames=5
+    )
+    return engine.run(request).latents
+
+
+def test_the_ends_stay_exact():
+    exact, near = latents(), latents("attention:fp8-plain")
+    assert 1e-4 < ((near - exact).norm() / exact.norm()).item() < 0.3
+    # The request has 4 steps, the model 7 blocks.
+    assert torch.equal(latents("attention:fp8-plain:keep-steps=2"), exact)
+    assert torch.equal(latents("attention:fp8-plain:keep-layers=4"), exact)
+    for spec in ("keep-steps=1", "keep-layers=1"):
+        some = latents(f"attention:fp8-plain:{spec}")
+        assert not torch.equal(some, exact)
+        assert not torch.equal(some, near)
 
 
 @pytest.mark.gpu

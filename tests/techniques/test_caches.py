@@ -5,7 +5,7 @@ import swiftwan as sw
 from swiftwan.device import pick_device
 from swiftwan.errors import PlanError
 from swiftwan.plan import make_plan
-from swiftwan.techniques.caches import EarlyBlocksCached, StepsCached
+from swiftwan.techniques.caches import DeepCache, EarlyBlocksCached, StepsCached
 
 REQUEST = sw.TextToVideo("a red circle moves left over a blue background", seed=1, num_inference_steps=6, num_frames=5)
 
@@ -85,7 +85,7 @@ def test_guidance_in_one_batch_caches_alike(plain):
     ("specs", "words"),
     [
         (["deepcache:interval=0"], "interval is 0"),
-        (["deepcache:block-num=0"], "block-num is 0"),
+        (["deepcache:block-num=-1"], "block-num is -1"),
         (["step-cache:threshold=-1"], "threshold is -1"),
         (["step-cache:first=-1"], "first is -1"),
         (["step-cache", "deepcache"], "both decide schedule of blocks"),
@@ -97,5 +97,11 @@ def test_bad_plans_say_what_and_how(specs, words):
 
 
 def test_more_cached_blocks_than_there_are_is_told():
-    with pytest.raises(PlanError, match="block-num is 10, and 'pocket' has 7 blocks; take fewer"):
-        sw.explain("pocket", REQUEST, plan=["deepcache"], device="cpu")
+    with pytest.raises(PlanError, match="block-num is 7, and 'pocket' has 7 blocks; take fewer"):
+        sw.explain("pocket", REQUEST, plan=["deepcache:block-num=7"], device="cpu")
+
+
+@pytest.mark.parametrize(("layers", "cached"), [(7, 2), (30, 10), (40, 13), (2, 1)])
+def test_a_third_of_the_blocks_is_cached_unless_said(layers, cached):
+    assert DeepCache().blocks_of(layers) == cached
+    assert DeepCache(block_num=5).blocks_of(layers) == 5

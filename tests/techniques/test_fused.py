@@ -4,7 +4,7 @@ import torch
 from swiftwan.device import pick_device
 from swiftwan.errors import PlanError
 from swiftwan.ops.block import PLAIN
-from swiftwan.plan import make_plan
+from swiftwan.plan import make_plan, parse
 from swiftwan.techniques.fused import Fused, MergedProjection
 
 
@@ -59,3 +59,16 @@ def test_a_layer_that_is_no_plain_linear_keeps_its_own_product(parts, forward):
     parts.transformer.to("cuda")
     Fused().install(parts)
     assert ((forward(parts.transformer) - expected).norm() / expected.norm()).item() < 1e-5
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+def test_blocks_of_8_bit_layers_round_in_passing(parts, forward):
+    expected = forward(parts.transformer)
+    parts.transformer.to("cuda", torch.bfloat16)
+    parse("quantize:fp8").install(parts)
+    apart = forward(parts.transformer)
+    Fused().install(parts)
+    together = forward(parts.transformer)
+    errors = [((flow.to(expected) - expected).norm() / expected.norm()).item() for flow in (apart, together)]
+    assert 1e-3 < errors[1] < 1.2 * errors[0] < 0.3

@@ -14,12 +14,12 @@ B, R, A = Mode.BOTH, Mode.REUSE, Mode.ALONE
 
 @pytest.fixture
 def forwards(monkeypatch):
-    """Batch sizes of all forwards of a transformer."""
+    """How many prompts each forward of a transformer served."""
     seen = []
     forward = WanTransformer.forward
 
     def count(self, latents, timestep, condition):
-        seen.append(len(latents))
+        seen.append(len(condition.memories[0].key))
         return forward(self, latents, timestep, condition)
 
     monkeypatch.setattr(WanTransformer, "forward", count)

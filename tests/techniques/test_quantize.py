@@ -1,4 +1,5 @@
 import importlib.util
+from dataclasses import replace
 
 import pytest
 import torch
@@ -8,6 +9,7 @@ import swiftwan as sw
 from swiftwan.device import pick_device
 from swiftwan.errors import PlanError
 from swiftwan.plan import make_plan, parse
+from swiftwan.techniques.ends import LinearOtherAtEnds
 
 REQUEST = sw.TextToVideo("a red circle moves left over a blue background", seed=1, num_inference_steps=2, num_frames=5)
 
@@ -46,6 +48,27 @@ def test_the_ends_can_be_kept():
     assert kinds == [True, True, False, False, False, True, True]
 
 
+def test_steps_at_the_ends_can_be_kept(plain):
+    engine, all_kept = run("quantize:int4:keep-steps=1")  # of two steps
+    layer = engine.parts.transformer.blocks[3].attn1.to_q
+    assert isinstance(layer, LinearOtherAtEnds)
+    assert type(layer.at_ends) is nn.Linear
+    assert type(layer.between) is not nn.Linear
+    assert torch.equal(all_kept, plain)
+    few = replace(REQUEST, num_inference_steps=4)
+    latents = {
+        plan: sw.Engine.load("pocket", plan=list(plan), device="cpu", dtype="fp32").run(few).latents
+        for plan in ((), ("quantize:int4",), ("quantize:int4:keep-steps=1",))
+    }
+    whole, rough, ends = latents.values()
+    assert 0 < (ends - whole).norm() < (rough - whole).norm()
+
+
+def test_kept_steps_run_the_same_again():
+    engine, first = run("quantize:int4:keep-steps=1")
+    assert torch.equal(engine.run(REQUEST).latents, first)
+
+
 def test_weights_take_less_memory():
     layer = nn.Linear(256, 256).bfloat16()
     bits = {
@@ -68,6 +91,8 @@ def test_both_models_can_be_quantized_and_each_only_once():
         ("quantize:int9", "value is 'int9'. Did you mean 'int"),
         ("quantize:int8:on=txet", "Did you mean 'text'"),
         ("quantize:int8:keep=-1", "keep is -1"),
+        ("quantize:int8:keep-steps=-1", "keep-steps is -1; it is a number of steps, 0 or more"),
+        ("quantize:int8:on=text,keep-steps=1", "on=text has no steps to keep"),
         ("quantize:nf4:activations=dynamic", "no 8-bit activations"),
         ("quantize:fp8", "capability 8.9 or more; take quantize:fp8:activations=none"),
     ],

@@ -217,14 +217,14 @@ def test_failed_save_leaves_the_old(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     def full(*args: object, **kwargs: object) -> None:
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr("swiftwan.weights.load.save_file", full)
+    monkeypatch.setattr("swiftwan.weights.write._write_shard", full)
     assert "No space left on device" in refused(lambda: save_weights(Net(), tmp_path / "n", {"v": 2}), OutputError)
     assert [p.name for p in tmp_path.iterdir()] == ["n"]
     assert json.loads((tmp_path / "n" / "config.json").read_text()) == {"v": 1}
 
 
 def test_disk_too_small(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("swiftwan.weights.load.shutil.disk_usage", lambda _: SimpleNamespace(free=1))
+    monkeypatch.setattr("swiftwan.weights.write.shutil.disk_usage", lambda _: SimpleNamespace(free=1))
     assert "its disk has 0.0 GB free" in refused(lambda: save_weights(Net(), tmp_path / "n", {}), OutputError)
     assert list(tmp_path.iterdir()) == []
 

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from html import escape
 
 WIDTH, HEIGHT = 640, 300
-_LEFT, _RIGHT, _TOP, _BOTTOM = 84, 18, 16, 50
+_LEFT, _RIGHT, _TOP, _BOTTOM = 100, 18, 16, 50
 COLOURS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#8c6d31", "#444444")
 """Told apart by colour-blind readers too (Okabe and Ito); from the ninth line on dashes differ."""
 
@@ -35,6 +35,28 @@ def dash(number: int) -> str:
 def lines(series: Sequence[Series], *, x: str, y: str) -> str:
     """A line a series, with a legend; y begins at 0."""
     frame = _Frame([p for s in series for p in s.points], x, y, from_zero=True)
+    return frame.svg(_polylines(frame, series)) + _legend(series)
+
+
+def figure(series: Sequence[Series], *, x: str, y: str) -> str:
+    """:func:`lines` as an SVG file of its own: a dot a point, each line's name in the plot, on a white ground."""
+    frame = _Frame([p for s in series for p in s.points], x, y, from_zero=True)
+    dots = "".join(
+        f'<circle cx="{frame.x(a):.1f}" cy="{frame.y(b):.1f}" r="3" fill="{colour(one.number)}"/>'
+        for one in series
+        for a, b in one.points
+    )
+    names = "".join(
+        f'<text x="{_LEFT + 12}" y="{_TOP + 16 + 17 * place}" style="fill:{colour(s.number)}">{escape(s.name)}</text>'
+        for place, s in enumerate(series)
+    )
+    ground = '<rect width="100%" height="100%" fill="#fff"/>'
+    style = "<style>text{font:13px sans-serif;fill:#222}.grid{stroke:#ddd}</style>"
+    svg = frame.svg(style + ground + _polylines(frame, series) + dots + names)
+    return svg.replace("<svg ", '<svg xmlns="http://www.w3.org/2000/svg" ', 1) + "\n"
+
+
+def _polylines(frame: _Frame, series: Sequence[Series]) -> str:
     drawn = []
     for one in series:
         path = " ".join(f"{frame.x(a):.1f},{frame.y(b):.1f}" for a, b in one.points)
@@ -46,7 +68,7 @@ def lines(series: Sequence[Series], *, x: str, y: str) -> str:
             for a, b, word in one.marks
         )
         drawn.append(f'<g><title>{escape(one.name)}</title><polyline points="{path}" {style}/>{marks}</g>')
-    return frame.svg("".join(drawn)) + _legend(series)
+    return "".join(drawn)
 
 
 def scatter(points: Sequence[Series], edge: Sequence[tuple[float, float]], *, x: str, y: str) -> str:

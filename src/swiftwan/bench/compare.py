@@ -15,7 +15,15 @@ from swiftwan.errors import RequestError
 
 TIME_FLOOR = 0.03
 MEMORY_FLOOR = 0.02
-LIMITS = {"psnr_db": -0.5, "ssim": -0.005, "clip_score": -0.005, "lpips": 0.005, "judge_percent": -0.1}
+LIMITS = {
+    "psnr_db": -0.5,
+    "ssim": -0.005,
+    "clip_score": -0.005,
+    "lpips": 0.005,
+    "judge_percent": -0.1,
+    "pocket_clip_score": -0.01,
+    "pocket_perceptual": 0.005,
+}
 """The least change that counts, signed in the direction of worse."""
 
 

@@ -83,25 +83,40 @@ def run_matrix(
     have = {row.get("key") for row in journal.read() if row.get("status") == "ok" or not retry}
     everything = turns(matrix, machine)
     missing = [turn for turn in everything if turn.key not in have]
+    missing = [*_lost_references(journal, missing, out, matrix, machine), *missing]
     for done, turn in enumerate(missing, len(everything) - len(missing) + 1):
         row = _run(turn, matrix, out, machine, run_cell)
         journal.append(row)
         yield Progress(done, len(everything), row)
 
 
+def _lost_references(journal: Journal, missing: list[Turn], out: Path, matrix: Matrix, machine: Machine) -> list[Turn]:
+    """Baselines that ran, and whose frames are no longer there though a cell is yet to be compared with them."""
+    ran = {row.get("key") for row in journal.read() if row.get("status") == "ok"}
+    compared = [turn.cell for turn in missing if turn.round == 0 and not turn.cell.is_baseline]
+    wanted = {turn.key: turn for turn in (_baseline(cell, matrix, machine) for cell in compared)}
+    return [turn for key, turn in wanted.items() if key in ran and not _reference(turn, out).exists()]
+
+
+def _baseline(cell: Cell, matrix: Matrix, machine: Machine) -> Turn:
+    """The baseline's first turn of the cell's model and request, whose frames the cell is compared with."""
+    alike = (each for each in matrix.cells() if (each.model, each.request_name) == (cell.model, cell.request_name))
+    baseline = next(each for each in alike if each.is_baseline)
+    return Turn(baseline, 0, _key(baseline, 0, machine))
+
+
+def _reference(turn: Turn, out: Path) -> Path:
+    return out / "reference" / f"{turn.key}.safetensors"
+
+
 def _run(turn: Turn, matrix: Matrix, out: Path, machine: Machine, run_cell: RunCell) -> Row:
     cell = turn.cell
-    baseline = next(
-        other
-        for other in matrix.cells()
-        if other.is_baseline and (other.model, other.request_name) == (cell.model, cell.request_name)
-    )
     job = Job(
         cell=cell,
         round=turn.round,
         folder=out,
         stem=f"{cell.plan.name}-{turn.key[:8]}",
-        reference=out / "reference" / f"{_key(baseline, 0, machine)}.safetensors",
+        reference=_reference(_baseline(cell, matrix, machine), out),
     )
     measured = run_cell(job, matrix.timeout_seconds)
     if measured["status"] == "no space":
@@ -123,12 +138,19 @@ def _run(turn: Turn, matrix: Matrix, out: Path, machine: Machine, run_cell: RunC
 
 
 def lines_of(matrix: Matrix, out: Path, machine: Machine) -> tuple[list[Row], int]:
-    """The matrix's own lines in the journal, in order, the last of each turn; and how many others there are."""
+    """The matrix's own lines in the journal, in order, and how many others there are.
+
+    A turn may have run more than once: for a retry, or in each part of a joined benchmark. Then its good lines count.
+    """
     lines = Journal(out / "journal.jsonl").read()
-    by_key = {line.get("key"): line for line in lines}
-    mine = [by_key[turn.key] for turn in turns(matrix, machine) if turn.key in by_key]
-    others = {line.get("key") for line in lines} - {line["key"] for line in mine}
-    return mine, len(others)
+    by_key: dict[str | None, list[Row]] = {}
+    for line in lines:
+        by_key.setdefault(line.get("key"), []).append(line)
+    mine: list[Row] = []
+    for turn in turns(matrix, machine):
+        told = by_key.pop(turn.key, [])
+        mine += [line for line in told if line["status"] == "ok"] or told[-1:]
+    return mine, len(by_key)
 
 
 # Processes

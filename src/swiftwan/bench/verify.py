@@ -7,9 +7,8 @@ does memory grow, and how much faster is it. The verdict's limits are by what th
 from __future__ import annotations
 
 import gc
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass, replace
 from statistics import median
 from typing import TYPE_CHECKING, Any
 
@@ -25,7 +24,7 @@ from swiftwan.plan import complete, make_plan
 
 if TYPE_CHECKING:
     from swiftwan.pipelines.request import Request
-    from swiftwan.pipelines.result import Result
+    from swiftwan.pipelines.result import Result, StepEvent
 
 MIB = 2**20
 
@@ -75,7 +74,7 @@ class Verdict:
 
     Attributes:
         rung: the loosest of the plan's techniques; it chose the limits.
-        step_errors: (timestep, relative distance of the latents that go into it), down the schedule.
+        step_errors: (timestep, relative distance of the latents that have come down to it).
         quality: PSNR, SSIM, and LPIPS where its weights are here.
         exact_seconds, plan_seconds: of a clip; the plan's median.
         memory_bytes: in use after each of the plan's runs.
@@ -126,7 +125,7 @@ def verify(
 
     make_plan(plan, pick_device(device), dtype)  # what is wrong with it is told before minutes of the exact run
     engine = Engine.load(model, plan=[], device=device, dtype=dtype)
-    request = complete(request, engine.facts)
+    request = replace(request, seed=complete(request, engine.facts).seed)  # one noise; each takes its own defaults
     exact, exact_steps = _recorded(engine, request)
     exact = engine.run(request)  # the first one warmed up
     tell(f"exact run: {exact.seconds['total']:.2f} s")
@@ -192,31 +191,14 @@ def _is_whole(result: Result) -> bool:
 
 
 def _recorded(engine: Engine, request: Request) -> tuple[Result, dict[float, Tensor]]:
-    with latents_by_timestep(engine) as seen:
-        result = engine.run(request)
-    return result, seen
-
-
-@contextmanager
-def latents_by_timestep(engine: Engine) -> Iterator[dict[float, Tensor]]:
-    """Yield a dictionary that fills, as the engine runs, with the latents (1, C, f, h, w) entering each timestep.
-
-    Looks over the transformers' shoulder, so it holds for every plan whose steps still call them; each look waits for
-    the device, which is why no time is taken of such a run.
-    """
+    """Run, and keep what each step left (1, C, f, h, w) by its timestep; no time is taken of a run so looked at."""
     seen: dict[float, Tensor] = {}
 
-    def look(_module: Any, arguments: tuple[Tensor, ...]) -> None:
-        latents, timestep = arguments[0], arguments[1]
-        seen.setdefault(float(timestep.flatten()[0]), latents[:1].detach().float().cpu().clone())
+    def keep(event: StepEvent) -> None:
+        if event.latents is not None and event.timestep is not None:
+            seen[event.timestep] = event.latents.to("cpu", torch.float32, copy=True)
 
-    transformers = [t for t in (engine.parts.transformer, engine.parts.transformer_2) if t is not None]
-    handles = [transformer.register_forward_pre_hook(look) for transformer in transformers]
-    try:
-        yield seen
-    finally:
-        for handle in handles:
-            handle.remove()
+    return engine.run(request, on_step=keep), seen
 
 
 def _memory(engine: Engine) -> int:

@@ -13,9 +13,9 @@ from typing import Annotated
 
 import typer
 
-from swiftwan.cli import bench, convert, doctor, generate, info, models, serve, ui, verify
+from swiftwan.cli import bench, convert, doctor, generate, info, models, serve, train, ui, verify
 from swiftwan.errors import Cancelled, SwiftwanError
-from swiftwan.train import pocket
+from swiftwan.train import distill_command
 
 app = typer.Typer(
     name="swiftwan",
@@ -37,7 +37,8 @@ for verb in (
     ui.ui,
 ):
     app.command()(verb)
-app.add_typer(pocket.app, name="train", help="Train models: for now the parts of the embedded one.")
+train.app.command("distill")(distill_command.distill)
+app.add_typer(train.app, name="train", help="Fine-tune a LoRA, distill few-step students, train the embedded model.")
 
 
 @app.callback(invoke_without_command=True)

@@ -30,9 +30,17 @@ class Asked:
     plan: Annotated[
         str | None,
         Option(
-            help="A recipe's name, auto (the fastest exact plan), or none (the plain run).",
+            help="A recipe's name (8gb to 141gb), auto (the fastest that fits this GPU), or none (the plain run).",
             rich_help_panel=_RUN,
             metavar="P",
+        ),
+    ] = None
+    quality: Annotated[
+        str | None,
+        Option(
+            help="What auto may do: exact (the same maths), near (8 bits too), fast (skip work, too).",
+            rich_help_panel=_RUN,
+            metavar="exact|near|fast",
         ),
     ] = None
     techniques: Annotated[
@@ -124,7 +132,7 @@ class Asked:
             metavar="FILE",
         ),
     ] = None
-    quality: Annotated[
+    file_quality: Annotated[
         int,
         Option(help="1 (small) to 10 (visually lossless).", min=1, max=10, rich_help_panel=_FILE, metavar="N"),
     ] = 8

@@ -11,6 +11,8 @@ import typer
 from swiftwan.errors import Cancelled, RequestError
 
 if TYPE_CHECKING:
+    from swiftwan.bench.machine import Machine
+    from swiftwan.bench.matrix import Matrix
     from swiftwan.bench.rows import Row
     from swiftwan.bench.run import Progress
 
@@ -23,27 +25,36 @@ def bench(
         typer.Option(help="rows.jsonl of an earlier run: exit 1 if anything got worse.", metavar="ROWS"),
     ] = None,
     device: Annotated[str | None, typer.Option(help="cuda, cuda:N or cpu. Unset: the best here.")] = None,
+    only: Annotated[
+        list[str] | None, typer.Option(help="Run only this plan, and the baseline; may be given again.", metavar="PLAN")
+    ] = None,
+    join: Annotated[
+        list[Path] | None,
+        typer.Option(help="Run nothing: report on parts of this matrix that ran elsewhere.", metavar="FOLDER"),
+    ] = None,
     retry: Annotated[bool, typer.Option("--retry", help="Run again what failed, was refused or ran out.")] = False,
 ) -> None:
     """Measure plans against each other and against diffusers, each in a process of its own."""
     from dataclasses import replace
 
+    from swiftwan.bench.join import join as join_parts
     from swiftwan.bench.matrix import read_matrix
     from swiftwan.bench.report import Report, write
     from swiftwan.bench.rows import read_rows, write_rows
-    from swiftwan.bench.run import ask_machine, lines_of, run_in_process, run_matrix
+    from swiftwan.bench.run import ask_machine, lines_of
     from swiftwan.bench.summary import rows_of
 
     what = read_matrix(matrix)
     if device is not None:
         what = replace(what, device=device)
+    if only:
+        what = what.only(only)
     before = read_rows(compare) if compare else []
-    machine = ask_machine(what.device)
-    try:
-        for progress in run_matrix(what, out, machine, run_in_process, retry=retry):
-            typer.echo(_told(progress), err=True)
-    except KeyboardInterrupt:
-        raise Cancelled(f"stopped; finished rows are in '{out}', and the same command goes on") from None
+    if join:
+        machine = join_parts(out, join)
+    else:
+        machine = ask_machine(what.device)
+        _run(what, out, machine, retry=retry)
     lines, others = lines_of(what, out, machine)
     if others:
         typer.echo(f"{others} rows of other code, versions, devices or settings in '{out}' are left aside", err=True)
@@ -55,6 +66,16 @@ def bench(
     if compare:
         _judge(before, rows)
     typer.echo(page)
+
+
+def _run(matrix: Matrix, out: Path, machine: Machine, *, retry: bool) -> None:
+    from swiftwan.bench.run import run_in_process, run_matrix
+
+    try:
+        for progress in run_matrix(matrix, out, machine, run_in_process, retry=retry):
+            typer.echo(_told(progress), err=True)
+    except KeyboardInterrupt:
+        raise Cancelled(f"stopped; finished rows are in '{out}', and the same command goes on") from None
 
 
 def _told(progress: Progress) -> str:

@@ -32,7 +32,7 @@ def generate(asked: Asked) -> None:
         typer.echo(_likeness(asked.like, run), err=True)
     # Libraries may print; standard output is ours alone, for the path or the JSON object.
     with redirect_stdout(sys.stderr), shown(plain=asked.as_json) as display:
-        result, path = _run(run, display, quality=asked.quality)
+        result, path = _run(run, display, quality=asked.file_quality)
     if asked.as_json:
         typer.echo(json.dumps(_to_json(result, path)))
     else:
@@ -82,7 +82,7 @@ def _run(run: Run, display: Display, *, quality: int) -> tuple[Result, Path]:
             _check(run)
             from swiftwan.engine import Engine
 
-            engine = Engine.load(run.model, plan=run.plan, device=run.device, dtype=run.dtype)
+            engine = Engine.load(run.model, plan=run.plan, device=run.device, dtype=run.dtype, request=run.request)
             display.begin("image" if run.request.brings_pixels else "text")
             result = engine.run(run.request, on_step=display.on_step)
             display.begin("save")

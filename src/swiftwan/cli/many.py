@@ -94,8 +94,9 @@ class Runner:
 
         self.asked, self.display = asked, display
         self.model = asked.model or "pocket"
-        self.plan = understand_plan(asked, {})
-        make_plan(self.plan, pick_device(asked.device), asked.dtype, describe(self.model).known)
+        # One plan for all lines, so that a later call finds what it has made.
+        named = understand_plan(asked, {})
+        self.plan = make_plan(named, pick_device(asked.device), asked.dtype, describe(self.model)).specs
         self.engine: Engine | None = None
 
     def is_done(self, job: Job) -> bool:
@@ -138,7 +139,7 @@ class Runner:
         self.display.begin("image" if job.request.brings_pixels else "text")
         result = self.engine.run(job.request, on_step=self.display.on_step)
         self.display.begin("save")
-        path = result.save(job.out, quality=self.asked.quality)
+        path = result.save(job.out, quality=self.asked.file_quality)
         self.display.end()
         return path
 

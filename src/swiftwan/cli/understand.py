@@ -155,10 +155,14 @@ def understand_plan(asked: Asked, record: Mapping[str, Any]) -> str | list[str]:
     """The plan of a command line, or that of a file.
 
     Raises:
-        RequestError: both --plan and --with.
+        RequestError: both --plan and --with, or --quality with a plan other than auto.
     """
     if asked.plan is not None and asked.techniques:
         raise RequestError(f"--plan {asked.plan} and --with {asked.techniques[0]} are both given; give one.")
+    if asked.quality is not None:
+        if asked.techniques or asked.plan not in (None, "auto"):
+            raise RequestError(f"--quality {asked.quality} is for --plan auto, and another plan is given.")
+        return f"auto:{asked.quality}"
     if asked.techniques:
         return asked.techniques
     if asked.plan is not None:

@@ -34,9 +34,9 @@ def verify(
         raise RequestError(f"--runs is {runs}; it must be 1 or more.")
     from swiftwan.bench import verify as verification
     from swiftwan.pipelines.request import TextToVideo
-    from swiftwan.plan import RECIPES
+    from swiftwan.recipes import NAMES
 
-    asked = plan[0] if len(plan) == 1 and plan[0] in RECIPES else plan
+    asked = plan[0] if len(plan) == 1 and plan[0] in NAMES else plan
     request = TextToVideo(prompt, seed=seed, width=width, height=height, num_frames=frames, num_inference_steps=steps)
     try:
         verdict = verification.verify(

@@ -21,6 +21,8 @@ from swiftwan.measure.missing import Missing
 if TYPE_CHECKING:
     from swiftwan.measure.clip_score import ClipScorer
     from swiftwan.measure.lpips import Lpips
+    from swiftwan.pocket.scorers import PocketScorers
+    from swiftwan.pocket.world import Scene
 
 PSNR_OF_EQUAL_DB = 100.0
 """What equal frames count: their ratio is infinite, which no mean and no JSON can hold."""
@@ -106,6 +108,18 @@ class Material:
 
         return load_clip(self.device)
 
+    @cached_property
+    def scene(self) -> Scene | Missing:
+        from swiftwan.pocket.world import parse_prompt
+
+        return parse_prompt(self.prompt) or Missing("the prompt is not of the pocket world")
+
+    @cached_property
+    def pocket(self) -> PocketScorers:
+        from swiftwan.pocket.scorers import load_scorers
+
+        return load_scorers(self.device)
+
 
 Value = float | Missing
 
@@ -137,16 +151,35 @@ def _clip_score(material: Material) -> Value:
 
 def _judge(material: Material) -> Value:
     from swiftwan.pocket.judge import judge
-    from swiftwan.pocket.world import parse_prompt
 
-    scene = parse_prompt(material.prompt)
-    if scene is None:
-        return Missing("the prompt is not of the pocket world")
-    verdict = judge(material.frames, scene)
+    if isinstance(material.scene, Missing):
+        return material.scene
+    verdict = judge(material.frames, material.scene)
     words = [verdict.background, verdict.colours_present]
     for thing in verdict.things:
         words += [word for word in (thing.colour, thing.shape, thing.motion, thing.size) if word is not None]
     return 100 * sum(words) / len(words)
+
+
+# The pocket world's own scorers stand for CLIP and LPIPS there, and nowhere else: their fields say so.
+
+
+def _pocket_clip_score(material: Material) -> Value:
+    if isinstance(material.scene, Missing):
+        return material.scene
+    return material.pocket.clip_score(material.frames, material.scene)
+
+
+def _pocket_perceptual(material: Material) -> Value:
+    if isinstance(material.scene, Missing):
+        return material.scene
+    return _against(material.pocket.distance)(material)
+
+
+def _pocket_temporal(material: Material) -> Value:
+    if isinstance(material.scene, Missing):
+        return material.scene
+    return material.pocket.temporal(material.frames) if len(material.frames) > 1 else Missing("one frame has no motion")
 
 
 METRICS: dict[str, tuple[str, Callable[[Material], Value]]] = {
@@ -156,6 +189,9 @@ METRICS: dict[str, tuple[str, Callable[[Material], Value]]] = {
     "temporal-lpips": ("temporal_lpips", _temporal_lpips),
     "clip-score": ("clip_score", _clip_score),
     "judge": ("judge_percent", _judge),
+    "pocket-clip-score": ("pocket_clip_score", _pocket_clip_score),
+    "pocket-perceptual": ("pocket_perceptual", _pocket_perceptual),
+    "pocket-temporal-perceptual": ("pocket_temporal_perceptual", _pocket_temporal),
 }
 """By the name a matrix calls it: its field in a row, and what computes it."""
 

@@ -14,7 +14,7 @@ import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
-from typing import cast
+from typing import Any, cast
 
 import torch
 import torch.nn.functional as F
@@ -90,9 +90,9 @@ class GELU(nn.Module):
     def __init__(self, in_dim: int, out_dim: int, approximate: str) -> None:
         super().__init__()
         self.proj = nn.Linear(in_dim, out_dim)
-        self.linear_gelu: Callable[..., Tensor] = partial(linear_gelu, approximate=approximate)
+        self.linear_gelu: Callable[..., Any] = partial(linear_gelu, approximate=approximate)
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, x: Tensor) -> Any:
         return self.linear_gelu(self.proj, x)
 
 
@@ -170,7 +170,8 @@ class CrossAttention(Attention):
         return Memory(key, value, image_key, self.heads(self.add_v_proj(image)))
 
     def forward(self, x: Tensor, memory: Memory, text_bias: Tensor | None) -> Tensor:
-        q = self.heads(self.norm_q(self.to_q(x)))
+        """x (B, L, D), or (1, L, D) where all B prompts still see the same video, to (B, L, D)."""
+        q = self.heads(self.norm_q(self.to_q(x))).expand(len(memory.key), -1, -1, -1)
         out = sdpa(q, memory.key, memory.value, text_bias)
         if memory.image_key is not None and memory.image_value is not None:
             out = out + sdpa(q, memory.image_key, memory.image_value)
@@ -207,7 +208,7 @@ class Block(nn.Module):
         text_bias: Tensor | None,
         rope: Rope,
     ) -> Tensor:
-        """x (B, L, D) and time (B, K, 6, D) to x."""
+        """x (B, L, D) and time (B, K, 6, D) to x. Either may come with a batch of 1, for B prompts of one video."""
         shift, scale, gate, ffn_shift, ffn_scale, ffn_gate = (self.scale_shift_table + time).unbind(2)
         norm2, ops, eps = self.norm2, self.ops, self.eps
         update = self.attn1(ops.norm_modulate(x, shift, scale, spans, eps), rope, ops)
@@ -381,8 +382,9 @@ class WanTransformer(nn.Module):
 
         Args:
             latents: (B, C, f, h, w); image-to-video models take the noise, mask and image channels joined.
+                (1, C, f, h, w) under B prompts is computed once up to the first block's cross-attention.
             timestep: (B,) in [0, 1000], or (B, 2): that of the first latent frame, and that of the others.
-            condition: from :meth:`condition`, for this prompt and shape.
+            condition: from :meth:`condition`, for these B prompts and this shape.
 
         Returns:
             (B, out_channels, f, h, w) in the latents' dtype.

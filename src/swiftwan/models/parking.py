@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from swiftwan.models.streaming import plain_tensors, put, rebuilt
+from swiftwan.models.streaming import host_memory, plain_tensors, put, rebuilt
 
 
 class Parked:
@@ -28,7 +28,7 @@ class Parked:
             for name, tensor in (*owner.named_parameters(recurse=False), *owner.named_buffers(recurse=False)):
                 copies = {id(plain): _to_host(plain, pin) for plain in plain_tensors(tensor)}
                 self._host.append((owner, name, rebuilt(tensor, copies)))
-        self.leave()
+                put(owner, name, self._host[-1][2])  # at once, so that no more than one tensor is there twice
 
     def come(self) -> None:
         """Bring the weights to the device."""
@@ -47,5 +47,7 @@ class Parked:
 
 
 def _to_host(tensor: Tensor, pin: bool) -> Tensor:
-    host = tensor.detach().cpu()
-    return host.pin_memory() if pin else host
+    if not pin:
+        return tensor.detach().cpu()
+    host = host_memory(tensor.nbytes, locked=True).view(tensor.dtype).view(tensor.shape)
+    return host.copy_(tensor.detach())

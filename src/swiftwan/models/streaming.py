@@ -9,6 +9,8 @@ takes, this costs nothing (0.7 GB of a 14B block: 13 ms at PCIe 5's 55 GB/s).
 
 from __future__ import annotations
 
+import mmap
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -18,6 +20,32 @@ from torch import Tensor, nn
 
 _ALIGN = 256
 """Bytes; what CUDA's allocator and its vector loads want."""
+
+
+class _Locked(mmap.mmap):
+    """Host memory that a GPU reads by itself. torch's own allocator rounds each piece up to a power of two, which makes
+    40 blocks of 0.7 GB take 41 GB instead of 28."""
+
+    def __new__(cls, size: int) -> _Locked:
+        memory = super().__new__(cls, -1, size)
+        memory.address = torch.frombuffer(memory, dtype=torch.uint8).data_ptr()
+        torch.cuda.check_error(torch.cuda.cudart().cudaHostRegister(memory.address, size, 0))
+        return memory
+
+    address: int
+
+    def __del__(self) -> None:
+        if not sys.is_finalizing():
+            torch.cuda.cudart().cudaHostUnregister(self.address)
+
+
+def host_memory(size: int, locked: bool) -> Tensor:
+    """So many bytes of host memory, locked in place where a GPU is to copy from it."""
+    return (
+        torch.frombuffer(_Locked(max(size, 1)), dtype=torch.uint8)[:size]
+        if locked
+        else torch.empty(size, dtype=torch.uint8)
+    )
 
 
 class Slots:
@@ -57,7 +85,7 @@ class StreamedBlock(nn.Module):
         self.inner = inner
         self.slots, self.slot = slots, slot
         self.next: list[StreamedBlock] = []  # one or none; an attribute would make it a child
-        self.bytes = torch.empty(size_of(inner), dtype=torch.uint8, pin_memory=slots.copying is not None)
+        self.bytes = host_memory(size_of(inner), locked=slots.copying is not None)
         if slots.copying is not None:
             self.copied = torch.cuda.Event()
         _move(inner, self.bytes, slots.memory[slot])
@@ -106,12 +134,17 @@ def stream(blocks: nn.ModuleList, resident: int, slots: Slots) -> None:
 
 def bring(module: nn.Module, device: torch.device) -> None:
     """Move what is elsewhere to ``device``; ``module.to`` cannot swap quantized tensors while others hold them."""
-    device = torch.empty(0, device=device).device  # "cuda" has an index, too
     for owner in module.modules():
-        for name, tensor in (*owner.named_parameters(recurse=False), *owner.named_buffers(recurse=False)):
-            plain = list(plain_tensors(tensor))
-            if any(part.device != device for part in plain):
-                put(owner, name, rebuilt(tensor, {id(part): part.detach().to(device) for part in plain}))
+        bring_own(owner, device)
+
+
+def bring_own(owner: nn.Module, device: torch.device) -> None:
+    """Move a layer's own parameters and buffers, not those of layers inside it."""
+    device = torch.empty(0, device=device).device  # "cuda" has an index, too
+    for name, tensor in (*owner.named_parameters(recurse=False), *owner.named_buffers(recurse=False)):
+        plain = list(plain_tensors(tensor))
+        if any(part.device != device for part in plain):
+            put(owner, name, rebuilt(tensor, {id(part): part.detach().to(device) for part in plain}))
 
 
 def put(owner: nn.Module, name: str, tensor: Tensor) -> None:

@@ -29,8 +29,16 @@ from swiftwan.models.vae_blocks import (
     conv_stacked,
     conv_volume,
 )
-from swiftwan.models.vae_fast import FastDecoder, latent_frames_at_once
+from swiftwan.models.vae_fast import FastDecoder, FastEncoder, latent_frames_at_once
 from swiftwan.models.vae_tiles import Tiles, Tiling
+from swiftwan.models.vae_tiny import TinyDecoder
+
+Layers = Callable[[Tensor, Stream], Tensor]
+"""A chunk of one clip, and the clip's stream, through the encoder or the decoder."""
+
+
+TINY_FRAMES = 4
+"""Latent frames at once of a tiny decoder on a GPU: 16 frames of 64 channels, 0.8 GB at 832x480 in 16 bits."""
 
 
 class Encoder(nn.Module):
@@ -119,20 +127,31 @@ class WanVAE(nn.Module):
         self.quant_conv = Conv3d(2 * config.z_dim, 2 * config.z_dim, 1)
         self.post_quant_conv = Conv3d(config.z_dim, config.z_dim, 1)
         self.decoder = Decoder(config)
-        self.make_decoder: Callable[[nn.Module], Callable[[Tensor, Stream], Tensor]] = lambda decoder: decoder
-        """What runs the decoder's layers, made anew for each clip; ``decode_raw``, which learns, always runs them."""
+        self.make_encoder: Callable[[nn.Module], Layers] = lambda encoder: encoder
+        self.make_decoder: Callable[[nn.Module], Layers] = lambda decoder: decoder
+        """Who runs the layers, made anew for each clip; ``moments`` and ``decode_raw``, which learn, run them plain."""
+        self.tiny: TinyDecoder | None = None
+        """Decodes in the decoder's place, if it is there."""
 
     def run_fast(self) -> Self:
-        """From now on, decode with :class:`FastDecoder`; encoding and gradients stay as they are."""
-        self.make_decoder = FastDecoder
+        """From now on, encode with :class:`FastEncoder` and decode with :class:`FastDecoder`; what learns stays."""
+        self.make_encoder, self.make_decoder = FastEncoder, FastDecoder
+        return self
+
+    def run_plain(self) -> Self:
+        """Undo :meth:`run_fast`."""
+        self.make_encoder = self.make_decoder = lambda layers: layers
         return self
 
     def latent_frames_at_once(self, latents: Tensor) -> int:
         """The chunk length for these latents on this device: fast decoding gains by longer chunks, as memory allows."""
         weight = self.decoder.conv_out.weight
+        if self.tiny is not None:
+            return TINY_FRAMES if weight.is_cuda else 1
         if self.make_decoder is not FastDecoder or not weight.is_cuda:
             return 1
-        total = torch.cuda.get_device_properties(weight.device).total_memory
+        share = torch.cuda.get_per_process_memory_fraction(weight.device)
+        total = int(share * torch.cuda.get_device_properties(weight.device).total_memory)
         height, width = latents.shape[3:]
         return latent_frames_at_once(weight.shape[1], height, width, weight.element_size(), total)
 
@@ -186,7 +205,7 @@ class WanVAE(nn.Module):
             RequestError: F is not 4k + 1, H or W does not divide, or a chunk or tile size does not.
         """
         self._check_video(video)
-        chunks = self._encode_chunks(video, frames_per_chunk, tiling)
+        chunks = self._encode_chunks(self.encoder, video, frames_per_chunk, tiling)
         mean, logvar = torch.cat(list(chunks), dim=2).chunk(2, dim=1)
         return mean, logvar
 
@@ -196,8 +215,12 @@ class WanVAE(nn.Module):
 
         Arguments and errors as in ``moments``.
         """
-        mean, _ = self.moments(video, frames_per_chunk, tiling)
-        return self.normalize(mean)
+        self._check_video(video)
+        clips = [
+            torch.cat(list(self._encode_chunks(self.make_encoder(self.encoder), clip, frames_per_chunk, tiling)), dim=2)
+            for clip in video.split(1)
+        ]
+        return self.normalize(torch.cat(clips).chunk(2, dim=1)[0])
 
     def decode_raw(self, z: Tensor) -> Tensor:
         """Decode whole clips, differentiable.
@@ -215,7 +238,7 @@ class WanVAE(nn.Module):
         """
         clips = [
             torch.cat([chunk.clamp(-1, 1) for chunk in self._decode_chunks(z, latent_frames_per_chunk, tiling)], dim=2)
-            for z in self.denormalize(latents).split(1)
+            for z in latents.split(1)
         ]
         return torch.cat(clips)
 
@@ -235,11 +258,13 @@ class WanVAE(nn.Module):
         """
         if latents.shape[0] != 1:
             raise RequestError(f"stream_frames got {latents.shape[0]} clips; it takes 1. Call it once a clip.")
-        for chunk in self._decode_chunks(self.denormalize(latents), latent_frames_per_chunk, tiling):
+        for chunk in self._decode_chunks(latents, latent_frames_per_chunk, tiling):
             frames = chunk[0].permute(1, 2, 3, 0).float()
             yield ((frames / 2 + 0.5).clamp(0, 1) * 255).round().to(torch.uint8)
 
-    def _encode_chunks(self, video: Tensor, frames: int | None, tiling: Tiling | None) -> Iterator[Tensor]:
+    def _encode_chunks(
+        self, encoder: Layers, video: Tensor, frames: int | None, tiling: Tiling | None
+    ) -> Iterator[Tensor]:
         step = self.config.scale_factor_temporal
         if frames is not None and (frames < step or frames % step):
             near = max(step, frames // step * step)
@@ -247,19 +272,24 @@ class WanVAE(nn.Module):
                 f"frames_per_chunk is {frames}; this VAE needs a multiple of {step}. Nearest: {near} or {near + step}."
             )
         paste, cut = self._grids(tiling)
-        tiles = Tiles(lambda x, stream: self.quant_conv(self.encoder(x, stream)), cut, paste)
+        tiles = Tiles(lambda x, stream: self.quant_conv(encoder(x, stream)), cut, paste)
         x = _patchify(video.to(self.quant_conv.weight.dtype), self.patch)
         frames = frames or x.shape[2]
         yield tiles(x[:, :, : 1 + frames])
         for start in range(1 + frames, x.shape[2], frames):
             yield tiles(x[:, :, start : start + frames])
 
-    def _decode_chunks(self, z: Tensor, frames: int | None, tiling: Tiling | None) -> Iterator[Tensor]:
+    def _decode_chunks(self, latents: Tensor, frames: int | None, tiling: Tiling | None) -> Iterator[Tensor]:
         if frames is not None and frames < 1:
             raise RequestError(f"latent_frames_per_chunk is {frames}; it must be at least 1.")
+        frames = frames or latents.shape[2]
+        if self.tiny is not None:
+            stream = Stream()
+            yield from (self.tiny(chunk, stream) for chunk in latents.split(frames, dim=2))
+            return
         cut, paste = self._grids(tiling)
         tiles = Tiles(self.make_decoder(self.decoder), cut, paste)
-        for chunk in self._before_decoder(z).split(frames or z.shape[2], dim=2):
+        for chunk in self._before_decoder(self.denormalize(latents)).split(frames, dim=2):
             yield _unpatchify(tiles(chunk), self.patch)
 
     def _before_decoder(self, z: Tensor) -> Tensor:

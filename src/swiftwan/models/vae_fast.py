@@ -1,4 +1,4 @@
-"""The VAE's decoder for GPUs: the layers of ``Decoder``, channels last, with one kernel between two convolutions.
+"""The VAE for GPUs: the layers of ``Decoder`` and ``Encoder``, channels last, one kernel between two convolutions.
 
 Three things make it fast; each is exact but for rounding.
 
@@ -9,7 +9,7 @@ Three things make it fast; each is exact but for rounding.
 - A nearest upsampling and the 3x3 convolution behind it are a 2x2 convolution of the small image: 2.25 times less.
 
 It takes no weights of its own and keeps no state: weights are laid out anew for each clip (a copy of the decoder's,
-0.15 GB for Wan2.1 in bfloat16, for as long as the clip runs), so a changed model cannot be decoded with old weights.
+0.15 GB for Wan2.1 in bfloat16, for as long as the clip runs), so a changed model cannot run with old weights.
 """
 
 from __future__ import annotations
@@ -25,8 +25,11 @@ from torch import Tensor, nn
 from swiftwan.models.vae_blocks import (
     Attention,
     CausalConv3d,
+    Conv3d,
+    Downsample,
     MidBlock,
     ResidualBlock,
+    ResidualDownBlock,
     ResidualUpBlock,
     RMSNorm,
     Stream,
@@ -84,12 +87,75 @@ def latent_frames_at_once(in_dim: int, height: int, width: int, element_size: in
     return max(1, min(MOST_ELEMENTS // each, total_bytes // (4 * PEAK * element_size * each)))
 
 
-class FastDecoder:
+class FastLayers:
+    """What encoder and decoder share. Activations are sums not yet added up, (T, H, W, C); no gradients."""
+
+    def __init__(self, layout: Layout = layout) -> None:
+        self.layout = layout
+        self._weights: dict[tuple[nn.Module, object], tuple[Tensor, ...]] = {}
+
+    def _mid(self, block: MidBlock, x: Sum, stream: Stream) -> Sum:
+        (first, second), (attention,) = _layers(block.resnets), _layers(block.attentions)
+        x, _ = self._residual(first, x, stream)
+        x = self._attention(attention, x)
+        x, _ = self._residual(second, x, stream)
+        return x
+
+    def _residual(self, block: ResidualBlock, x: Sum, stream: Stream) -> tuple[Sum, Tensor]:
+        """The block's sum, and what went into the block."""
+        h, shortcut = self._causal(block.conv1, x, stream, block.norm1, keep=True)
+        h, _ = self._causal(block.conv2, h, stream, block.norm2)
+        assert shortcut is not None
+        if isinstance(block.conv_shortcut, nn.Conv3d):
+            weight, bias = block.conv_shortcut.weight.flatten(1), block.conv_shortcut.bias
+            return replace(h, residual=F.linear(shortcut, weight, bias)), shortcut
+        return replace(h, residual=shortcut), shortcut
+
+    def _attention(self, block: Attention, x: Sum) -> Sum:
+        entered = enter(x, Step(POINT, block.norm.gamma, keep=True), None)
+        tokens = entered.buffer.flatten(1, 2)  # (T, H W, C)
+        qkv = F.linear(tokens, block.to_qkv.weight.flatten(1), block.to_qkv.bias)
+        q, k, v = qkv.unsqueeze(1).chunk(3, dim=-1)
+        attended = F.scaled_dot_product_attention(q, k, v).squeeze(1)
+        y = F.linear(attended, block.proj.weight.flatten(1)).view(entered.buffer.shape)
+        return Sum(y, block.proj.bias, entered.kept)
+
+    def _causal(
+        self, conv: CausalConv3d, x: Sum, stream: Stream, norm: RMSNorm | None = None, keep: bool = False
+    ) -> tuple[Sum, Tensor | None]:
+        """(Norm, SiLU and) a 3x3x3 convolution: its sum, and, if kept, x added up."""
+        window = self.layout(conv.in_channels, conv.out_channels, x.shape[0])
+        step = Step(window, None if norm is None else norm.gamma, silu=norm is not None, keep=keep)
+        entered = enter(x, step, stream.past.get(conv))
+        assert entered.past is not None
+        stream.past[conv] = entered.past
+        return Sum(self._convolve(conv, window, entered.buffer), conv.bias), entered.kept
+
+    def _convolve(self, conv: CausalConv3d, window: Window, buffer: Tensor) -> Tensor | Products:
+        match window.form:
+            case "winograd":
+                planes = self._laid_out(conv, window, lambda: winograd_taps(conv.weight))
+                return Products(*(_images(part, plane) for part, plane in zip(buffer, planes, strict=True)))
+            case "stacked":
+                (stacked,) = self._laid_out(conv, window, lambda: (stack_taps(conv.weight),))
+                return _images(buffer.flatten(3), stacked)
+            case "volume":
+                (volume,) = self._laid_out(conv, window, lambda: (_last(conv.weight),))
+                y = F.conv3d(buffer.permute(3, 0, 1, 2).unsqueeze(0), volume, padding=(0, 1, 1))
+                return y[0].permute(1, 2, 3, 0)
+
+    def _laid_out(self, layer: nn.Module, form: object, make: Callable[[], tuple[Tensor, ...]]) -> tuple[Tensor, ...]:
+        if (layer, form) not in self._weights:
+            self._weights[layer, form] = make()
+        return self._weights[layer, form]
+
+
+class FastDecoder(FastLayers):
     """Decode one clip: (1, z, T, h, w) -> (1, C, T', H, W), as ``Decoder`` does, stream and all. No gradients."""
 
     def __init__(self, decoder: Any, layout: Layout = layout) -> None:
-        self.decoder, self.layout = decoder, layout
-        self._weights: dict[tuple[nn.Module, object], tuple[Tensor, ...]] = {}
+        super().__init__(layout)
+        self.decoder = decoder
 
     @torch.no_grad()
     def __call__(self, z: Tensor, stream: Stream) -> Tensor:
@@ -108,7 +174,7 @@ class FastDecoder:
 
     def _chunk(self, z: Tensor, stream: Stream) -> Tensor:
         decoder = self.decoder
-        x = Sum(z.permute(1, 2, 3, 0).unsqueeze(3).contiguous())
+        x = Sum(z.permute(1, 2, 3, 0).contiguous())
         x, _ = self._causal(decoder.conv_in, x, stream)
         x = self._mid(decoder.mid_block, x, stream)
         for block in decoder.up_blocks:
@@ -116,15 +182,6 @@ class FastDecoder:
         video = self._to_pixels(decoder.conv_out, decoder.norm_out, x, stream)
         stream.at_start = False
         return video.unsqueeze(0)
-
-    # Blocks
-
-    def _mid(self, block: MidBlock, x: Sum, stream: Stream) -> Sum:
-        (first, second), (attention,) = _layers(block.resnets), _layers(block.attentions)
-        x, _ = self._residual(first, x, stream)
-        x = self._attention(attention, x)
-        x, _ = self._residual(second, x, stream)
-        return x
 
     def _up(self, block: UpBlock | ResidualUpBlock, x: Sum, stream: Stream) -> Sum:
         block_input: Tensor | None = None
@@ -141,30 +198,11 @@ class FastDecoder:
         shortcut = Repeated(block_input, block.avg_shortcut.factor_t, block.avg_shortcut.repeats)
         return replace(self._upsample(block.upsampler, x, stream), residual=shortcut)
 
-    def _residual(self, block: ResidualBlock, x: Sum, stream: Stream) -> tuple[Sum, Tensor]:
-        """The block's sum, and what went into the block."""
-        h, shortcut = self._causal(block.conv1, x, stream, block.norm1, keep=True)
-        h, _ = self._causal(block.conv2, h, stream, block.norm2)
-        assert shortcut is not None
-        if isinstance(block.conv_shortcut, nn.Conv3d):
-            weight, bias = block.conv_shortcut.weight.flatten(1), block.conv_shortcut.bias
-            return replace(h, residual=F.linear(shortcut, weight, bias)), shortcut
-        return replace(h, residual=shortcut), shortcut
-
-    def _attention(self, block: Attention, x: Sum) -> Sum:
-        entered = enter(x, Step(POINT, block.norm.gamma, keep=True), None)
-        tokens = entered.buffer.flatten(1, 3)  # (T, H W, C)
-        qkv = F.linear(tokens, block.to_qkv.weight.flatten(1), block.to_qkv.bias)
-        q, k, v = qkv.unsqueeze(1).chunk(3, dim=-1)
-        attended = F.scaled_dot_product_attention(q, k, v).squeeze(1)
-        y = F.linear(attended, block.proj.weight.flatten(1)).view(entered.buffer.shape)
-        return Sum(y, block.proj.bias, entered.kept)
-
     def _upsample(self, block: Upsample, x: Sum, stream: Stream) -> Sum:
         conv = block.resample[1]
         assert isinstance(conv, nn.Conv2d)
         if block.time_conv is None or stream.at_start:
-            images = enter(x, Step(POINT), None).buffer.squeeze(3)
+            images = added_up(x)
         else:
             images = self._double_frames(block.time_conv, x, stream)
         (weight,) = self._laid_out(conv, "folded", lambda: (fold_upsample(conv.weight),))
@@ -173,12 +211,12 @@ class FastDecoder:
     def _double_frames(self, conv: CausalConv3d, x: Sum, stream: Stream) -> Tensor:
         """(T, H, W, C) -> (2 T, H, W, C): a convolution over time alone is a matrix product of stacked frames."""
         frames, height, width, channels = x.shape
-        entered = enter(x, Step(Window(1, conv.kernel_size[0] - 1)), stream.past.get(conv))
+        entered = enter(x, Step(Window("stacked", conv.kernel_size[0] - 1)), stream.past.get(conv))
         assert entered.past is not None
         assert conv.bias is not None
         stream.past[conv] = entered.past
         stacked = entered.buffer.flatten(3).flatten(1, 2)
-        (weights,) = self._laid_out(conv, "rows", lambda: (stack_taps(conv.weight, 1).flatten(1),))
+        (weights,) = self._laid_out(conv, "rows", lambda: (stack_taps(conv.weight).flatten(1),))
         doubled = stacked.new_empty(frames, 2, height * width, channels)
         # Frame by frame, since a product cannot leave gaps between rows for the frame in between.
         for frame in range(frames):
@@ -186,36 +224,12 @@ class FastDecoder:
                 torch.addmm(bias, stacked[frame], weight.t(), out=doubled[frame, half])
         return doubled.view(2 * frames, height, width, channels)
 
-    # Convolutions
-
-    def _causal(
-        self, conv: CausalConv3d, x: Sum, stream: Stream, norm: RMSNorm | None = None, keep: bool = False
-    ) -> tuple[Sum, Tensor | None]:
-        """(Norm, SiLU and) a 3x3x3 convolution: its sum, and, if kept, x added up."""
-        window = self.layout(conv.in_channels, conv.out_channels, x.shape[0])
-        step = Step(window, None if norm is None else norm.gamma, silu=norm is not None, keep=keep)
-        entered = enter(x, step, stream.past.get(conv))
-        assert entered.past is not None
-        stream.past[conv] = entered.past
-        return Sum(self._convolve(conv, window, entered.buffer), conv.bias), entered.kept
-
-    def _convolve(self, conv: CausalConv3d, window: Window, buffer: Tensor) -> Tensor | Products:
-        if window.winograd:
-            planes = self._laid_out(conv, window, lambda: winograd_taps(conv.weight))
-            return Products(*(_images(part, plane) for part, plane in zip(buffer, planes, strict=True)))
-        if window.group == 0:
-            (volume,) = self._laid_out(conv, window, lambda: (_last(conv.weight),))
-            y = F.conv3d(buffer.permute(3, 0, 1, 2).unsqueeze(0), volume, padding=(0, 1, 1))
-            return y[0].permute(1, 2, 3, 0).unsqueeze(3)
-        (stacked,) = self._laid_out(conv, window, lambda: (stack_taps(conv.weight, window.group),))
-        return _images(buffer.flatten(3), stacked).unflatten(3, (window.group, -1))
-
     def _to_pixels(self, conv: CausalConv3d, norm: RMSNorm, x: Sum, stream: Stream) -> Tensor:
         """Norm, SiLU and the convolution to few channels: (C, T, H, W)."""
         entered = enter(x, Step(POINT, norm.gamma, silu=True), None)
         (weight,) = self._laid_out(conv, "rows", lambda: (conv.weight.permute(2, 3, 4, 0, 1).flatten(0, 3),))
         frames, height, width, _ = x.shape
-        products = torch.mm(weight, entered.buffer.flatten(0, 3).t()).view(-1, frames, height, width)
+        products = torch.mm(weight, entered.buffer.flatten(0, 2).t()).view(-1, frames, height, width)
         past = stream.past.get(conv)
         assert conv.bias is not None
         video = gather_taps(products, past, conv.bias)
@@ -225,10 +239,66 @@ class FastDecoder:
         stream.past[conv] = latest[:, -2:].clone()
         return video
 
-    def _laid_out(self, layer: nn.Module, form: object, make: Callable[[], tuple[Tensor, ...]]) -> tuple[Tensor, ...]:
-        if (layer, form) not in self._weights:
-            self._weights[layer, form] = make()
-        return self._weights[layer, form]
+
+class FastEncoder(FastLayers):
+    """Encode one clip: (1, C, T', H, W) -> (1, 2 z, T, h, w), as ``Encoder`` does, stream and all. No gradients."""
+
+    def __init__(self, encoder: Any, layout: Layout = layout) -> None:
+        super().__init__(layout)
+        self.encoder = encoder
+
+    @torch.no_grad()
+    def __call__(self, video: Tensor, stream: Stream) -> Tensor:
+        assert video.shape[0] == 1
+        # The clip's first frame goes alone: it stays single where others are halved, so all later counts are even.
+        parts = [video[:, :, :1], video[:, :, 1:]] if stream.at_start and video.shape[2] > 1 else [video]
+        return torch.cat([self._chunk(part[0], stream) for part in parts], dim=2)
+
+    def _chunk(self, video: Tensor, stream: Stream) -> Tensor:
+        encoder = self.encoder
+        x = Sum(video.permute(1, 2, 3, 0).contiguous())
+        x, _ = self._causal(encoder.conv_in, x, stream)
+        for block in encoder.down_blocks:
+            x = self._down(block, x, stream)
+        x = self._mid(encoder.mid_block, x, stream)
+        x, _ = self._causal(encoder.conv_out, x, stream, encoder.norm_out)
+        stream.at_start = False
+        return added_up(x).permute(3, 0, 1, 2).unsqueeze(0)
+
+    def _down(self, block: ResidualBlock | Downsample | ResidualDownBlock, x: Sum, stream: Stream) -> Sum:
+        if isinstance(block, ResidualBlock):
+            return self._residual(block, x, stream)[0]
+        if isinstance(block, Downsample):
+            return self._downsample(block, x, stream)
+        block_input = added_up(x)
+        x = Sum(block_input)
+        for resnet in _layers(block.resnets):
+            x, _ = self._residual(resnet, x, stream)
+        x = Sum(added_up(x)) if block.downsampler is None else self._downsample(block.downsampler, x, stream)
+        shortcut = block.avg_shortcut(block_input.permute(3, 0, 1, 2).unsqueeze(0))
+        return replace(x, residual=shortcut[0].permute(1, 2, 3, 0).contiguous())
+
+    def _downsample(self, block: Downsample, x: Sum, stream: Stream) -> Sum:
+        conv = block.resample[1]
+        assert isinstance(conv, nn.Conv2d)
+        padded = F.pad(added_up(x), (0, 0, 0, 1, 0, 1)).permute(0, 3, 1, 2)
+        x = Sum(F.conv2d(padded, conv.weight, stride=2).permute(0, 2, 3, 1).contiguous(), conv.bias)
+        return x if block.time_conv is None else self._halve_frames(block.time_conv, x, stream)
+
+    def _halve_frames(self, conv: Conv3d, x: Sum, stream: Stream) -> Sum:
+        """(2 T, H, W, C) -> (T, H, W, C): a convolution over time alone is a matrix product of stacked frames."""
+        frames = added_up(x)
+        past, stream.past[conv] = stream.past.get(conv), frames[-1:].clone()
+        if past is None:
+            return Sum(frames)  # the clip's first, which stays as it is
+        stacked = torch.cat((past, frames)).unfold(0, 3, 2).transpose(3, 4).flatten(3)
+        (weight,) = self._laid_out(conv, "rows", lambda: (stack_taps(conv.weight).flatten(1),))
+        return Sum(F.linear(stacked, weight), conv.bias)
+
+
+def added_up(x: Sum) -> Tensor:
+    """(T, H, W, C)."""
+    return enter(x, Step(POINT), None).buffer
 
 
 def _layers(modules: nn.ModuleList) -> Iterator[Any]:

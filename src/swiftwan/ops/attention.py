@@ -1,7 +1,7 @@
 """Attention over (B, L, H, E): batch, tokens, heads, head width. Every kernel has this one signature.
 
 Measured on one H200 in bf16, 12 heads x 32,760 tokens x 128: torch's own choice 352 TFLOP/s, cuDNN 596 to 625,
-FlashAttention-4 708 (DESIGN.md).
+FlashAttention-4 708 (DESIGN.md). ``fp8`` is ours (:mod:`swiftwan.ops.attention_fp8`), ``fp8-plain`` its reference.
 """
 
 from __future__ import annotations
@@ -55,7 +55,9 @@ class Kernel:
         package: distribution that brings it, if it is not torch's own.
         install: what to hand to pip for it; None is the package.
         capability: least CUDA compute capability; None runs on any device.
+        until: the first that has other tensor cores, which it cannot use; None if there is none.
         half: whether it takes bf16 and fp16 only.
+        widths: of a head, that it takes; () takes any.
     """
 
     name: str
@@ -64,12 +66,18 @@ class Kernel:
     package: str | None = None
     install: str | None = None
     capability: Capability = None
+    until: Capability = None
     half: bool = True
+    widths: tuple[int, ...] = ()
 
     def missing_on(self, capability: Capability) -> str:
         """What a device of this compute capability, or this installation, lacks to run it; empty if nothing."""
         if self.capability is not None and (capability is None or capability < self.capability):
             return f"it needs an NVIDIA GPU of compute capability {self.capability[0]}.{self.capability[1]} or more"
+        if self.until is not None and capability is not None and capability >= self.until:
+            return (
+                f"it is written for the tensor cores of GPUs before compute capability {self.until[0]}.{self.until[1]}"
+            )
         if self.package is not None and not _installed(self.package):
             return f"the package is missing: pip install '{self.install or self.package}'"
         return ""
@@ -106,7 +114,28 @@ def _load_flash4() -> Attend:
     os.environ.setdefault("FLASH_ATTENTION_CUTE_DSL_CACHE_DIR", str(cache_home / "swiftwan" / "flash4"))
     # Said once a compilation, about an argument that we do not pass (flash-attn-4 4.0.0b36, cutlass-dsl 4.8.1).
     warnings.filterwarnings("ignore", message="Argument aux_data .* cannot be converted", category=UserWarning)
-    return _opaque("flash4", importlib.import_module("flash_attn.cute").flash_attn_func)
+    interface = importlib.import_module("flash_attn.cute.interface")
+    if torch.cuda.get_device_capability()[0] != 9:
+        return _opaque("flash4", interface.flash_attn_func)
+    attend, forward = interface.flash_attn_func, interface._flash_attn_fwd
+
+    def hopper(q: Tensor, k: Tensor, v: Tensor) -> Any:
+        # The package would take 128 x 128, and a forward longer: TI2V-5B at 1280x704x121 796 instead of 784 ms, 1.3B at
+        # 832x480x81 441 instead of 438 (H200, at its limit of 700 W; benchmarks/h200_forward.jsonl).
+        return forward(q, k, v, tile_mn=(192, 128), mma_pv_is_rs=False) if q.shape[-1] == 128 else attend(q, k, v)
+
+    return _opaque("flash4", hopper)
+
+
+@cache
+def _load_fp8() -> Attend:
+    return _opaque("fp8", importlib.import_module("swiftwan.ops.attention_fp8_gluon").attend)
+
+
+def _load_fp8_plain() -> Attend:
+    from swiftwan.ops.attention_fp8 import plain_fp8
+
+    return plain_fp8
 
 
 @cache
@@ -145,5 +174,7 @@ KERNELS = (
     Kernel("flash3", "exact", _load_flash3, "flash-attn-3", capability=(9, 0)),
     Kernel("flash2", "exact", _load_flash2, "flash-attn", capability=(8, 0)),
     Kernel("sage", "near", _load_sage, "sageattention", capability=(8, 0)),
+    Kernel("fp8", "near", _load_fp8, "triton", capability=(9, 0), until=(10, 0), widths=(128,)),
+    Kernel("fp8-plain", "near", _load_fp8_plain, half=False),
 )
 """Every kernel that ``attention:NAME`` takes."""

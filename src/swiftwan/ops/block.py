@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 from torch import Tensor
 
@@ -12,12 +13,16 @@ from swiftwan.ops import modulate, rope
 
 @dataclass(frozen=True)
 class BlockOps:
-    """Each field has the signature and the meaning of the plain function that :data:`PLAIN` holds in it."""
+    """Each field has the signature and the meaning of the plain function that :data:`PLAIN` holds in it.
 
-    norm_modulate: Callable[..., Tensor]
+    What a norm returns goes to linear layers and nowhere else: so it is whatever those take, a Tensor or, for 8-bit
+    layers, :class:`swiftwan.ops.fp8.Rounded`.
+    """
+
+    norm_modulate: Callable[..., Any]
     gated_add: Callable[..., Tensor]
-    gated_add_norm: Callable[..., tuple[Tensor, Tensor]]
-    add_norm_modulate: Callable[..., tuple[Tensor, Tensor]]
+    gated_add_norm: Callable[..., tuple[Tensor, Any]]
+    add_norm_modulate: Callable[..., tuple[Tensor, Any]]
     norm_rope: Callable[..., tuple[Tensor, Tensor]]
 
 

@@ -2,7 +2,8 @@
 
 A row of activations, one token, is scaled by its own largest value, and a row of weights, one output, by its own;
 cuBLASLt multiplies the bytes and applies both scales to the sum. Rounding the activations is the only extra pass
-over them, and the Triton kernel makes it one read and half a write; in eager torch it is five.
+over them: the Triton kernel makes it one read and half a write, where eager torch takes five, and the kernels of
+:mod:`swiftwan.ops.fused_fp8` round what they have in their registers, which costs no pass at all.
 
 Shapes: M tokens, I and O in- and out-width.
 """
@@ -10,7 +11,8 @@ Shapes: M tokens, I and O in- and out-width.
 from __future__ import annotations
 
 import importlib.util
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from typing import NamedTuple, Self
 
 import torch
 from torch import Tensor, nn
@@ -21,49 +23,79 @@ LARGEST = 448.0
 _TINY = 1e-12
 
 
-def quantize_rows(x: Tensor) -> tuple[Tensor, Tensor]:
-    """The plain way: (M, I) to float8_e4m3fn (M, I) and the scale of each row, float32 (M, 1)."""
-    scale = x.abs().amax(dim=1, keepdim=True).float().clamp_min(_TINY) / LARGEST
-    return (x.float() / scale).clamp(-LARGEST, LARGEST).to(torch.float8_e4m3fn), scale
+class Rounded(NamedTuple):
+    """Activations as an 8-bit layer multiplies them: float8_e4m3fn (..., I), and each row's scale, float32 (..., 1)."""
+
+    values: Tensor
+    scale: Tensor
+
+
+def quantize_rows(x: Tensor) -> Rounded:
+    """The plain way, for x (..., I)."""
+    scale = x.abs().amax(dim=-1, keepdim=True).float().clamp_min(_TINY) / LARGEST
+    return Rounded((x.float() / scale).clamp(-LARGEST, LARGEST).to(torch.float8_e4m3fn), scale)
 
 
 class Fp8Linear(nn.Module):
     """An ``nn.Linear`` whose weight rests, and whose product runs, in 8-bit floats.
 
     Args:
-        linear: on a CUDA device of compute capability 8.9 or more; its widths divide by 16.
+        weight: float8_e4m3fn (O, I), on a CUDA device of compute capability 8.9 or more; both widths divide by 16.
+        scale: of each row of it, float32 (O, 1).
+        bias: (O,), if there is one.
+        dtype: of the result.
     """
 
     weight: Tensor
     scale: Tensor
 
-    def __init__(self, linear: nn.Linear) -> None:
+    def __init__(self, weight: Tensor, scale: Tensor, bias: nn.Parameter | None, dtype: torch.dtype) -> None:
         super().__init__()
-        self.in_features, self.out_features = linear.in_features, linear.out_features
-        self.dtype = linear.weight.dtype
-        weight, scale = quantize_rows(linear.weight.detach())
+        self.out_features, self.in_features = weight.shape
+        self.dtype = dtype
         self.register_buffer("weight", weight)
         self.register_buffer("scale", scale.T.contiguous())
-        self.bias = linear.bias
+        self.bias = bias
         self.quantize_rows = _fast_rows()
 
-    def forward(self, x: Tensor) -> Tensor:
-        rows, row_scale = self.quantize_rows(x.reshape(-1, self.in_features))
+    @classmethod
+    def of(cls, linear: nn.Linear) -> Self:
+        """Round a layer's weight, where it lies."""
+        return cls(*quantize_rows(linear.weight.detach()), linear.bias, linear.weight.dtype)
+
+    @classmethod
+    def merged(cls, layers: Sequence[Self]) -> Self:
+        """One layer whose outputs are those of all, side by side. Their weights become views of its own, so that a
+        change in place reaches both, but a weight that is replaced or moved does not."""
+        biases = [layer.bias for layer in layers if layer.bias is not None]
+        assert len(biases) == len(layers), "all of them have a bias, or none can be merged"
+        weight, bias = torch.cat([layer.weight for layer in layers]), torch.cat([bias.data for bias in biases])
+        scale = torch.cat([layer.scale.T for layer in layers])
+        start = 0
+        for layer, own in zip(layers, biases, strict=True):
+            end = start + layer.out_features
+            layer.weight, own.data = weight[start:end], bias[start:end]
+            start = end
+        return cls(weight, scale, nn.Parameter(bias, False), layers[0].dtype)
+
+    def forward(self, x: Tensor | Rounded) -> Tensor:
+        """(..., I) to (..., O), from activations that may be rounded already."""
+        values, scale = x if isinstance(x, Rounded) else self.quantize_rows(x)
         out = torch._scaled_mm(
-            rows,
+            values.flatten(0, -2),
             self.weight.T,
-            scale_a=row_scale,
+            scale_a=scale.flatten(0, -2),
             scale_b=self.scale,
             bias=self.bias,
             out_dtype=self.dtype,
             use_fast_accum=True,
         )
-        return out.view(*x.shape[:-1], self.out_features)
+        return out.view(*values.shape[:-1], self.out_features)
 
 
-def _fast_rows() -> Callable[[Tensor], tuple[Tensor, Tensor]]:
+def _fast_rows() -> Callable[[Tensor], Rounded]:
     if importlib.util.find_spec("triton") is None:
         return quantize_rows
-    from swiftwan.ops.fp8_triton import quantize_rows as in_one_pass
+    from swiftwan.ops.fused_fp8 import quantize_rows as in_one_pass
 
     return in_one_pass

@@ -17,6 +17,7 @@ import triton.language as tl
 from torch import Tensor, nn
 
 from swiftwan.ops.block import BlockOps
+from swiftwan.ops.fp8 import Rounded
 from swiftwan.ops.rope import Rope
 
 
@@ -36,10 +37,10 @@ def _warps(block: int) -> int:
 
 @triton.jit
 def _add_norm_kernel(
-    x, update, gate, scale, shift, summed, normed,
+    x, update, gate, scale, shift, summed, normed, row_scale,
     length, boundary, gate_batch, gate_span, scale_batch, scale_span, eps,
     WIDTH: tl.constexpr, BLOCK: tl.constexpr, ROWS: tl.constexpr, SPANS: tl.constexpr,
-    ADD: tl.constexpr, GATED: tl.constexpr, NORM: tl.constexpr, MODULATED: tl.constexpr,
+    ADD: tl.constexpr, GATED: tl.constexpr, NORM: tl.constexpr, MODULATED: tl.constexpr, ROUNDED: tl.constexpr,
 ):  # fmt: skip
     batch = tl.program_id(1)
     token = tl.program_id(0) * ROWS + tl.arange(0, ROWS)[:, None]
@@ -68,59 +69,69 @@ def _add_norm_kernel(
             factor += 1.0
         offset = tl.load(shift + vector, inside, other=0.0).to(tl.float32)
         result = centred * tl.rsqrt(variance + eps) * factor + offset
+        if ROUNDED:
+            largest = tl.max(tl.where(inside, tl.abs(result), 0.0), axis=1, keep_dims=True)
+            step = tl.maximum(largest, 1e-12) / 448.0
+            tl.store(row_scale + batch * length + token, step, token < length)
+            result *= 1.0 / step
         tl.store(normed + place, result.to(normed.dtype.element_ty), mask)
 
 
-def _add_norm(
+def add_norm(
     x: Tensor,
     update: Tensor | None,
     gate: Tensor | None,
     norm: tuple[Tensor, Tensor] | None,
     spans: Sequence[int],
     eps: float,
+    rounded: Rounded | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """``norm`` is (scale, shift) as (B, K, D), or (weight, bias) as (D,). What is not asked for returns x."""
+    """``norm`` is (scale, shift) as (B, K, D), or (weight, bias) as (D,); into ``rounded``, if it is given, its result
+    goes in 8 bits. What is not asked for returns x."""
     _refuse_gradient(x)
+    x = (x if update is None else x.expand_as(update)).contiguous()
     batch, length, width = x.shape
-    x = x.contiguous()
     update = x if update is None else update.contiguous()
     summed = x if update is x else torch.empty_like(x)
-    normed = x if norm is None else torch.empty_like(x)
+    normed, row_scale = rounded or (x if norm is None else torch.empty_like(x), x)
     scale, shift = norm or (x, x)
     modulated = scale.ndim == 3
-    vectors = gate if gate is not None else scale
+    if modulated:  # one vector for the whole batch has a stride of 0
+        scale, shift = scale.expand(batch, -1, -1), shift.expand(batch, -1, -1)
+    vectors = scale if gate is None else gate.expand(batch, -1, -1)
     block = triton.next_power_of_2(width)
     rows = max(1, 1024 // block)
     _add_norm_kernel[(triton.cdiv(length, rows), batch)](
-        x, update, x if gate is None else gate, scale, shift, summed, normed,
+        x, update, vectors, scale, shift, summed, normed, row_scale,
         length, spans[0],
         vectors.stride(0), vectors.stride(1),
         scale.stride(0) if modulated else 0, scale.stride(1) if modulated else 0, eps,
         WIDTH=width, BLOCK=block, ROWS=rows, SPANS=len(spans),
         ADD=summed is not x, GATED=gate is not None, NORM=norm is not None, MODULATED=modulated,
+        ROUNDED=rounded is not None,
         num_warps=_warps(block),
     )  # fmt: skip
     return summed, normed
 
 
 def norm_modulate(x: Tensor, shift: Tensor, scale: Tensor, spans: Sequence[int], eps: float) -> Tensor:
-    return _add_norm(x, None, None, (scale, shift), spans, eps)[1]
+    return add_norm(x, None, None, (scale, shift), spans, eps)[1]
 
 
 def gated_add(x: Tensor, update: Tensor, gate: Tensor, spans: Sequence[int]) -> Tensor:
-    return _add_norm(x, update, gate, None, spans, 0.0)[0]
+    return add_norm(x, update, gate, None, spans, 0.0)[0]
 
 
 def gated_add_norm(
     x: Tensor, update: Tensor, gate: Tensor, spans: Sequence[int], weight: Tensor, bias: Tensor, eps: float
 ) -> tuple[Tensor, Tensor]:
-    return _add_norm(x, update, gate, (weight, bias), spans, eps)
+    return add_norm(x, update, gate, (weight, bias), spans, eps)
 
 
 def add_norm_modulate(
     x: Tensor, update: Tensor, shift: Tensor, scale: Tensor, spans: Sequence[int], eps: float
 ) -> tuple[Tensor, Tensor]:
-    return _add_norm(x, update, None, (scale, shift), spans, eps)
+    return add_norm(x, update, None, (scale, shift), spans, eps)
 
 
 # RMS norm and rotary position embedding of q and k

@@ -5,7 +5,8 @@ vectors are (B, K, D) for K spans of tokens, not one a token: at 1280x704x121 th
 2.0 GB that a per-token tensor takes.
 
 Throughout: x and update (B, L, D); shift, scale, gate (B, K, D) in float32; ``spans`` says how many tokens each of
-the K vectors serves, and sums to L; weight and bias (D,). All compute in float32 and return x's dtype.
+the K vectors serves, and sums to L; weight and bias (D,). All compute in float32 and return x's dtype. The vectors
+may come with a batch of 1, and in :func:`add_norm_modulate` x too, for the whole batch of the update.
 """
 
 from collections.abc import Sequence

@@ -11,6 +11,7 @@ kept for each block of queries.
 
 from __future__ import annotations
 
+import importlib.util
 import math
 from collections.abc import Callable
 
@@ -25,7 +26,7 @@ TILE = (2, 8, 8)
 """Frames, rows and columns of patches that make a block."""
 
 SparseKernel = Callable[[Tensor, Tensor, Tensor, Tensor, int], Tensor]
-"""(q, k, v, blocks, block) to (B, L, H, E); q, k, v (B, L, H, E), blocks int64 (B, H, N, M), ascending."""
+"""(q, k, v, blocks, block) to (B, L, H, E); q, k, v (B, L, H, E), blocks int32 (B, H, N, M), ascending."""
 
 
 def tile_order(frames: int, height: int, width: int, *, device: torch.device) -> Tensor:
@@ -51,18 +52,35 @@ def block_means(x: Tensor, block: int) -> Tensor:
     return means.transpose(1, 2)
 
 
-def select_blocks(q: Tensor, k: Tensor, keep: float, block: int = BLOCK) -> Tensor:
-    """The blocks of keys that each block of queries will see; int64 (B, H, N, M), ascending, M = ceil(keep N)."""
-    scores = block_means(q, block) @ block_means(k, block).transpose(-1, -2)
+def keep_best(scores: Tensor, kept: int) -> Tensor:
+    """The columns of the ``kept`` largest scores of each row, the diagonal always among them: int32 (B, H, N, kept),
+    ascending, from (B, H, N, N)."""
+    scores = scores.clone()
     scores.diagonal(dim1=-2, dim2=-1).fill_(math.inf)
+    return scores.topk(kept, dim=-1, sorted=False).indices.sort(dim=-1).values.int()
+
+
+def choose_blocks(q_means: Tensor, k_means: Tensor, keep: float) -> Tensor:
+    """The blocks of keys that each block of queries will see, of means (B, H, N, E): int32 (B, H, N, M), ascending,
+    M = ceil(keep N)."""
+    scores = q_means @ k_means.transpose(-1, -2)
     kept = math.ceil(keep * scores.shape[-1])
-    return scores.topk(kept, dim=-1, sorted=False).indices.sort(dim=-1).values
+    if scores.is_cuda and importlib.util.find_spec("triton") is not None:
+        from swiftwan.ops.sparse_triton import keep_best as in_one_pass
+
+        return in_one_pass(scores, kept)
+    return keep_best(scores, kept)
+
+
+def select_blocks(q: Tensor, k: Tensor, keep: float, block: int = BLOCK) -> Tensor:
+    """:func:`choose_blocks` for q and k (B, L, H, E)."""
+    return choose_blocks(block_means(q, block), block_means(k, block), keep)
 
 
 def sparse_reference(q: Tensor, k: Tensor, v: Tensor, blocks: Tensor, block: int) -> Tensor:
     """The plain way: dense attention under a mask; runs everywhere, saves nothing."""
     count = -(-q.shape[1] // block)
-    seen = torch.zeros(*blocks.shape[:3], count, dtype=torch.bool, device=q.device).scatter_(-1, blocks, True)
+    seen = torch.zeros(*blocks.shape[:3], count, dtype=torch.bool, device=q.device).scatter_(-1, blocks.long(), True)
     mask = seen.repeat_interleave(block, -2).repeat_interleave(block, -1)[..., : q.shape[1], : k.shape[1]]
     out = F.scaled_dot_product_attention(q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2), attn_mask=mask)
     return out.transpose(1, 2)
@@ -74,13 +92,12 @@ def sparse_flash4(q: Tensor, k: Tensor, v: Tensor, blocks: Tensor, block: int) -
     from flash_attn.cute.block_sparsity import BlockSparseTensorsTorch
     from flash_attn.cute.interface import _flash_attn_fwd
 
-    index = blocks.to(torch.int32)
-    count = torch.full(index.shape[:3], index.shape[3], dtype=torch.int32, device=q.device)
+    count = torch.full(blocks.shape[:3], blocks.shape[3], dtype=torch.int32, device=q.device)
     tensors = BlockSparseTensorsTorch(
         mask_block_cnt=torch.zeros_like(count),
-        mask_block_idx=index[..., :1],
+        mask_block_idx=blocks[..., :1],
         full_block_cnt=count,
-        full_block_idx=index,
+        full_block_idx=blocks,
         block_size=(block, block),
     )
     out: Tensor = _flash_attn_fwd(q, k, v, block_sparse_tensors=tensors)[0]
@@ -95,7 +112,7 @@ def sparse_flex() -> SparseKernel:
 
     def kernel(q: Tensor, k: Tensor, v: Tensor, blocks: Tensor, block: int) -> Tensor:
         count = torch.full(blocks.shape[:3], blocks.shape[3], dtype=torch.int32, device=q.device)
-        index = F.pad(blocks.to(torch.int32), (0, -(-k.shape[1] // block) - blocks.shape[3]))
+        index = F.pad(blocks, (0, -(-k.shape[1] // block) - blocks.shape[3]))
         mask = BlockMask.from_kv_blocks(
             torch.zeros_like(count),
             torch.zeros_like(index),

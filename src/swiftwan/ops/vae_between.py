@@ -4,15 +4,14 @@ A convolution leaves its sum without bias. What follows it (bias, residual, RMS 
 what the next one wants (the frames before the chunk in front, frames gathered in its channels) is pointwise, so
 one kernel reads the sum and writes the next input; no padding, concatenation or activation passes through memory.
 
-Shapes: T frames, H x W positions, C channels, channels last. A convolution that makes F frames at once has them
-side by side in its channels: (T / F, H, W, F, C).
+Shapes: T frames, H x W positions, C channels, channels last.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 from itertools import product
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -21,31 +20,32 @@ from torch import Tensor
 
 @dataclass(frozen=True)
 class Window:
-    """How a convolution reads frames: ``reach`` frames of the past, and how many frames it makes at once.
+    """How a convolution reads frames: ``reach`` frames of the past with each, in one of three forms.
 
-    - ``group`` 0: a 3D convolution over the chunk, (reach + T, H, W, C).
-    - ``group`` 1 or more: a 2D one over frames stacked in the channels, (T / group, H, W, group + reach, C).
+    - ``volume``: a 3D convolution over the chunk, (reach + T, H, W, C).
+    - ``stacked``: a 2D one over frames stacked in the channels, (T, H, W, reach + 1, C).
     - ``winograd``: four 2D ones that make two frames, where plain ones take six (arXiv 1509.09308, F(2, 3) over
       time): sums and differences of the frames d0 to d3, (4, T / 2, H, W, C) of d0 - d2, d1 + d2, d2 - d1, d1 - d3.
     """
 
-    group: int
+    form: Literal["volume", "stacked", "winograd"]
     reach: int
-    winograd: bool = False
 
     def shape(self, frames: int, height: int, width: int, channels: int) -> tuple[int, ...]:
-        if self.group == 0:
-            return frames + self.reach, height, width, channels
-        assert frames % self.group == 0
-        if self.winograd:
-            return 4, frames // 2, height, width, channels
-        return frames // self.group, height, width, self.group + self.reach, channels
+        match self.form:
+            case "volume":
+                return self.reach + frames, height, width, channels
+            case "stacked":
+                return frames, height, width, self.reach + 1, channels
+            case "winograd":
+                assert frames % 2 == 0
+                return 4, frames // 2, height, width, channels
 
 
-VOLUME, STACKED, PAIRS, WINOGRAD = Window(0, 2), Window(1, 2), Window(2, 2), Window(2, 2, winograd=True)
+VOLUME, STACKED, WINOGRAD = Window("volume", 2), Window("stacked", 2), Window("winograd", 2)
 """The windows of a 3x3x3 convolution."""
-POINT = Window(1, 0)
-"""The window of a convolution that reads its own frame only."""
+POINT = Window("volume", 0)
+"""The window of a convolution that reads its own frame only: (T, H, W, C)."""
 
 
 class Products(NamedTuple):
@@ -80,7 +80,7 @@ class Repeated:
 class Sum:
     """What a convolution left behind: ``y`` plus ``bias`` plus ``residual``, not yet added up.
 
-    y is (T / F, H, W, F, C), contiguous; or four products; or, behind a folded upsampling (:func:`fold_upsample`),
+    y is (T, H, W, C), contiguous; or four products; or, behind a folded upsampling (:func:`fold_upsample`),
     (T, H / 2 + 1, W / 2 + 1, 2, 2, C), where the value of row 2 i + a, column 2 j + b stands at [i + a, j + b, a, b].
     """
 
@@ -97,13 +97,13 @@ class Sum:
     def shape(self) -> tuple[int, int, int, int]:
         """(T, H, W, C) of the sum."""
         if isinstance(self.y, Products):
-            groups, height, width, channels = self.y.first.shape
-            return 2 * groups, height, width, channels
+            pairs, height, width, channels = self.y.first.shape
+            return 2 * pairs, height, width, channels
         if self.y.ndim == 6:
             frames, rows, columns, _, _, channels = self.y.shape
             return frames, 2 * (rows - 1), 2 * (columns - 1), channels
-        groups, height, width, group, channels = self.y.shape
-        return groups * group, height, width, channels
+        frames, height, width, channels = self.y.shape
+        return frames, height, width, channels
 
 
 @dataclass(frozen=True)
@@ -157,15 +157,13 @@ def enter_plain(total: Sum, step: Step, past: Tensor | None) -> Entered:
     if window.reach:
         x = torch.cat((x.new_zeros(window.reach, *x.shape[1:]) if past is None else past.float(), x))
         past = x[-window.reach :].to(dtype, copy=True)
-    if window.winograd:
+    if window.form == "winograd":
         d0, d1, d2, d3 = x[:-2:2], x[1:-1:2], x[2::2], x[3::2]
         return Entered(torch.stack((d0 - d2, d1 + d2, d2 - d1, d1 - d3)).to(dtype), past, kept)
     x = x.to(dtype)
-    if window.group == 0:
-        return Entered(x, past, kept)
-    # (T / group, H, W, C, group + reach)
-    stacked = x.unfold(0, window.group + window.reach, window.group)
-    return Entered(stacked.transpose(3, 4).contiguous(), past, kept)
+    if window.form == "stacked":
+        x = x.unfold(0, window.reach + 1, 1).transpose(3, 4).contiguous()
+    return Entered(x, past, kept)
 
 
 def _in_order(y: Tensor | Products) -> Tensor:
@@ -173,8 +171,8 @@ def _in_order(y: Tensor | Products) -> Tensor:
     if isinstance(y, Products):
         first, total, difference, last = (part.float() for part in y)
         return torch.stack((first + total + difference, total - difference - last), dim=1).flatten(0, 1)
-    if y.ndim == 5:
-        return y.permute(0, 3, 1, 2, 4).flatten(0, 1)
+    if y.ndim == 4:
+        return y
     rows, columns = y.shape[1] - 1, y.shape[2] - 1
     phases = [[y[:, a : a + rows, b : b + columns, a, b] for b in (0, 1)] for a in (0, 1)]
     return torch.stack([torch.stack(row, dim=3) for row in phases], dim=2).flatten(3, 4).flatten(1, 2)
@@ -212,16 +210,9 @@ def gather_taps_plain(products: Tensor, past: Tensor | None, bias: Tensor) -> Te
 # Weights
 
 
-def stack_taps(weight: Tensor, group: int) -> Tensor:
-    """(O, I, taps, h, w) -> (group O, (group + taps - 1) I, h, w): the same convolution over stacked frames.
-
-    For ``group`` above 1 a part of it is zeros: (group + taps - 1) / taps times the arithmetic buys wider products.
-    """
-    out_dim, in_dim, taps, *kernel = weight.shape
-    wide = weight.new_zeros(group, out_dim, group + taps - 1, in_dim, *kernel)
-    for frame in range(group):
-        wide[frame, :, frame : frame + taps] = weight.transpose(1, 2)
-    return wide.flatten(2, 3).flatten(0, 1).contiguous(memory_format=torch.channels_last)
+def stack_taps(weight: Tensor) -> Tensor:
+    """(O, I, taps, h, w) -> (O, taps I, h, w): the same convolution over stacked frames."""
+    return weight.transpose(1, 2).flatten(1, 2).contiguous(memory_format=torch.channels_last)
 
 
 def winograd_taps(weight: Tensor) -> tuple[Tensor, ...]:

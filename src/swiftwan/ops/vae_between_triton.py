@@ -12,10 +12,12 @@ from torch import Tensor
 
 from swiftwan.ops.vae_between import Entered, Products, Repeated, Step, Sum
 
-ELEMENTS = 4096  # of one program: 32 positions of 96 channels, 4 of 1024
+# Of one program: 8 positions of 96 channels, 1 of 1024. At 4096 the Winograd kernel takes 255 registers and spills: a
+# whole decode of 832x480x81 in 484 ms instead of 468 (H200).
+ELEMENTS = 1024
 SIZES = ["frames", "height", "width"]
 NONE, SAME, REPEATED = 0, 1, 2  # kinds of residual
-GROUPED, FOLDED, PRODUCTS = 0, 1, 2  # kinds of y
+FRAMES, FOLDED, PRODUCTS = 0, 1, 2  # kinds of y
 
 
 @triton.jit
@@ -35,7 +37,6 @@ def _sum(  # type: ignore[no-untyped-def]
     width,
     CHANNELS: tl.constexpr,
     SOURCE: tl.constexpr,
-    Y_GROUP: tl.constexpr,
     HAS_BIAS: tl.constexpr,
     RESIDUAL: tl.constexpr,
     FACTOR_T: tl.constexpr,
@@ -64,8 +65,8 @@ def _sum(  # type: ignore[no-untyped-def]
             place = place * 4 + (row % 2) * 2 + column % 2
             start = frame * ((height // 2 + 1) * across * (4 * CHANNELS)).to(tl.int64)
         else:
-            place = position * Y_GROUP
-            start = (frame // Y_GROUP) * (frame_size * Y_GROUP) + (frame % Y_GROUP) * CHANNELS
+            place = position
+            start = frame * frame_size
         value = tl.load(y + start + place[:, None] * CHANNELS + channel[None, :], mask, other=0.0).to(tl.float32)
     if HAS_BIAS:
         value += tl.load(bias + channel, channel < CHANNELS, other=0.0).to(tl.float32)[None, :]
@@ -116,7 +117,6 @@ def _enter(  # type: ignore[no-untyped-def]
     PADDED: tl.constexpr,
     POSITIONS: tl.constexpr,
     SOURCE: tl.constexpr,
-    Y_GROUP: tl.constexpr,
     HAS_BIAS: tl.constexpr,
     RESIDUAL: tl.constexpr,
     FACTOR_T: tl.constexpr,
@@ -127,7 +127,7 @@ def _enter(  # type: ignore[no-untyped-def]
     KEEP: tl.constexpr,
     HAS_PAST: tl.constexpr,
     REACH: tl.constexpr,
-    GROUP: tl.constexpr,
+    STACKED: tl.constexpr,
 ):
     """One program a frame, those of the past too."""
     area = height * width
@@ -146,22 +146,21 @@ def _enter(  # type: ignore[no-untyped-def]
     else:
         value = _sum(
             y, y1, y2, y3, bias, residual, kept, step - REACH, position, channel, mask, height, width,
-            CHANNELS, SOURCE, Y_GROUP, HAS_BIAS, RESIDUAL, FACTOR_T, REPEATS, SKIP, KEEP,
+            CHANNELS, SOURCE, HAS_BIAS, RESIDUAL, FACTOR_T, REPEATS, SKIP, KEEP,
         )  # fmt: skip
         value = _activate(value, gamma, channel, CHANNELS, NORM, SILU)
 
     if REACH > 0 and step >= frames:
         tl.store(new_past + (step - frames) * frame_size + dense, value, mask)
-    if GROUP == 0:
-        tl.store(buffer + step * frame_size + dense, value, mask)
-    else:
-        slots: tl.constexpr = GROUP + REACH
+    if STACKED:
+        slots: tl.constexpr = REACH + 1
         stacked = position[:, None] * (slots * CHANNELS) + channel[None, :]
-        for copy in tl.static_range((slots + GROUP - 1) // GROUP):
-            slot = step % GROUP + GROUP * copy
-            group = step // GROUP - copy
-            fits = (slot < slots) & (group >= 0) & (group < frames // GROUP)
-            tl.store(buffer + group * (frame_size * slots) + slot * CHANNELS + stacked, value, mask & fits)
+        for slot in tl.static_range(slots):
+            reader = step - slot
+            fits = (reader >= 0) & (reader < frames)
+            tl.store(buffer + reader * (frame_size * slots) + slot * CHANNELS + stacked, value, mask & fits)
+    else:
+        tl.store(buffer + step * frame_size + dense, value, mask)
 
 
 @triton.jit(do_not_specialize=SIZES)
@@ -184,7 +183,6 @@ def _enter_winograd(  # type: ignore[no-untyped-def]
     PADDED: tl.constexpr,
     POSITIONS: tl.constexpr,
     SOURCE: tl.constexpr,
-    Y_GROUP: tl.constexpr,
     HAS_BIAS: tl.constexpr,
     RESIDUAL: tl.constexpr,
     FACTOR_T: tl.constexpr,
@@ -195,7 +193,7 @@ def _enter_winograd(  # type: ignore[no-untyped-def]
     KEEP: tl.constexpr,
     HAS_PAST: tl.constexpr,
     REACH: tl.constexpr,
-    GROUP: tl.constexpr,
+    STACKED: tl.constexpr,
 ):
     """One program all frames, two at a time: each pair meets the one before it in registers."""
     area = height * width
@@ -215,11 +213,11 @@ def _enter_winograd(  # type: ignore[no-untyped-def]
     for pair in range(pairs):
         d2 = _sum(
             y, y1, y2, y3, bias, residual, kept, 2 * pair, position, channel, mask, height, width,
-            CHANNELS, SOURCE, Y_GROUP, HAS_BIAS, RESIDUAL, FACTOR_T, REPEATS, SKIP, KEEP,
+            CHANNELS, SOURCE, HAS_BIAS, RESIDUAL, FACTOR_T, REPEATS, SKIP, KEEP,
         )  # fmt: skip
         d3 = _sum(
             y, y1, y2, y3, bias, residual, kept, 2 * pair + 1, position, channel, mask, height, width,
-            CHANNELS, SOURCE, Y_GROUP, HAS_BIAS, RESIDUAL, FACTOR_T, REPEATS, SKIP, KEEP,
+            CHANNELS, SOURCE, HAS_BIAS, RESIDUAL, FACTOR_T, REPEATS, SKIP, KEEP,
         )  # fmt: skip
         d2 = _activate(d2, gamma, channel, CHANNELS, NORM, SILU)
         d3 = _activate(d3, gamma, channel, CHANNELS, NORM, SILU)
@@ -249,7 +247,9 @@ def enter(total: Sum, step: Step, past: Tensor | None) -> Entered:
     padded = triton.next_power_of_2(channels)
     positions = max(1, ELEMENTS // padded)
     across = triton.cdiv(height * width, positions)
-    kernel, grid = (_enter_winograd, (across,)) if window.winograd else (_enter, (across, frames + window.reach))
+    kernel, grid = (
+        (_enter_winograd, (across,)) if window.form == "winograd" else (_enter, (across, frames + window.reach))
+    )
     with torch.cuda.device_of(y):
         kernel[grid](
             *parts,
@@ -266,8 +266,7 @@ def enter(total: Sum, step: Step, past: Tensor | None) -> Entered:
             CHANNELS=channels,
             PADDED=padded,
             POSITIONS=positions,
-            SOURCE=PRODUCTS if isinstance(total.y, Products) else FOLDED if y.ndim == 6 else GROUPED,
-            Y_GROUP=y.shape[3] if y.ndim == 5 else 1,
+            SOURCE=PRODUCTS if isinstance(total.y, Products) else FOLDED if y.ndim == 6 else FRAMES,
             HAS_BIAS=total.bias is not None,
             RESIDUAL=NONE if source is None else REPEATED if copies else SAME,
             FACTOR_T=factor_t,
@@ -278,7 +277,7 @@ def enter(total: Sum, step: Step, past: Tensor | None) -> Entered:
             KEEP=step.keep,
             HAS_PAST=past is not None,
             REACH=window.reach,
-            GROUP=window.group,
+            STACKED=window.form == "stacked",
         )
     return Entered(buffer, new_past, kept)
 

@@ -4,16 +4,18 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
+from functools import partial
 from typing import TYPE_CHECKING
 
 import torch
+from torch import Tensor
 
 from swiftwan.device import peak_bytes, versions
 from swiftwan.inputs import read
 from swiftwan.pipelines.clock import Clock
 from swiftwan.pipelines.request import Request
 from swiftwan.pipelines.result import Phase, Result, StepEvent
-from swiftwan.pipelines.stages import decode, denoise, encode_image, encode_text, schedule
+from swiftwan.pipelines.stages import decode, denoise, denoise_progressively, encode_image, encode_text, schedule
 from swiftwan.pipelines.start import Material, begin, draw_noise
 
 if TYPE_CHECKING:
@@ -28,7 +30,7 @@ def generate(engine: Engine, request: Request, on_step: OnStep | None) -> Result
     parts, plan = engine.parts, engine.plan
     progress = Progress(engine.torch_device, on_step)
 
-    scheduler = schedule(request, engine.torch_device)
+    scheduler = schedule(request, plan.settings.few_step, engine.torch_device)
     noise = draw_noise(engine.latent_shape(request), request.seed, engine.torch_device)
 
     given = read(request)
@@ -42,8 +44,11 @@ def generate(engine: Engine, request: Request, on_step: OnStep | None) -> Result
     text = encode_text(parts.text, request, image)
     progress.tell("text", 1)
 
-    latents = denoise(
-        parts, plan.guide, scheduler, request, text, start, lambda: progress.tell("denoise", len(start.timesteps))
+    progressive = plan.settings.progressive
+    walk = denoise if progressive is None else partial(denoise_progressively, progressive)
+    steps = len(start.timesteps)
+    latents = walk(
+        parts, plan.guide, scheduler, request, text, start, lambda *reached: progress.tell("denoise", steps, *reached)
     )
     parts.enter("vae")
     chunks = -(-latents.shape[2] // parts.vae.latent_frames_at_once(latents))
@@ -74,10 +79,10 @@ class Progress:
         self.done: dict[Phase, int] = {}
         self.began = time.perf_counter()
 
-    def tell(self, phase: Phase, steps: int) -> None:
-        """A unit of ``phase``, of which there are ``steps``, has just ended."""
+    def tell(self, phase: Phase, steps: int, latents: Tensor | None = None, timestep: float | None = None) -> None:
+        """A unit of ``phase``, of which there are ``steps``, has just ended and left ``latents`` at ``timestep``."""
         self.clock.mark(phase)
         self.done[phase] = self.done.get(phase, 0) + 1
         if self.on_step is not None:
             seconds = time.perf_counter() - self.began
-            self.on_step(StepEvent(phase, self.done[phase], steps, seconds))
+            self.on_step(StepEvent(phase, self.done[phase], steps, seconds, latents, timestep))

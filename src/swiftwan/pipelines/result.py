@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -24,12 +24,17 @@ class StepEvent:
         phase: where the run is.
         step, steps: how many units of this phase are done, and how many there are.
         seconds: time since the run began (host clock; no device sync).
+        latents: of a denoising step, what it left: (1, C, f, h, w) on the run's device, whose work on them may still
+            be in its queue; to be read, not changed. None in other phases.
+        timestep: how noisy these latents are, from 1000 (noise alone) to 0 (none).
     """
 
     phase: Phase
     step: int
     steps: int
     seconds: float
+    latents: Tensor | None = field(default=None, compare=False, repr=False)
+    timestep: float | None = None
 
 
 @dataclass(frozen=True)

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from copy import deepcopy
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -17,7 +18,8 @@ from swiftwan.models.text import TextEncoder
 from swiftwan.models.vae import Tiling, WanVAE
 from swiftwan.pipelines.request import ImageToVideo, Request
 from swiftwan.pipelines.start import Start
-from swiftwan.sampling import make_scheduler
+from swiftwan.progressive import Progressive, Watched
+from swiftwan.sampling import FewStep, make_scheduler
 from swiftwan.weights.build import Parts
 
 TRAIN_TIMESTEPS = 1000
@@ -48,8 +50,8 @@ def encode_image(encoder: ImageEncoder | None, request: Request, given: Given | 
     return encoder.encode(given.pixels[:, 0])
 
 
-def schedule(request: Request, device: torch.device) -> Any:
-    """The request's scheduler at its first step."""
+def schedule(request: Request, few_step: FewStep | None, device: torch.device) -> Any:
+    """The request's scheduler at its first step; a few-step model says at which noise levels it is evaluated."""
     assert request.scheduler is not None
     assert request.num_inference_steps is not None
     assert request.flow_shift is not None
@@ -58,10 +60,14 @@ def schedule(request: Request, device: torch.device) -> Any:
         num_inference_steps=request.num_inference_steps,
         flow_shift=request.flow_shift,
         device=device,
+        levels=few_step.levels_for(request.num_inference_steps, request.flow_shift) if few_step else None,
     )
 
 
 # Denoising
+
+AfterStep = Callable[[Tensor, float], None]
+"""Told the latents (1, C, f, h, w) that a step left, and the timestep they have come down to."""
 
 
 @dataclass(frozen=True)
@@ -100,11 +106,11 @@ def denoise(
     request: Request,
     text: Embeddings,
     start: Start,
-    after_step: Callable[[], None],
+    after_step: AfterStep,
 ) -> Tensor:
     """Follow the flow from where the task starts to a clean latent video (1, C, f, h, w), float32.
 
-    ``after_step`` is called behind each model evaluation and solver step; what it raises ends the run.
+    ``after_step`` is told behind each model evaluation and solver step; what it raises ends the run.
     """
     latents, given = start.latents, start.given
     shape = tuple(latents.shape)
@@ -112,13 +118,48 @@ def denoise(
     noise = torch.Generator("cpu").manual_seed(request.seed + 1)
     # Only the few-step solver draws noise; the others have no such argument.
     options = {"generator": noise} if request.scheduler == "lcm" else {}
+    reached = iter([*start.timesteps[1:].tolist(), start.ends_at])
     for expert in experts(parts, request, start.timesteps):
         predict = guide.guidance(expert.transformer, text, shape, expert.guidance_scale, expert.timesteps.tolist())
         for timestep in expert.timesteps:
             flow = predict(*given.inputs(latents, timestep.expand(1)))
             latents = scheduler.step(flow, timestep, latents, return_dict=False, **options)[0]
-            after_step()
+            after_step(latents, next(reached))
     return given.kept(latents)
+
+
+def denoise_progressively(
+    progressive: Progressive,
+    parts: Parts,
+    guide: Guide,
+    scheduler: Any,
+    request: Request,
+    text: Embeddings,
+    start: Start,
+    after_step: AfterStep,
+) -> Tensor:
+    """As :func:`denoise`, from pure noise, with the first steps on smaller latents."""
+    noise, order = start.latents, scheduler.order
+    levels = (start.timesteps[::order] / TRAIN_TIMESTEPS).tolist()
+    count = progressive.small_steps(levels)
+    if count == 0:
+        return denoise(parts, guide, scheduler, request, text, start, after_step)
+    # Solvers of a higher order remember steps, which are of the other size: the large ones begin with their own.
+    index, afresh = count * order, deepcopy(scheduler)
+    afresh.set_begin_index(index)
+    sigma = float(afresh.sigmas[index])
+
+    small = replace(
+        start,
+        latents=progressive.shrink(noise, parts.transformer.config.patch_size[1]),
+        timesteps=start.timesteps[:index],
+        ends_at=float(start.timesteps[index]),
+    )
+    watched = Watched(scheduler)
+    denoise(parts, guide, watched, request, text, small, after_step)
+    assert watched.clean is not None
+    large = replace(start, latents=progressive.enlarge(watched.clean, noise, sigma), timesteps=start.timesteps[index:])
+    return denoise(parts, guide, afresh, request, text, large, after_step)
 
 
 # Decoding
@@ -130,9 +171,19 @@ def decode(
     tiling: Tiling | None,
     after_chunk: Callable[[], None],
 ) -> Tensor:
-    """Decode to uint8 frames (F, H, W, 3) on the CPU, a chunk at a time, so that memory stays bounded."""
-    chunks = []
+    """Decode to uint8 frames (F, H, W, 3) on the CPU, a chunk at a time, so that memory stays bounded.
+
+    The frames lie in page-locked memory where there is CUDA: the GPU goes on while a chunk is copied.
+    """
+    _, _, count, rows, columns = latents.shape
+    time, space = vae.config.scale_factor_temporal, vae.config.scale_factor_spatial
+    shape = ((count - 1) * time + 1, rows * space, columns * space, 3)
+    frames = torch.empty(shape, dtype=torch.uint8, pin_memory=latents.is_cuda)
+    at = 0
     for chunk in vae.stream_frames(latents, vae.latent_frames_at_once(latents), tiling):
-        chunks.append(chunk.cpu())
+        frames[at : at + len(chunk)].copy_(chunk, non_blocking=True)
+        at += len(chunk)
         after_chunk()
-    return torch.cat(chunks)
+    if latents.is_cuda:
+        torch.cuda.synchronize(latents.device)
+    return frames

@@ -18,6 +18,7 @@ from torch import Tensor
 from swiftwan.inputs import Given
 from swiftwan.models.vae import Tiling
 from swiftwan.pipelines.request import Blend, ImageToImage, ImageToVideo, Request, VideoToVideo
+from swiftwan.sampling import TAKES_LEVELS
 from swiftwan.weights.build import Parts
 
 # What stays given while the rest is denoised
@@ -74,11 +75,12 @@ class FirstFrame:
 
 @dataclass(frozen=True)
 class Start:
-    """Latents (1, C, f, h, w), the timesteps still to walk, and what is given all the way."""
+    """Latents (1, C, f, h, w), the timesteps still to walk, what is given all the way, and the timestep behind it."""
 
     latents: Tensor
     timesteps: Tensor
     given: Kept
+    ends_at: float = 0.0
 
 
 @dataclass(frozen=True)
@@ -91,6 +93,13 @@ class Material:
     noise: Tensor
     scheduler: Any
     tiling: Tiling | None
+
+    @property
+    def first(self) -> Tensor:
+        """Noise as the schedule begins: a distilled model (rCM) may begin at a level below all noise."""
+        if self.request.scheduler in TAKES_LEVELS:
+            return self.noise * self.scheduler.sigmas[0].to(self.noise)
+        return self.noise  # the others' first sigma, 0.9998, is a matter of their steps, as in diffusers
 
     def encoded(self, video: Tensor) -> Tensor:
         """(1, 3, F, H, W) in [-1, 1] to normalised latents (1, C, f, h, w)."""
@@ -114,7 +123,7 @@ def draw_noise(shape: tuple[int, ...], seed: int, device: torch.device) -> Tenso
 
 def from_noise(material: Material) -> Start:
     """Text to video and text to image: pure noise, the whole schedule."""
-    return Start(material.noise, material.scheduler.timesteps, Nothing())
+    return Start(material.first, material.scheduler.timesteps, Nothing())
 
 
 def from_pixels(material: Material) -> Start:
@@ -139,7 +148,7 @@ def after_first_frame(material: Material) -> Start:
     """Image to video where the first latent frame is the image's own."""
     assert material.given is not None
     frame = material.encoded(as_video(material.given.pixels[0]))
-    return Start(material.noise, material.scheduler.timesteps, FirstFrame(frame))
+    return Start(material.first, material.scheduler.timesteps, FirstFrame(frame))
 
 
 def beside_channels(material: Material) -> Start:
@@ -157,7 +166,7 @@ def beside_channels(material: Material) -> Start:
     if last:
         mask[:, -1, -1] = 1
     channels = Channels(torch.cat((mask, image), dim=1))
-    return Start(material.noise, material.scheduler.timesteps, channels)
+    return Start(material.first, material.scheduler.timesteps, channels)
 
 
 # Pixels and latents

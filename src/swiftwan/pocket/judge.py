@@ -139,7 +139,8 @@ def read_clip(frames: Tensor) -> Observation:
         )
     pixels = _to_world_size(frames.cpu())
     name, backdrop = _find_background(pixels)
-    tracks = [_follow(pixels, backdrop, find) for find in _find_colours(pixels, backdrop)]
+    found = (_follow(pixels, backdrop, find) for find in _find_colours(pixels, backdrop))
+    tracks = [track for track in found if len(track.mass)]  # where it never covers eight pixels, nothing is there
     scale = PAIR_SCALE if len(tracks) > 1 else 1.0
     return Observation(name, tuple(_describe(track, scale) for track in tracks), len(frames))
 
@@ -303,7 +304,9 @@ def _find_shape(track: _Track) -> tuple[str | None, str]:
     """The shape, None if it is none of the world's, and the best fit, from the frames that show it best."""
     aspect = track.spread_x / track.spread_y
     # Not the largest aspect: in a few frames, a speck that another thing's edge leaves can make it any.
-    open_to_us = (aspect / aspect.quantile(0.8) - 1).abs() <= 0.1
+    usual = aspect.quantile(0.8)
+    open_to_us = (aspect / usual - 1).abs() <= 0.1
+    open_to_us[(aspect - usual).abs().argmin()] = True  # of a few torn frames, all may be apart from it
     # A decoder's mistakes come with its groups of four frames, so half a clip is asked, not the few largest.
     best = (track.mass * open_to_us).topk(min(16, int(open_to_us.sum()))).indices
     return find_shape(

@@ -2,42 +2,81 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 import torch
 
 from swiftwan.errors import PlanError, UnavailableError, did_you_mean
 from swiftwan.models.dit import each_block
-from swiftwan.ops.attention import KERNELS, kernel
+from swiftwan.ops.attention import KERNELS, Attend, Kernel, kernel
 from swiftwan.techniques.base import Settings, Slot, Technique
+from swiftwan.techniques.ends import Ends, OtherAtEnds
 
 if TYPE_CHECKING:
     from swiftwan.device import Device
+    from swiftwan.models.config import KnownModel
+    from swiftwan.techniques.costs import Costs
     from swiftwan.weights.build import Parts
+
+_NEAR_REASONS = {
+    "sage": "q and k in 8 bits, smoothed (SageAttention, arXiv 2410.02367)",
+    "fp8": "both products in 8-bit floats, keys smoothed",
+    "fp8-plain": "the roundings of attention:fp8 in plain torch, to see what they do: slow, on any device",
+}
 
 
 @dataclass(frozen=True)
 class Attention(Technique):
-    """``attention:sdpa``, ``cudnn``, ``flash4``, ``flash3``, ``flash2`` or ``sage`` (8 bits) for self-attention."""
+    """``attention:sdpa``, ``cudnn``, ``flash4``, ``flash3``, ``flash2``, or in 8 bits ``fp8``, ``fp8-plain``, ``sage``:
+    for self-attention.
+
+    Args:
+        keep_steps: with an 8-bit kernel, so many first and last steps stay exact: the first lay out the picture, the
+            last draw its details (xDiT's hybrid schedule for fp8 attention).
+        keep_layers: so many first and last blocks stay exact.
+    """
 
     value: str
+    keep_steps: int = 0
+    keep_layers: int = 0
 
     name = "attention"
     kind = "exact"
     reason = "the same softmax over all tokens, by another kernel"
     slot = Slot.ATTENTION
+    switch = "a kernel's first call; FlashAttention-4 compiles for 7 s once"
 
     def __post_init__(self) -> None:
         names = [known.name for known in KERNELS]
         if self.value not in names:
             raise PlanError(f"attention:{self.value} is not known." + did_you_mean(self.value, names))
-        if self.value == "sage":
+        for option in ("keep_steps", "keep_layers"):
+            count, word = getattr(self, option), option.replace("_", "-")
+            if count < 0:
+                raise PlanError(f"attention: {word} is {count}; it is 0 or more.")
+            if count and not self.is_near:
+                raise PlanError(f"attention:{self.value} is exact everywhere; {word} is for kernels in 8 bits.")
+        if self.is_near:
             object.__setattr__(self, "kind", "near")
-            object.__setattr__(self, "reason", "q and k in 8 bits, smoothed (SageAttention, arXiv 2410.02367)")
+            object.__setattr__(self, "reason", _NEAR_REASONS[self.value])
+
+    @property
+    def is_near(self) -> bool:
+        return self.value in _NEAR_REASONS
+
+    @property
+    def makes(self) -> frozenset[str]:  # type: ignore[override]
+        return frozenset({"steps-differ"} if self.keep_steps else ())
 
     def missing_on(self, device: Device) -> str:
         return kernel(self.value).missing_on(device.capability)
+
+    def unfit_for(self, model: KnownModel) -> str:
+        width, widths = model.transformer.attention_head_dim, kernel(self.value).widths
+        if widths and width not in widths:
+            return f"'{self.value}' takes heads of {' or '.join(map(str, widths))}, those of '{model.name}' are {width}"
+        return ""
 
     def apply(self, settings: Settings) -> Settings:
         if kernel(self.value).half and settings.dtype is torch.float32:
@@ -46,16 +85,39 @@ class Attention(Technique):
             )
         return settings
 
+    def cost(self, costs: Costs) -> Costs:
+        return replace(costs, attention=self.value)
+
     def install(self, parts: Parts) -> None:
         """Raises:
         UnavailableError: the package is there but cannot be imported.
         """
+        attend = self._load(kernel(self.value))
+        if not self.keep_steps and not self.keep_layers:
+            for block in each_block(parts.transformer, parts.transformer_2):
+                block.attn1.attend = attend
+            return
+        exact = self._load(fastest_exact(parts.device))
+        for transformer in filter(None, (parts.transformer, parts.transformer_2)):
+            steps = Ends(self.keep_steps, self.keep_steps)
+            transformer.register_forward_pre_hook(steps)
+            blocks = list(each_block(transformer))
+            for number, block in enumerate(blocks):
+                inside = self.keep_layers <= number < len(blocks) - self.keep_layers
+                block.attn1.attend = OtherAtEnds(attend, exact, steps) if inside else exact
+
+    def _load(self, chosen: Kernel) -> Attend:
         try:
-            attend = kernel(self.value).load()
+            return chosen.load()
         except (ImportError, AttributeError, OSError) as problem:
             told = str(problem).partition("\n")[0]
             raise UnavailableError(
                 f"'{self.spec}' is installed but cannot be loaded: {told}; take attention:cudnn or attention:sdpa."
             ) from None
-        for block in each_block(parts.transformer, parts.transformer_2):
-            block.attn1.attend = attend
+
+
+def fastest_exact(device: torch.device) -> Kernel:
+    """Of the exact kernels that run there, the fastest as measured on Hopper; before it, torch's own."""
+    capability = torch.cuda.get_device_capability(device) if device.type == "cuda" else None
+    names = ("flash4", "cudnn") if capability is not None and capability >= (9, 0) else ()
+    return next((kernel(name) for name in names if not kernel(name).missing_on(capability)), kernel("sdpa"))

@@ -18,11 +18,18 @@ if TYPE_CHECKING:
 
     from swiftwan.device import Device
     from swiftwan.models.config import KnownModel
+    from swiftwan.pipelines.request import Request
+    from swiftwan.progressive import Progressive
+    from swiftwan.sampling import FewStep
+    from swiftwan.techniques.costs import Costs
     from swiftwan.weights.build import Parts
     from swiftwan.weights.load import AsLoaded
 
 Kind = Literal["exact", "near", "approximate", "retrained"]
 """exact: the same maths; near: 8 bits and the like; approximate: skips work; retrained: few-step models."""
+
+
+RELOAD = "loads the model anew"
 
 
 class Slot(IntEnum):
@@ -44,7 +51,8 @@ class Settings:
     """What techniques decide before anything loads.
 
     ``as_loaded`` changes layers as they get their weights; ``merges`` says that something is to be added to the
-    weights first, so that they must stay as they are until then.
+    weights first, so that they must stay as they are until then; ``few_step`` is how a distilled model is sampled;
+    ``vae_dtype`` is the VAE's own format; ``progressive`` makes the first steps smaller.
     """
 
     dtype: torch.dtype
@@ -55,6 +63,9 @@ class Settings:
     transformers_on_host: bool = False
     as_loaded: AsLoaded | None = None
     merges: bool = False
+    vae_dtype: torch.dtype | None = None
+    progressive: Progressive | None = None
+    few_step: FewStep | None = None
 
 
 @dataclass(frozen=True)
@@ -68,6 +79,7 @@ class Technique:
         claims: globs of module paths that it alone decides in its slot; () shares the slot with others.
         makes: facts about the run that others may refuse.
         refuses: facts it cannot work beside, each with the reason and the way out.
+        switch: what it costs to switch it on or off on a loaded engine.
     """
 
     name: ClassVar[str]
@@ -77,6 +89,7 @@ class Technique:
     claims: ClassVar[tuple[str, ...]] = ("*",)
     makes: ClassVar[frozenset[str]] = frozenset()
     refuses: ClassVar[Mapping[str, str]] = MappingProxyType({})
+    switch: ClassVar[str] = RELOAD
 
     def missing_on(self, device: Device) -> str:
         """What this machine lacks to run it, in words; empty if nothing."""
@@ -84,6 +97,10 @@ class Technique:
 
     def unfit_for(self, model: KnownModel) -> str:
         """Why this model cannot take it, in words; empty if it can."""
+        return ""
+
+    def unfit_for_request(self, request: Request) -> str:
+        """Why it cannot meet this request, in words; empty if it can."""
         return ""
 
     def conflict(self, other: Technique) -> str:
@@ -103,6 +120,10 @@ class Technique:
     def apply(self, settings: Settings) -> Settings:
         """Decide what is settled before loading."""
         return settings
+
+    def cost(self, costs: Costs) -> Costs:
+        """What it changes of a run's memory and work, told before anything loads."""
+        return costs
 
     def install(self, parts: Parts) -> None:
         """Change what was loaded, before the first run; techniques install in the order of their slots."""

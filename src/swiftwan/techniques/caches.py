@@ -7,7 +7,7 @@ mix, and a new run begins afresh.
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 from weakref import WeakKeyDictionary
 
@@ -19,6 +19,7 @@ from swiftwan.techniques.base import Slot, Technique
 if TYPE_CHECKING:
     from swiftwan.models.config import KnownModel
     from swiftwan.models.dit import Condition
+    from swiftwan.techniques.costs import Costs
     from swiftwan.weights.build import Parts
 
 Run = Callable[[int, Tensor], Tensor]
@@ -28,32 +29,45 @@ Run = Callable[[int, Tensor], Tensor]
 class DeepCache(Technique):
     """``deepcache:interval=2,block-num=10``: the first ``block-num`` blocks run every ``interval`` steps; in between,
     what they last added to the tokens is added again (DeepCache, arXiv 2312.00858, on a transformer's early blocks).
+    Where no ``block-num`` is asked for, it is a third of the blocks.
     """
 
     interval: int = 2
-    block_num: int = 10
+    block_num: int = 0
 
     name = "deepcache"
     kind = "approximate"
     reason = "early blocks change slowly from step to step"
     slot = Slot.SCHEDULE
+    switch = "nothing"
     claims = ("blocks.*",)
-    makes = frozenset({"steps-differ"})
+    makes = frozenset({"steps-differ", "steps-reused"})
 
     def __post_init__(self) -> None:
         if self.interval < 1:
             raise PlanError(f"deepcache: interval is {self.interval}; it is 1 or more steps.")
-        if self.block_num < 1:
-            raise PlanError(f"deepcache: block-num is {self.block_num}; it is 1 or more blocks.")
+        if self.block_num < 0:
+            raise PlanError(f"deepcache: block-num is {self.block_num}; it is 1 or more blocks, or 0 for a third.")
+
+    def blocks_of(self, layers: int) -> int:
+        """How many of so many blocks are cached."""
+        return self.block_num or max(1, layers // 3)
 
     def unfit_for(self, model: KnownModel) -> str:
         if self.block_num >= (layers := model.transformer.num_layers):
             return f"block-num is {self.block_num}, and '{model.name}' has {layers} blocks; take fewer"
         return ""
 
+    def cost(self, costs: Costs) -> Costs:
+        layers = costs.sizes.num_layers
+        cached = self.blocks_of(layers) / layers * (1 - 1 / self.interval)
+        # What was added, for either prediction, and the tokens before, while it is made.
+        kept = costs.kept_bytes + 3 * costs.token_bytes
+        return replace(costs, kept_bytes=kept, block_share=costs.block_share * (1 - cached))
+
     def install(self, parts: Parts) -> None:
         for transformer in filter(None, (parts.transformer, parts.transformer_2)):
-            transformer.walk = EarlyBlocksCached(self.interval, self.block_num)
+            transformer.walk = EarlyBlocksCached(self.interval, self.blocks_of(len(transformer.blocks)))
 
 
 class EarlyBlocksCached:
@@ -99,8 +113,9 @@ class StepCache(Technique):
     kind = "approximate"
     reason = "a step that hardly differs from the one before adds what that one added"
     slot = Slot.SCHEDULE
+    switch = "nothing"
     claims = ("blocks.*",)
-    makes = frozenset({"steps-differ"})
+    makes = frozenset({"steps-differ", "steps-reused"})
 
     def __post_init__(self) -> None:
         if not self.threshold >= 0:
@@ -108,6 +123,10 @@ class StepCache(Technique):
         for option in ("first", "last"):
             if (count := getattr(self, option)) < 0:
                 raise PlanError(f"step-cache: {option} is {count}; it is 0 or more steps.")
+
+    def cost(self, costs: Costs) -> Costs:
+        # Two changes for either prediction, and the tokens behind the first block.
+        return replace(costs, kept_bytes=costs.kept_bytes + 5 * costs.token_bytes, skips=True)
 
     def install(self, parts: Parts) -> None:
         for transformer in filter(None, (parts.transformer, parts.transformer_2)):

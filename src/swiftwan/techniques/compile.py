@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from types import MappingProxyType
 from typing import TYPE_CHECKING
 
@@ -16,6 +16,7 @@ from swiftwan.weights.check import cache_folder
 
 if TYPE_CHECKING:
     from swiftwan.device import Device
+    from swiftwan.techniques.costs import Costs
     from swiftwan.weights.build import Parts
 
 MODES = ("default", "max-autotune-no-cudagraphs")
@@ -35,6 +36,7 @@ class Compile(Technique):
     kind = "exact"
     reason = "the same maths, fused by torch.compile"
     slot = Slot.COMPILE
+    switch = "compiles at the next run"
     claims = ("blocks.*",)
     refuses = MappingProxyType(
         {"fused-blocks": "its kernels are what compile would make, and faster (437 against 468 ms a forward); drop one"}
@@ -48,6 +50,9 @@ class Compile(Technique):
         if device.torch_device == "mps":
             return "torch.compile is not tested on mps"
         return ""
+
+    def cost(self, costs: Costs) -> Costs:
+        return replace(costs, fused=True)
 
     def install(self, parts: Parts) -> None:
         folder = cache_folder() / "inductor"

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from importlib.util import find_spec
 from typing import TYPE_CHECKING, cast
 
@@ -10,11 +10,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from swiftwan.models.dit import GELU, SelfAttention, each_block
+from swiftwan.models.dit import GELU, Block, SelfAttention, each_block
+from swiftwan.ops.fp8 import Fp8Linear
 from swiftwan.techniques.base import Slot, Technique
 
 if TYPE_CHECKING:
     from swiftwan.device import Device
+    from swiftwan.techniques.costs import Costs
     from swiftwan.weights.build import Parts
 
 
@@ -26,8 +28,9 @@ class Fused(Technique):
     kind = "exact"
     reason = "the same maths in fewer passes over memory, rounded less often"
     slot = Slot.BLOCKS
+    switch = "merges the projections of q, k and v: a copy of their weights"
     claims = ("blocks.ops",)
-    makes = frozenset({"fused-blocks", "merged-projections"})
+    makes = frozenset({"fused-blocks"})
 
     def missing_on(self, device: Device) -> str:
         if device.capability is None or device.capability < (8, 0):
@@ -36,18 +39,24 @@ class Fused(Technique):
             return "the package is missing: pip install triton"
         return ""
 
+    def cost(self, costs: Costs) -> Costs:
+        return replace(costs, fused=True)
+
     def install(self, parts: Parts) -> None:
         from swiftwan.ops.fused import FUSED, linear_gelu
 
         for transformer in filter(None, (parts.transformer, parts.transformer_2)):
             transformer.ops = FUSED
         for block in each_block(parts.transformer, parts.transformer_2):
+            if _is_fp8(block):
+                _round_in_passing(block, merge=not parts.weights_move)
+                continue
             block.ops = FUSED
             # A layer that a technique before this one put there, 8-bit or with a LoRA, has a product of its own.
             gelu = cast(GELU, block.ffn.net[0])
             if _is_plain(gelu.proj):
                 gelu.linear_gelu = linear_gelu
-            if all(map(_is_plain, (block.attn1.to_q, block.attn1.to_k, block.attn1.to_v))):
+            if not parts.weights_move and all(map(_is_plain, (block.attn1.to_q, block.attn1.to_k, block.attn1.to_v))):
                 block.attn1.project = MergedProjection(block.attn1)
 
 
@@ -56,7 +65,7 @@ class MergedProjection:
     an H200, for 32,760 tokens 3 to 7 % more.
 
     The layers keep their names; their weights become views of the merged ones, so that a change in place reaches
-    both, but a weight that is replaced or moved does not ("merged-projections").
+    both; one that is replaced or moved does not, so offloaded weights stay three.
     """
 
     def __init__(self, attention: SelfAttention) -> None:
@@ -73,3 +82,27 @@ class MergedProjection:
 
 def _is_plain(layer: nn.Module) -> bool:
     return type(layer) is nn.Linear
+
+
+# Blocks of 8-bit layers
+
+
+def _is_fp8(block: Block) -> bool:
+    one, other, gelu = block.attn1, block.attn2, cast(GELU, block.ffn.net[0])
+    # Those that read what a fused kernel wrote.
+    readers = (one.to_q, one.to_k, one.to_v, other.to_q, gelu.proj, block.ffn.net[2])
+    return all(type(layer) is Fp8Linear for layer in readers)
+
+
+def _round_in_passing(block: Block, merge: bool) -> None:
+    """Kernels before an 8-bit layer hand it its bytes; q, k and v become one product where weights stay."""
+    from swiftwan.ops.fused_fp8 import FUSED_FP8, linear_gelu
+
+    block.ops = FUSED_FP8
+    cast(GELU, block.ffn.net[0]).linear_gelu = linear_gelu
+    if not merge:
+        return
+    attention = block.attn1
+    layers = cast(list[Fp8Linear], [attention.to_q, attention.to_k, attention.to_v])
+    merged = Fp8Linear.merged(layers)
+    attention.project = lambda _, x: merged(x).chunk(3, dim=-1)

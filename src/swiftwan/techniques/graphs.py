@@ -21,6 +21,7 @@ from swiftwan.techniques.base import Slot, Technique
 
 if TYPE_CHECKING:
     from swiftwan.device import Device
+    from swiftwan.techniques.costs import Costs
     from swiftwan.weights.build import Parts
 
 Forward = Callable[[Tensor, Tensor, Condition], Tensor]
@@ -37,6 +38,7 @@ class CudaGraphs(Technique):
     kind = "exact"
     reason = "the same kernels, launched all at once"
     slot = Slot.COMPILE
+    switch = "records at the next run"
     claims = ("forward",)
     makes = frozenset({"cuda-graphs"})
     refuses = MappingProxyType(
@@ -48,6 +50,9 @@ class CudaGraphs(Technique):
 
     def missing_on(self, device: Device) -> str:
         return "" if device.capability is not None else "it needs an NVIDIA GPU"
+
+    def cost(self, costs: Costs) -> Costs:
+        return replace(costs, graphs=True)
 
     def install(self, parts: Parts) -> None:
         for transformer in filter(None, (parts.transformer, parts.transformer_2)):

@@ -7,6 +7,7 @@ from dataclasses import dataclass, replace
 from swiftwan.errors import PlanError
 from swiftwan.guidance import BatchedGuidance
 from swiftwan.techniques.base import Settings, Slot, Technique
+from swiftwan.techniques.costs import Costs
 
 
 @dataclass(frozen=True)
@@ -18,10 +19,15 @@ class BatchedCfg(Technique):
     kind = "exact"
     reason = "the same two predictions, as a batch of two"
     slot = Slot.GUIDANCE
+    switch = "nothing"
+    makes = frozenset({"guided"})
     claims = ("pair",)
 
     def apply(self, settings: Settings) -> Settings:
         return replace(settings, guide=replace(settings.guide, kind=BatchedGuidance))
+
+    def cost(self, costs: Costs) -> Costs:
+        return replace(costs, batch=2)
 
 
 @dataclass(frozen=True)
@@ -36,6 +42,8 @@ class CfgInterval(Technique):
     kind = "approximate"
     reason = "guidance matters least at the ends of the schedule"
     slot = Slot.GUIDANCE
+    switch = "nothing"
+    makes = frozenset({"guided"})
     claims = ("interval",)
 
     def __post_init__(self) -> None:
@@ -61,6 +69,8 @@ class CfgSkip(Technique):
     kind = "approximate"
     reason = "the difference of the two predictions changes slowly from step to step"
     slot = Slot.GUIDANCE
+    switch = "nothing"
+    makes = frozenset({"guided"})
     claims = ("reuse",)
 
     def __post_init__(self) -> None:

@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from swiftwan.device import Device
     from swiftwan.models.config import KnownModel, TransformerConfig
     from swiftwan.models.dit import WanTransformer
+    from swiftwan.techniques.costs import Costs
     from swiftwan.weights.build import Parts
 
 log = logging.getLogger(__name__)
@@ -113,6 +114,12 @@ class Lora(Technique):
     def tell(self, model: KnownModel) -> list[str]:
         fits = self._fits(model.transformer, two=model.boundary_ratio is not None)
         return [line for expert, fitted in fits.items() for line in self._report(fitted, expert)]
+
+    def cost(self, costs: Costs) -> Costs:
+        live = self.mode == "live" or (not self.mode and costs.quantized)
+        path = Path(self.path)
+        size = path.stat().st_size if live and path.is_file() else 0
+        return replace(costs, kept_bytes=costs.kept_bytes + size)
 
     def install(self, parts: Parts) -> None:
         transformers = self._transformers(parts)

@@ -13,19 +13,22 @@ from swiftwan.techniques.base import Settings, Slot, Technique
 
 if TYPE_CHECKING:
     from swiftwan.models.config import KnownModel
+    from swiftwan.techniques.costs import Costs
     from swiftwan.weights.build import Parts
 
-KINDS = ("blocks", "experts", "model")
+KINDS = ("auto", "blocks", "experts", "model")
 
 
 @dataclass(frozen=True)
 class Offload(Technique):
     """``offload:model``: transformers are on the device only while they denoise, the text encoder only while it
     encodes. ``offload:experts``: of two experts the one at work. ``offload:blocks[:resident=N]``: transformer blocks
-    stream from pinned host memory, prefetched while the one before computes; the first N stay on the device."""
+    stream from pinned host memory, prefetched while the one before computes; the first N stay on the device.
+    ``offload:auto:budget=GB``: transformers take so many GB (10^9 bytes) of the device; what does not fit streams."""
 
     value: str
     resident: int = 0
+    budget: float = 0.0
 
     name = "offload"
     kind = "exact"
@@ -36,7 +39,6 @@ class Offload(Technique):
     refuses = MappingProxyType(
         {
             "scales beside weights": "bitsandbytes keeps them out of reach of a copy; take quantize:int4",
-            "merged-projections": "its q, k and v weights are one tensor, which cannot move in parts; drop fused",
         }
     )
 
@@ -48,6 +50,14 @@ class Offload(Technique):
         if self.resident and self.value != "blocks":
             raise PlanError(f"offload:{self.value} has no resident blocks; that is for offload:blocks.")
 
+        if self.value == "auto" and not self.budget > 0:
+            raise PlanError(
+                f"offload:auto has a budget of {self.budget:g} GB; say how much of the device's memory the "
+                "transformers may take: offload:auto:budget=8."
+            )
+        if self.budget and self.value != "auto":
+            raise PlanError(f"offload:{self.value} has no budget; that is for offload:auto.")
+
     def unfit_for(self, model: KnownModel) -> str:
         if self.value == "experts" and model.boundary_ratio is None:
             return f"'{model.name}' has one transformer; take offload:model or offload:blocks"
@@ -56,22 +66,57 @@ class Offload(Technique):
     def apply(self, settings: Settings) -> Settings:
         return replace(settings, transformers_on_host=True)
 
+    def cost(self, costs: Costs) -> Costs:
+        layers = costs.sizes.num_layers
+        if self.value in ("auto", "blocks"):
+            experts = 2 if costs.model.boundary_ratio else 1
+            resident = self._resident(experts, layers, int(costs.rest_bytes), int(costs.block_bytes / layers))
+            return replace(costs, residency="resident" if resident == layers else "streamed", resident_blocks=resident)
+        home = "unload" if self.value == "model" and costs.text_home == "gpu" else costs.text_home
+        return replace(costs, residency="one at a time", text_home=home)
+
     def install(self, parts: Parts) -> None:
+        if self.value in ("auto", "blocks"):
+            self._stream(parts)
+            return
+        parts.weights_move = True
+        parts.enter = OneAtATime(parts)
+        parts.text.stays_loaded = self.value != "model"
+
+    def _stream(self, parts: Parts) -> None:
+        transformers = [t for t in (parts.transformer, parts.transformer_2) if t is not None]
+        layers = len(parts.transformer.blocks)
+        size = max(size_of(block) for transformer in transformers for block in transformer.blocks)
+        rest = size_of(parts.transformer) - size_of(parts.transformer.blocks)
+        resident = self._resident(len(transformers), layers, rest, size)
+        if resident < layers:
+            parts.weights_move = True
+            slots = Slots(size, parts.device)
+            for transformer in transformers:
+                stream(transformer.blocks, resident, slots)
+        for transformer in transformers:
+            bring(transformer, parts.device)
+
+    def _resident(self, experts: int, layers: int, rest: int, block: int) -> int:
+        """How many blocks of each transformer stay on the device.
+
+        Args:
+            rest, block: bytes of a transformer without its blocks, and of one block.
+
+        Raises:
+            PlanError: the budget does not hold what cannot stream.
+        """
         if self.value == "blocks":
-            _stream_blocks(parts, self.resident)
-        else:
-            parts.enter = OneAtATime(parts)
-            parts.text.stays_loaded = self.value != "model"
-
-
-def _stream_blocks(parts: Parts, resident: int) -> None:
-    transformers = [t for t in (parts.transformer, parts.transformer_2) if t is not None]
-    size = max(size_of(block) for transformer in transformers for block in transformer.blocks)
-    slots = Slots(size, parts.device)
-    for transformer in transformers:
-        blocks = transformer.blocks
-        stream(blocks, min(resident, len(blocks)), slots)
-        bring(transformer, parts.device)
+            return min(self.resident, layers)
+        budget, least = int(self.budget * 1e9), experts * rest + 2 * block
+        if experts * (rest + layers * block) <= budget:
+            return layers
+        if budget < least:
+            raise PlanError(
+                f"offload: budget is {self.budget:g} GB, and the two blocks at work and what is no block take "
+                f"{least / 1e9:.2f} GB; give more, or quantize."
+            )
+        return min((budget - least) // (experts * block), layers - 1)
 
 
 class OneAtATime:

@@ -10,6 +10,7 @@ from swiftwan.techniques.base import Settings, Slot, Technique
 
 if TYPE_CHECKING:
     from swiftwan.device import Device
+    from swiftwan.techniques.costs import Costs
 
 
 @dataclass(frozen=True)
@@ -47,3 +48,6 @@ class Tf32(Technique):
 
     def apply(self, settings: Settings) -> Settings:
         return replace(settings, tf32=True)
+
+    def cost(self, costs: Costs) -> Costs:
+        return replace(costs, product="tf32") if costs.product == "fp32" else costs

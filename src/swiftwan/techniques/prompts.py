@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, cast
 
 import torch
 
@@ -11,6 +11,7 @@ from swiftwan.errors import PlanError, did_you_mean
 from swiftwan.techniques.base import Settings, Slot, Technique
 
 if TYPE_CHECKING:
+    from swiftwan.techniques.costs import Costs, Home
     from swiftwan.weights.build import Parts
 
 PLACES = ("disk", "memory", "off")
@@ -26,6 +27,7 @@ class PromptCaching(Technique):
     kind = "exact"
     reason = "a repeated prompt takes its embedding, bit for bit, from the cache"
     slot = Slot.RESIDENCY
+    switch = "nothing"
     claims = ("prompts",)
 
     def __post_init__(self) -> None:
@@ -55,6 +57,9 @@ class TextEncoderHome(Technique):
     def __post_init__(self) -> None:
         if self.value not in HOMES:
             raise PlanError(f"text-encoder is '{self.value}'." + did_you_mean(self.value, HOMES))
+
+    def cost(self, costs: Costs) -> Costs:
+        return replace(costs, text_home=cast("Home", self.value))
 
     def install(self, parts: Parts) -> None:
         if self.value == "cpu":

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import logging
+from copy import deepcopy
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
@@ -13,12 +14,16 @@ from swiftwan.errors import PlanError, did_you_mean
 from swiftwan.ops.fp8 import Fp8Linear
 from swiftwan.ops.int4 import GROUP, Int4Linear
 from swiftwan.techniques.base import Settings, Slot, Technique
+from swiftwan.techniques.ends import Ends, LinearOtherAtEnds
 
 if TYPE_CHECKING:
     from swiftwan.device import Device
+    from swiftwan.techniques.costs import Costs
     from swiftwan.weights.build import Parts
 
 FORMATS = ("fp8", "int8", "int4", "nf4")
+BYTES_EACH = {"fp8": 1.0, "int8": 1.0, "int4": 0.625, "nf4": 0.516}
+"""A weight with its share of the scales."""
 _CHOICES = {
     "value": FORMATS,
     "on": ("transformer", "text"),
@@ -39,6 +44,8 @@ class Quantize(Technique):
             dynamic for fp8 where the GPU can, else none.
         scale: of dynamic fp8: one a ``row`` (token), or one a ``tensor``.
         keep: so many blocks at either end stay as they are; they hurt most (xDiT found the same of attention).
+        keep_steps: so many first and last steps compute in 16 bits, which the layers then hold as well: for speed,
+            not for memory.
     """
 
     value: str
@@ -46,6 +53,7 @@ class Quantize(Technique):
     activations: str = ""
     scale: str = "row"
     keep: int = 0
+    keep_steps: int = 0
 
     name = "quantize"
     kind = "near"
@@ -58,6 +66,10 @@ class Quantize(Technique):
                 raise PlanError(f"quantize: {option} is '{said}'." + did_you_mean(said, filter(None, allowed)))
         if self.keep < 0:
             raise PlanError(f"quantize: keep is {self.keep}; it is a number of blocks, 0 or more.")
+        if self.keep_steps < 0:
+            raise PlanError(f"quantize: keep-steps is {self.keep_steps}; it is a number of steps, 0 or more.")
+        if self.keep_steps and self.on == "text":
+            raise PlanError("quantize:on=text has no steps to keep; leave 'keep-steps' out.")
         if self.activations == "dynamic" and self.value in ("int4", "nf4"):
             raise PlanError(f"quantize:{self.value} has no 8-bit activations; leave 'activations' out.")
 
@@ -67,14 +79,26 @@ class Quantize(Technique):
 
     @property
     def makes(self) -> frozenset[str]:  # type: ignore[override]
-        return frozenset({"quantized", "scales beside weights"} if self.value == "nf4" else {"quantized"})
+        made = {"quantized"}
+        if self.value == "nf4":
+            made.add("scales beside weights")
+        if self.keep_steps:
+            made.add("steps-differ")
+        return frozenset(made)
 
     @property
     def is_dynamic(self) -> bool:
         return self.activations == "dynamic" or (self.activations == "" and self.value == "fp8")
 
+    @property
+    def _is_ours(self) -> bool:
+        """Whether it runs by ops/fp8, without a package."""
+        return self.value == "fp8" and self.is_dynamic and self.scale == "row"
+
     def missing_on(self, device: Device) -> str:
         package = {"fp8": "torchao", "int8": "torchao", "nf4": "bitsandbytes"}.get(self.value)
+        if self._is_ours:
+            package = None
         if package and importlib.util.find_spec(package) is None:
             return f"{package} is not installed; pip install 'swiftwan[quantize]'"
         if self.value == "fp8" and self.is_dynamic and (device.capability or (0, 0)) < (8, 9):
@@ -86,12 +110,26 @@ class Quantize(Technique):
             return settings
         return replace(settings, as_loaded=self._as_loaded)
 
+    def cost(self, costs: Costs) -> Costs:
+        each = BYTES_EACH[self.value]
+        if self.on == "text":
+            return costs.lighter_text(each)
+        layers = costs.sizes.num_layers
+        share = max(0, layers - 2 * self.keep) / layers
+        costs = costs.lighter_linear(each + costs.dtype.itemsize if self.keep_steps else each, share)
+        if self.is_dynamic:
+            return replace(costs, product=self.value)
+        # The largest layer is expanded whole, with float32 in between.
+        largest = costs.sizes.dim * costs.sizes.ffn_dim
+        scratch = largest * (5 + costs.dtype.itemsize)
+        return replace(costs, scratch_bytes=scratch, expanded_parameters=share * costs.linear_parameters)
+
     def _as_loaded(self, model: nn.Module, path: str, layer: nn.Module) -> nn.Module:
         """Each layer as soon as it is there, so that the model is never whole in 16 bits."""
         head, _, rest = path.partition(".")
         number = int(rest.partition(".")[0]) if head == "blocks" else -1
         inside = self.keep <= number < len(model.get_submodule("blocks")) - self.keep  # type: ignore[arg-type]
-        return self.linear(layer) if inside and type(layer) is nn.Linear else layer
+        return self._changed(path, layer) if inside and type(layer) is nn.Linear else layer
 
     def install(self, parts: Parts) -> None:
         """What could not be done in loading: the text encoder, which loads later, and weights merged before."""
@@ -103,12 +141,26 @@ class Quantize(Technique):
             blocks = transformer.blocks
             for block in blocks[self.keep : len(blocks) - self.keep]:
                 self._quantize(block)
+            if self.keep_steps:
+                ends = Ends(self.keep_steps, self.keep_steps)
+                transformer.register_forward_pre_hook(ends)
+                for layer in transformer.modules():
+                    if isinstance(layer, LinearOtherAtEnds):
+                        layer.ends = ends
 
     def _quantize(self, module: nn.Module) -> None:
-        for parent in list(module.modules()):
-            for name, child in parent.named_children():
+        for path, parent in list(module.named_modules()):
+            for name, child in () if isinstance(parent, LinearOtherAtEnds) else parent.named_children():
                 if type(child) is nn.Linear and type(child.weight) is nn.Parameter:
-                    setattr(parent, name, self.linear(child))
+                    setattr(parent, name, self._changed(f"{path}.{name}", child))
+
+    def _changed(self, path: str, linear: nn.Linear) -> nn.Module:
+        """The layer at this path of a model, in its new format or, where steps are kept, in both."""
+        if not self.keep_steps:
+            return self.linear(linear)
+        if path.endswith(("attn2.to_k", "attn2.to_v", "attn2.add_k_proj", "attn2.add_v_proj")):
+            return linear  # once a prompt, outside of any step
+        return LinearOtherAtEnds(self.linear(deepcopy(linear)), linear)
 
     def linear(self, linear: nn.Linear) -> nn.Module:
         """The layer in its new format, on the device where it lies."""
@@ -117,8 +169,8 @@ class Quantize(Technique):
                 return Int4Linear(linear) if linear.in_features % GROUP == 0 else linear
             case "nf4":
                 return _nf4(linear)
-            case "fp8" if self.is_dynamic and self.scale == "row" and _by_16(linear):
-                return Fp8Linear(linear)
+            case "fp8" if self._is_ours:
+                return Fp8Linear.of(linear) if _by_16(linear) else linear
             case _:
                 return self._by_torchao(linear)
 

@@ -2,17 +2,15 @@
 
 from __future__ import annotations
 
-import importlib.util
-from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
-from weakref import WeakKeyDictionary
+from dataclasses import dataclass, replace
+from functools import partial
+from typing import TYPE_CHECKING
 
 import torch
-from torch import Tensor
 
 from swiftwan.errors import PlanError
 from swiftwan.models.dit import each_block
-from swiftwan.ops.attention import Attend
+from swiftwan.ops.attention import Attend, kernel
 from swiftwan.ops.sparse import (
     BLOCK,
     SparseKernel,
@@ -23,9 +21,12 @@ from swiftwan.ops.sparse import (
     tile_order,
 )
 from swiftwan.techniques.base import Slot, Technique
+from swiftwan.techniques.ends import Ends, OtherAtEnds
 
 if TYPE_CHECKING:
-    from swiftwan.models.dit import Condition, WanTransformer
+    from swiftwan.device import Device
+    from swiftwan.models.config import KnownModel
+    from swiftwan.techniques.costs import Costs
     from swiftwan.weights.build import Parts
 
 
@@ -38,18 +39,21 @@ class SparseAttention(Technique):
         keep: share of the blocks that are computed, over 0 and at most 1.
         dense_steps: so many first steps see everything; they lay out the picture.
         dense_layers: so many first layers see everything.
-        block: tokens in a block; other than 128 only where there is no fast kernel anyway.
+        block: tokens in a block; other than 128 runs the reference, which saves nothing.
+        bits: 16, or 8 for the kernel of ``attention:fp8``, which rounds and pools in one pass.
     """
 
     keep: float = 0.25
     dense_steps: int = 0
     dense_layers: int = 0
     block: int = BLOCK
+    bits: int = 16
 
     name = "sparse-attention"
     kind = "approximate"
     reason = "blocks of keys that pooled queries and keys give little weight are skipped"
     slot = Slot.BLOCKS
+    switch = "nothing"
     claims = ("transformer.self-attention",)
     makes = frozenset({"steps-differ"})
 
@@ -61,49 +65,51 @@ class SparseAttention(Technique):
                 raise PlanError(f"sparse-attention: {option.replace('_', '-')} is {count}; it is 0 or more.")
         if self.block < 1:
             raise PlanError(f"sparse-attention: block is {self.block}; it is a number of tokens.")
+        if self.bits not in (8, 16):
+            raise PlanError(f"sparse-attention: bits is {self.bits}; it is 16 or 8.")
+        if self.bits == 8 and self.block != BLOCK:
+            raise PlanError(f"sparse-attention: block is {self.block}; with bits=8 it is {BLOCK}.")
+
+    def missing_on(self, device: Device) -> str:
+        return kernel("fp8").missing_on(device.capability) if self.bits == 8 else ""
+
+    def unfit_for(self, model: KnownModel) -> str:
+        width, widths = model.transformer.attention_head_dim, kernel("fp8").widths
+        if self.bits == 8 and width not in widths:
+            return f"bits=8 takes heads of {' or '.join(map(str, widths))}, those of '{model.name}' are {width}"
+        return ""
+
+    def cost(self, costs: Costs) -> Costs:
+        """But for the dense first steps, of which there are few."""
+        sparse = max(0, costs.sizes.num_layers - self.dense_layers) / costs.sizes.num_layers
+        return replace(costs, attention_share=costs.attention_share * (1 - sparse * (1 - self.keep)))
 
     def install(self, parts: Parts) -> None:
-        kernel = best_kernel(parts.device)
+        attend = self.attend(parts.device)
         for transformer in filter(None, (parts.transformer, parts.transformer_2)):
-            steps = DenseSteps(self.dense_steps)
+            ends = Ends(first=self.dense_steps)
             transformer.token_order = tile_order
-            transformer.register_forward_pre_hook(steps)
+            transformer.register_forward_pre_hook(ends)
             for block in list(each_block(transformer))[self.dense_layers :]:
-                block.attn1.attend = Sparse(kernel, block.attn1.attend, steps, self.keep, self.block)
+                block.attn1.attend = OtherAtEnds(attend, block.attn1.attend, ends)
+
+    def attend(self, device: torch.device) -> Attend:
+        """Choose blocks, and attend to them."""
+        if self.bits == 8:
+            from swiftwan.ops.attention_fp8_gluon import attend_sparse
+
+            return partial(attend_sparse, keep=self.keep)
+        compute = best_kernel(device, self.block)
+        return lambda q, k, v: compute(q, k, v, select_blocks(q, k, self.keep, self.block), self.block)
 
 
-def best_kernel(device: torch.device) -> SparseKernel:
-    """FlashAttention-4 where it runs, FlexAttention on other GPUs, the reference (which saves nothing) elsewhere."""
-    if device.type != "cuda":
+def best_kernel(device: torch.device, block: int) -> SparseKernel:
+    """FlashAttention-4 where it runs, FlexAttention on other GPUs, the reference (which saves nothing) elsewhere, and
+    for blocks of another size."""
+    if device.type != "cuda" or block != BLOCK:
         return sparse_reference
-    if torch.cuda.get_device_capability(device) >= (9, 0) and importlib.util.find_spec("flash_attn.cute"):
-        return sparse_flash4
-    return sparse_flex()
-
-
-class DenseSteps:
-    """Counts the calls of a transformer, each guidance branch by itself, and says whether this one is dense."""
-
-    def __init__(self, count: int) -> None:
-        self.count = count
-        self.calls: WeakKeyDictionary[Condition, int] = WeakKeyDictionary()
-        self.now = False
-
-    def __call__(self, transformer: WanTransformer, inputs: tuple[Any, ...]) -> None:
-        condition = inputs[2]
-        done = self.calls.get(condition, 0)
-        self.calls[condition] = done + 1
-        self.now = done < self.count
-
-
-class Sparse:
-    """An attention kernel that is block-sparse but for the dense steps."""
-
-    def __init__(self, kernel: SparseKernel, dense: Attend, steps: DenseSteps, keep: float, block: int) -> None:
-        self.kernel, self.dense, self.steps = kernel, dense, steps
-        self.keep, self.block = keep, block
-
-    def __call__(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        if self.steps.now:
-            return self.dense(q, k, v)
-        return self.kernel(q, k, v, select_blocks(q, k, self.keep, self.block), self.block)
+    flash4 = kernel("flash4")
+    if flash4.missing_on(torch.cuda.get_device_capability(device)):
+        return sparse_flex()
+    flash4.load()  # its settings hold for the sparse form too
+    return sparse_flash4

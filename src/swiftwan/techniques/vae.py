@@ -2,23 +2,48 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass, replace
 from importlib.util import find_spec
 from typing import TYPE_CHECKING
 
-from swiftwan.errors import PlanError
+import torch
+from torch import nn
+
+from swiftwan.device import parse_dtype
+from swiftwan.errors import PlanError, did_you_mean
+from swiftwan.models.config import POCKET
 from swiftwan.models.vae import Tiling
 from swiftwan.techniques.base import Settings, Slot, Technique
+from swiftwan.weights.tiny import find_tiny, load_tiny
 
 if TYPE_CHECKING:
     from swiftwan.device import Device
+    from swiftwan.models.config import KnownModel
     from swiftwan.weights.build import Parts
 
 
 @dataclass(frozen=True)
 class Vae(Technique):
-    """``vae:fast``: the decoder channels-last in fused kernels. ``vae:tiling[:sample=256,stride=192]``: decode in
-    overlapping tiles of so many pixels, blended, for less memory. Both may run at once."""
+    """``vae:fast``, ``vae:tiling``, ``vae:tiny``, ``vae:bf16``, ``fp16`` or ``fp32``; each a technique of its own."""
+
+    name = "vae"
+    kind = "exact"
+    reason = "one of several"
+    slot = Slot.BLOCKS
+
+    @classmethod
+    def read(cls, text: str) -> Technique:  # type: ignore[override]
+        word = re.split("[:=]", text)[0]
+        if word not in _BY_WORD:
+            raise PlanError(f"vae:{word} is not known." + did_you_mean(word, _BY_WORD))
+        return _BY_WORD[word].read(text)
+
+
+@dataclass(frozen=True)
+class TiledVae(Technique):
+    """``vae:tiling[:sample=256,stride=192]``: decode in overlapping tiles of so many pixels, blended, for less memory.
+    May run beside ``vae:fast``."""
 
     value: str
     sample: int = 256
@@ -28,19 +53,14 @@ class Vae(Technique):
     kind = "approximate"
     reason = "a tile does not see beyond its border; overlaps are blended"
     slot = Slot.BLOCKS
+    switch = "nothing"
     claims = ("vae.frame",)
 
     def __post_init__(self) -> None:
-        if self.value != "tiling":
-            raise PlanError(f"vae:{self.value} is not known; there are vae:fast and vae:tiling.")
         if not 0 < self.stride <= self.sample:
             raise PlanError(
                 f"vae:tiling has sample {self.sample} and stride {self.stride}; the stride must be 1 to sample."
             )
-
-    @classmethod
-    def read(cls, text: str) -> Technique:  # type: ignore[override]
-        return FastVae.read(text) if text.partition(":")[0] == "fast" else super().read(text)
 
     def apply(self, settings: Settings) -> Settings:
         return replace(settings, tiling=Tiling(self.sample, self.stride))
@@ -48,7 +68,7 @@ class Vae(Technique):
 
 @dataclass(frozen=True)
 class FastVae(Technique):
-    """``vae:fast``: the decoder channels-last, with one kernel between two convolutions."""
+    """``vae:fast``: encoder and decoder channels-last, with one kernel between two convolutions."""
 
     value: str
 
@@ -56,7 +76,8 @@ class FastVae(Technique):
     kind = "exact"
     reason = "the same sums in another order; in bfloat16 its error is no larger than diffusers'"
     slot = Slot.BLOCKS
-    claims = ("vae.decoder",)
+    switch = "nothing"
+    claims = ("vae.layers",)
 
     def missing_on(self, device: Device) -> str:
         if device.capability is None:
@@ -65,3 +86,100 @@ class FastVae(Technique):
 
     def install(self, parts: Parts) -> None:
         parts.vae.run_fast()
+
+
+@dataclass(frozen=True)
+class VaeDtype(Technique):
+    """``vae:bf16``, ``vae:fp16`` or ``vae:fp32``: the VAE's own format, whatever the transformer's is."""
+
+    value: str
+
+    name = "vae"
+    kind = "exact"
+    reason = "the same maths in the format named"
+    slot = Slot.WEIGHTS
+    claims = ("vae",)
+
+    def apply(self, settings: Settings) -> Settings:
+        return replace(settings, vae_dtype=parse_dtype(self.value))
+
+
+@dataclass(frozen=True)
+class TinyVae(Technique):
+    """``vae:tiny=FILE``: frames by a small decoder that imitates the VAE's, in TAEHV's format (``taew2_1`` for Wan2.1
+    and A14B, ``taew2_2`` for TI2V-5B, of github.com/madebyollin/taehv); FILE may be ``OWNER/NAME/FILE`` on the hub.
+    The pocket model has its own: ``vae:tiny``. Encoding stays the VAE's."""
+
+    path: str = ""
+
+    name = "vae"
+    kind = "approximate"
+    reason = "a small network trained to draw what the VAE's decoder would"
+    slot = Slot.BLOCKS
+    claims = ("vae.layers", "vae.frame")
+
+    @classmethod
+    def read(cls, text: str) -> Technique:  # type: ignore[override]
+        word, _, path = text.partition("=")
+        if word != "tiny":
+            raise PlanError(f"vae:{text} is not known; a tiny decoder is given as vae:tiny=FILE.")
+        return cls(path)
+
+    @property
+    def spec(self) -> str:
+        return f"vae:tiny={self.path}" if self.path else "vae:tiny"
+
+    def unfit_for(self, model: KnownModel) -> str:
+        if not self.path and model.name != POCKET.name:
+            size = "taew2_2" if model.vae.z_dim == 48 else "taew2_1"
+            return f"'{model.name}' has no tiny decoder of its own; give one: vae:tiny={size}.safetensors"
+        return ""
+
+    def apply(self, settings: Settings) -> Settings:
+        if self.path:
+            find_tiny(self.path)  # before the model loads
+        return settings
+
+    def install(self, parts: Parts) -> None:
+        vae = parts.vae
+        weight, config = vae.decoder.conv_out.weight, vae.config
+        vae.tiny = load_tiny(
+            self.path, config.z_dim, config.scale_factor_spatial, device=weight.device, dtype=weight.dtype
+        )
+
+
+_BY_WORD: dict[str, type[Technique]] = {
+    "fast": FastVae,
+    "tiling": TiledVae,
+    "tiny": TinyVae,
+    "bf16": VaeDtype,
+    "fp16": VaeDtype,
+    "fp32": VaeDtype,
+}
+
+
+@dataclass(frozen=True)
+class ChannelsLast(Technique):
+    """The VAE's convolutions read and write channels last, as tensor cores want them: 348 instead of 258 to 279
+    TFLOP/s for the largest of Wan2.1's on an H200 (DESIGN.md). ``vae:fast`` does this and more."""
+
+    name = "channels-last"
+    kind = "exact"
+    reason = "the same sums over another layout of memory"
+    slot = Slot.BLOCKS
+    claims = ("vae.layers",)
+
+    def missing_on(self, device: Device) -> str:
+        if device.torch_device == "cpu":
+            return "convolutions are channels-last there in any plan"
+        return ""
+
+    def install(self, parts: Parts) -> None:
+        channels_last(parts.vae)
+
+
+def channels_last(vae: nn.Module) -> None:
+    """Lay the weights of all 3D convolutions out channels last; activations follow them from the first on."""
+    for layer in vae.modules():
+        if isinstance(layer, nn.Conv3d):
+            layer.weight.data = layer.weight.data.to(memory_format=torch.channels_last_3d)

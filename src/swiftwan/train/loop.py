@@ -46,7 +46,7 @@ class Run:
 
     Args:
         folder: made if it is not there; a state in it is resumed.
-        model: its parameters are trained in place.
+        model: those of its parameters that take gradients are trained in place.
         schedule: learning rate by step.
         ema_decay: of the averaged weights, which are what a run delivers.
     """
@@ -56,7 +56,7 @@ class Run:
         self.folder = folder
         self.schedule = schedule
         self.ema_decay = ema_decay
-        self.parameters = dict(model.named_parameters())
+        self.parameters = {name: p for name, p in model.named_parameters() if p.requires_grad}
         self.average = {name: p.detach().clone() for name, p in self.parameters.items()}
         device = next(iter(self.parameters.values())).device
         self.optimizer = torch.optim.AdamW(

@@ -1,4 +1,5 @@
-"""The commands that make the pocket model: ``swiftwan train pocket-vae``, ``pocket-text``, then ``pocket-dit``.
+"""The commands that make the pocket model: ``swiftwan train pocket-vae``, ``pocket-text``, then ``pocket-dit``; and
+``pocket-scorers``, which scores what it makes.
 
 Each can be killed and started again with the same words; it goes on where it was.
 """
@@ -6,6 +7,7 @@ Each can be killed and started again with the same words; it goes on where it wa
 from __future__ import annotations
 
 import json
+from dataclasses import asdict
 from pathlib import Path
 from typing import Annotated
 
@@ -65,6 +67,32 @@ def pocket_vae(
     )
     save_weights(vae.state_dict(), out / "vae", recipe.as_config_json(vae.config))
     report = {"psnr_held_out": recipe.evaluate(vae.float(), clip_count=64, device=where)}
+    (out / "report.json").write_text(json.dumps(report))
+    typer.echo(json.dumps(report))
+
+
+@app.command("pocket-tiny")
+def pocket_tiny(
+    out: OutOption,
+    steps: int = 6000,
+    batch: int = 16,
+    seed: int = 5,
+    learning_rate: float = 2e-3,
+    device: str | None = None,
+) -> None:
+    """Train the tiny decoder of the embedded model's VAE; writes OUT/vae_tiny."""
+    import torch
+
+    from swiftwan.engine import Engine
+    from swiftwan.train import pocket_tiny as recipe
+    from swiftwan.weights.load import save_weights
+
+    vae = Engine.load("pocket", plan=[], device=device, dtype="fp32").parts.vae
+    before = recipe.evaluate(vae, clip_count=32)
+    vae.tiny = recipe.train(out, vae, steps=steps, batch=batch, seed=seed, learning_rate=learning_rate)
+    weights = {name: tensor.to(torch.bfloat16) for name, tensor in vae.tiny.state_dict().items()}
+    save_weights(weights, out / "vae_tiny", {"_class_name": "TAEHV"} | asdict(recipe.SIZES))
+    report = {"psnr_held_out": recipe.evaluate(vae, clip_count=32), "psnr_of_the_vae": before}
     (out / "report.json").write_text(json.dumps(report))
     typer.echo(json.dumps(report))
 
@@ -152,6 +180,32 @@ def pocket_dit(
     save_weights(model.transformer.state_dict(), out / "transformer", transformer_json)
     model.text.save_pretrained(out / "text_encoder")
     build().save_pretrained(out / "tokenizer")
+
+
+@app.command("pocket-scorers")
+def pocket_scorers(
+    out: OutOption,
+    steps: int = 6000,
+    batch: int = 256,
+    clips: Annotated[int, typer.Option(help="Scenes drawn beforehand; 0.3 MB of memory each.")] = 8000,
+    seed: int = 41,
+    learning_rate: float = 1e-3,
+    device: str | None = None,
+) -> None:
+    """Train the pocket world's scorers, its stand-ins for CLIP and LPIPS; writes OUT/scorers.safetensors."""
+    import torch
+
+    from swiftwan.pocket.scorers import FILE
+    from swiftwan.train import pocket_scorers as recipe
+    from swiftwan.weights.write import Slot, write_shards
+
+    where = torch.device(pick_device(device).torch_device)
+    pool = recipe.make_pool(clips, seed, where)
+    model = recipe.train(out, pool, steps=steps, batch=batch, device=where, seed=seed, learning_rate=learning_rate)
+    weights = {name: weight.half().cpu() for name, weight in model.state_dict().items()}
+    slots = [Slot(name, tuple(weight.shape), "F16") for name, weight in weights.items()]
+    write_shards(out, FILE.stem, slots, lambda slot: weights[slot.name])
+    typer.echo(out / FILE.name)
 
 
 @app.command("pocket-assemble")

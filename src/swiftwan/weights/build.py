@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from fnmatch import fnmatchcase
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -49,6 +50,8 @@ class Parts:
     boundary_ratio: float | None
     image_encoder: ImageEncoder | None = None
     enter: Callable[[str], None] = lambda component: None
+    weights_move: bool = False
+    """Whether the transformers' weights change their place between two uses, so that no view of them stays true."""
 
     @property
     def device(self) -> torch.device:
@@ -61,12 +64,14 @@ def build(
     *,
     device: torch.device,
     dtype: torch.dtype,
+    vae_dtype: torch.dtype | None = None,
     transformers_on: torch.device | None = None,
     as_loaded: AsLoaded | None = None,
 ) -> Parts:
     """Load, or for ``random:`` models make, every part; weights go shard by shard straight to the device.
 
     Args:
+        vae_dtype: of the VAE, if it is not that of the rest.
         transformers_on: where to load the transformers, if not on the device: a technique brings them there.
         as_loaded: changes the transformers' layers one by one, as soon as each has its weights.
 
@@ -74,14 +79,15 @@ def build(
         WeightsError: files are missing, damaged or of another model.
     """
     if isinstance(source, RandomModel):
-        return _random(source.known, device, dtype, transformers_on or device, as_loaded)
-    return _load(read_layout(source), device, dtype, transformers_on or device, as_loaded)
+        return _random(source.known, device, dtype, vae_dtype or dtype, transformers_on or device, as_loaded)
+    return _load(read_layout(source), device, dtype, vae_dtype or dtype, transformers_on or device, as_loaded)
 
 
 def _load(
     layout: Layout,
     device: torch.device,
     dtype: torch.dtype,
+    vae_dtype: torch.dtype,
     transformers_on: torch.device,
     as_loaded: AsLoaded | None,
 ) -> Parts:
@@ -90,17 +96,19 @@ def _load(
         load_weights(
             model,
             layout.files[component],
-            device=transformers_on,
+            # Layers are changed on the device, where it takes a moment, before they go to rest.
+            device=device if as_loaded else transformers_on,
             dtype=dtype,
             component=component,
             keep_fp32=KEEP_FP32,
             ignore=("*.norm_added_q.*",),
+            rest_on=transformers_on,
             as_loaded=as_loaded,
         )
         return model
 
     vae = _on_meta(WanVAE, layout.vae)
-    load_weights(vae, layout.files["vae"], device=device, dtype=dtype, component="vae")
+    load_weights(vae, layout.files["vae"], device=device, dtype=vae_dtype, component="vae")
 
     def encoder(device: torch.device) -> nn.Module:
         model: nn.Module = _on_meta(_encoder, layout.classes["text_encoder"], dict(layout.configs["text_encoder"]))
@@ -146,12 +154,21 @@ def _random(
     known: KnownModel,
     device: torch.device,
     dtype: torch.dtype,
+    vae_dtype: torch.dtype,
     transformers_on: torch.device,
     as_loaded: AsLoaded | None,
 ) -> Parts:
     def transformer(seed: int) -> WanTransformer:
         model = _on_meta(WanTransformer, known.transformer)
-        randomize(model, device=transformers_on, dtype=dtype, keep_fp32=KEEP_FP32, seed=seed, as_loaded=as_loaded)
+        randomize(
+            model,
+            device=device,
+            dtype=dtype,
+            keep_fp32=KEEP_FP32,
+            seed=seed,
+            rest_on=transformers_on,
+            as_loaded=as_loaded,
+        )
         return model
 
     def image_encoder() -> ImageEncoder | None:
@@ -162,11 +179,11 @@ def _random(
         return model
 
     vae = _on_meta(WanVAE, known.vae)
-    randomize(vae, device=device, dtype=dtype)
+    randomize(vae, device=device, dtype=vae_dtype)
 
-    def encoder(device: torch.device) -> nn.Module:
+    def encoder(runs_on: torch.device) -> nn.Module:
         model: nn.Module = _on_meta(_encoder, "UMT5EncoderModel", UMT5_XXL)
-        randomize(model, device=device, dtype=dtype)
+        randomize(model, device=device, dtype=dtype, rest_on=runs_on)
         return model
 
     pocket = locate(POCKET.name)
@@ -213,6 +230,20 @@ def parameter_count(config: TransformerConfig | VAEConfig | ClipConfig) -> int:
     """How many weights a transformer, VAE or image encoder of these sizes has; nothing is allocated."""
     model: nn.Module = _on_meta(_KINDS[type(config)], config)
     return _count(model.parameters())
+
+
+@cache
+def transformer_bytes(config: TransformerConfig, dtype: torch.dtype) -> tuple[int, int]:
+    """What a transformer's blocks, and the rest of it, take at rest in a dtype; nothing is allocated."""
+    blocks = rest = 0
+    for name, parameter in _on_meta(WanTransformer, config).named_parameters():
+        kept = any(fnmatchcase(name, glob) for glob in KEEP_FP32)
+        size = parameter.numel() * (4 if kept else dtype.itemsize)
+        if name.startswith("blocks."):
+            blocks += size
+        else:
+            rest += size
+    return blocks, rest
 
 
 def text_parameter_count(sizes: dict[str, Any]) -> int:

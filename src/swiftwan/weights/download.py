@@ -49,6 +49,22 @@ def download(hub_id: str, revision: str | None = None, *, components: Sequence[s
         raise
 
 
+def download_file(hub_id: str, name: str) -> Path:
+    """Return one file of a repository, from the hub's cache or the hub.
+
+    Raises WeightsError when the hub cannot be reached, or has no such repository or file.
+    """
+    from huggingface_hub import errors, hf_hub_download
+
+    with _hub_errors(hub_id, None):
+        try:
+            return Path(hf_hub_download(hub_id, name, library_name="swiftwan"))
+        except errors.LocalEntryNotFoundError:
+            raise
+        except errors.EntryNotFoundError:
+            raise WeightsError(f"{hub_id} has no file {name!r}; look at its files on the hub") from None
+
+
 class _UnreachableError(WeightsError):
     """The network is at fault, not the name."""
 

@@ -8,9 +8,7 @@ the module itself has are ever assigned; a file cannot name an attribute.
 from __future__ import annotations
 
 import math
-import shutil
 import time
-import uuid
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -19,15 +17,16 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from swiftwan.errors import OutputError
+from swiftwan.models.streaming import bring_own
 from swiftwan.weights import check
 from swiftwan.weights.sources import Shards, Tensors
-from swiftwan.weights.write import refuse_if_too_large, replace_folder, sync, write_json
+from swiftwan.weights.write import SHARD_BYTES, TYPES, Slot, appearing, write_json, write_shards
 
 _STEM = "diffusion_pytorch_model"
+_TYPE_NAMES = {dtype: name for name, dtype in TYPES.items()}
 
 
 AsLoaded = Callable[[nn.Module, str, nn.Module], nn.Module]
@@ -53,6 +52,7 @@ def load_weights(
     component: str,
     keep_fp32: Sequence[str] = (),
     ignore: Sequence[str] = (),
+    rest_on: torch.device | str | None = None,
     as_loaded: AsLoaded | None = None,
 ) -> LoadReport:
     """Fill a module built on meta from a source of tensors, or from safetensors shards.
@@ -62,6 +62,7 @@ def load_weights(
     a glob of ``ignore``. Tied parameters need to be in it once. Afterwards ``module.reset_buffers``
     is called if there is such a method, for buffers that are computed rather than stored. With ``as_loaded`` a
     layer is changed before the next one is read: so a model that fits in 8 bits only need never be there in 16.
+    With ``rest_on`` each layer moves there as soon as it is whole and changed.
 
     Raises WeightsError for damaged files and for anything missing, unexpected or of another shape.
     """
@@ -79,7 +80,7 @@ def load_weights(
         ignore=ignore,
     )
     by_name = {name: slot for slot, name in stored.items()}
-    layers = _Layers(module, by_name, as_loaded)
+    layers = _Layers(module, by_name, as_loaded, rest_on)
     total = 0
     # In the order of the source: so one shard after the other is opened, read and let go of.
     for name in filter(by_name.__contains__, tensors.shapes):
@@ -99,9 +100,13 @@ def randomize(
     dtype: torch.dtype,
     keep_fp32: Sequence[str] = (),
     seed: int = 0,
+    rest_on: torch.device | str | None = None,
     as_loaded: AsLoaded | None = None,
 ) -> None:
     """Fill a module built on meta with random weights made on the device, tensor by tensor.
+
+    Each layer that is whole moves to ``rest_on``: a GPU draws 14 billion numbers in seconds, one thread of a CPU in
+    minutes. None leaves it.
 
     Norm weights are 1 and biases 0; the rest is normal with a standard deviation of 1/sqrt(fan-in), so
     activations keep their size. The same seed gives the same weights on the same kind of device.
@@ -109,7 +114,7 @@ def randomize(
     device = torch.device(device)
     generator = torch.Generator(device).manual_seed(seed)
     slots = _slots(module)
-    layers = _Layers(module, [names[0] for names in slots.values()], as_loaded)
+    layers = _Layers(module, [names[0] for names in slots.values()], as_loaded, rest_on)
     for slot, names in slots.items():
         name = names[0]
         wanted = _dtype_of(name, dtype, keep_fp32) if slot.is_floating_point() else slot.dtype
@@ -121,25 +126,34 @@ def randomize(
             # Linear and Conv weights are (out, in, ...); lone tables (scale_shift_table) are (1, n, dim).
             fan_in = math.prod(slot.shape[1:]) if leaf == "weight" else slot.shape[-1]
             tensor.normal_(0, max(fan_in, 1) ** -0.5, generator=generator)
+        if rest_on is not None and len(names) > 1:  # one tensor of several layers: all of them get the one that rests
+            tensor = tensor.to(rest_on)
         _assign(module, names, tensor)
         layers.has(name)
-    _finish(module, device)
+    _finish(module, torch.device(rest_on or device))
 
 
 class _Layers:
-    """Counts the tensors that each layer still lacks, and changes it when it has all."""
+    """Counts the tensors that each layer still lacks; changes it, and moves it, when it has all."""
 
-    def __init__(self, model: nn.Module, names: Iterable[str], change: AsLoaded | None) -> None:
+    def __init__(
+        self, model: nn.Module, names: Iterable[str], change: AsLoaded | None, rest_on: torch.device | str | None
+    ) -> None:
         self.model, self.change = model, change
+        self.rest_on = None if rest_on is None else torch.device(rest_on)
         self.lacks = Counter(name.rpartition(".")[0] for name in names)
 
     def has(self, name: str) -> None:
         path = name.rpartition(".")[0]
         self.lacks[path] -= 1
-        if self.change is not None and not self.lacks[path]:
+        if self.lacks[path]:
+            return
+        if self.change is not None:
             parent, _, leaf = path.rpartition(".")
             layer = self.change(self.model, path, self.model.get_submodule(path))
             setattr(self.model.get_submodule(parent), leaf, layer)
+        if self.rest_on is not None:
+            bring_own(self.model.get_submodule(path), self.rest_on)
 
 
 def save_weights(
@@ -147,7 +161,7 @@ def save_weights(
     folder: Path,
     component_config: Mapping[str, Any],
     *,
-    max_shard_bytes: int = 5_000_000_000,
+    max_shard_bytes: int = SHARD_BYTES,
 ) -> None:
     """Write a component as diffusers does: ``config.json`` and ``diffusion_pytorch_model*.safetensors``.
 
@@ -157,19 +171,11 @@ def save_weights(
     Raises OutputError: foreign files in ``folder``, not enough space, no permission.
     """
     tensors = _unique(weights.state_dict() if isinstance(weights, nn.Module) else weights)
-    temporary = folder.with_name(f".{folder.name}.{uuid.uuid4().hex[:8]}.tmp")
+    slots = [Slot(name, tuple(tensor.shape), _TYPE_NAMES[tensor.dtype]) for name, tensor in tensors.items()]
     _refuse_foreign_files(folder)
-    try:
-        folder.parent.mkdir(parents=True, exist_ok=True)
-        refuse_if_too_large(folder, sum(t.nbytes for t in tensors.values()))
-        temporary.mkdir()
-        write_json(temporary / "config.json", dict(component_config))
-        _write_shards(temporary, tensors, max_shard_bytes)
-        replace_folder(temporary, folder)
-    except OSError as error:
-        raise OutputError(f"cannot write {folder}: {error.strerror}; choose another folder") from None
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)
+    with appearing(folder, sum(slot.nbytes for slot in slots)) as temporary:
+        write_json(temporary / "config.json", component_config)
+        write_shards(temporary, _STEM, slots, lambda slot: tensors[slot.name].cpu(), shard_bytes=max_shard_bytes)
 
 
 def _slots(module: nn.Module) -> dict[Tensor, list[str]]:
@@ -234,31 +240,3 @@ def _refuse_foreign_files(folder: Path) -> None:
     foreign = [p.name for p in folder.iterdir() if not any(fnmatchcase(p.name, glob) for glob in ours)]
     if foreign:
         raise OutputError(f"{folder} holds {foreign[0]!r}, which would be lost; give a new or empty folder")
-
-
-def _write_shards(folder: Path, tensors: Mapping[str, Tensor], max_shard_bytes: int) -> None:
-    shards: list[list[str]] = [[]]
-    size = 0
-    for name, tensor in tensors.items():
-        if shards[-1] and size + tensor.nbytes > max_shard_bytes:
-            shards.append([])
-            size = 0
-        shards[-1].append(name)
-        size += tensor.nbytes
-    files = [f"{_STEM}-{i:05d}-of-{len(shards):05d}.safetensors" for i in range(1, len(shards) + 1)]
-    if len(shards) == 1:
-        files = [f"{_STEM}.safetensors"]
-    for file, names in zip(files, shards, strict=True):
-        save_file({n: _owned(tensors[n]) for n in names}, folder / file, metadata={"format": "pt"})
-        sync(folder / file)
-    if len(shards) > 1:
-        weight_map = {name: file for file, names in zip(files, shards, strict=True) for name in names}
-        total = sum(t.nbytes for t in tensors.values())
-        index = {"metadata": {"total_size": total}, "weight_map": weight_map}
-        write_json(folder / f"{_STEM}.safetensors.index.json", index)
-
-
-def _owned(tensor: Tensor) -> Tensor:
-    """On the CPU, contiguous, with a storage of its own: safetensors refuses slices of a shared one."""
-    tensor = tensor.cpu().contiguous()
-    return tensor if tensor.untyped_storage().nbytes() == tensor.nbytes else tensor.clone()

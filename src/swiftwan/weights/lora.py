@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
 from typing import Literal
@@ -98,6 +98,7 @@ class LoraFile:
     path: Path
     shapes: Mapping[str, check.Shape]
     scales: Scales
+    metadata: Mapping[str, str] = field(default_factory=dict)
 
     @classmethod
     def open(cls, path: Path) -> LoraFile:
@@ -115,7 +116,7 @@ class LoraFile:
             raise WeightsError(f"{path} holds no tensors; download it again, or ask who made it")
         with safe_open(path, framework="pt", device="cpu") as file:
             metadata = file.metadata() or {}
-        return cls(path, shapes, Scales.read(path, metadata))
+        return cls(path, shapes, Scales.read(path, metadata), metadata)
 
     @cached_property
     def experts(self) -> frozenset[Expert]:

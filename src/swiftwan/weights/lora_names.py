@@ -18,6 +18,7 @@ from torch import nn
 
 from swiftwan.models.config import TransformerConfig
 from swiftwan.models.dit import WanTransformer
+from swiftwan.weights.keys import TRANSFORMER, TRANSFORMER_BLOCK
 
 LOW = ("transformer_2.", "pipe.dit2.", "lora_transformer_2_")
 """Prefixes of the low-noise expert, in files that hold both."""
@@ -54,31 +55,8 @@ _PARTS = {
 }
 _KEY = re.compile(r"(?P<base>.+?)\.(?:" + "|".join(f"(?P<p{i}>{pattern})" for i, pattern in enumerate(_PARTS)) + r")\Z")
 
-_ORIGINAL = (
-    ("condition_embedder.text_embedder.linear_1", "text_embedding.0"),
-    ("condition_embedder.text_embedder.linear_2", "text_embedding.2"),
-    ("condition_embedder.time_embedder.linear_1", "time_embedding.0"),
-    ("condition_embedder.time_embedder.linear_2", "time_embedding.2"),
-    ("condition_embedder.time_proj", "time_projection.1"),
-    ("condition_embedder.image_embedder.norm1", "img_emb.proj.0"),
-    ("condition_embedder.image_embedder.ff.net.0.proj", "img_emb.proj.1"),
-    ("condition_embedder.image_embedder.ff.net.2", "img_emb.proj.3"),
-    ("condition_embedder.image_embedder.norm2", "img_emb.proj.4"),
-    ("condition_embedder.image_embedder.pos_embed", "img_emb.emb_pos"),
-    ("proj_out", "head.head"),
-    (".attn1.", ".self_attn."),
-    (".attn2.", ".cross_attn."),
-    (".to_q", ".q"),
-    (".to_k", ".k"),
-    (".to_v", ".v"),
-    (".to_out.0", ".o"),
-    (".add_k_proj", ".k_img"),
-    (".add_v_proj", ".v_img"),
-    (".norm_added_k", ".norm_k_img"),
-    (".ffn.net.0.proj", ".ffn.0"),
-    (".ffn.net.2", ".ffn.2"),
-    (".scale_shift_table", ".modulation"),
-)
+_ORIGINAL = {ours: theirs for theirs, ours in TRANSFORMER.items()}
+_ORIGINAL_BLOCK = {ours: theirs for theirs, ours in TRANSFORMER_BLOCK.items()}
 
 
 @dataclass(frozen=True)
@@ -161,13 +139,8 @@ def _in_all_blocks(name: str, count: int) -> list[str]:
 
 def original(path: str) -> str:
     """A path of diffusers' in the spelling of github.com/Wan-Video/Wan2.1 (inference.md 6.1, 6.2)."""
-    if path == "scale_shift_table":
-        return "head.modulation"
-    if re.fullmatch(r"blocks\.\d+\.norm2", path):
-        return path.replace("norm2", "norm3")
-    for ours, theirs in _ORIGINAL:
-        path = path.replace(ours, theirs)
-    return path
+    block, name = re.fullmatch(r"(blocks\.\d+\.)?(.+)", path).groups(default="")  # type: ignore[union-attr]
+    return block + (_ORIGINAL_BLOCK if block else _ORIGINAL).get(name, name)
 
 
 def family(keys: Mapping[str, object]) -> str:

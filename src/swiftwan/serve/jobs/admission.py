@@ -46,9 +46,11 @@ class Admission:
         Raises:
             RequestError, PlanError: as the run would.
         """
-        chosen = make_plan(self.plan if plan is None else plan, self.device, self.dtype, self.facts.known)
-        full = complete(request, self.facts)
-        return Explanation(self.facts, full, chosen, self.device, estimate(full, self.facts, chosen.settings.dtype))
+        chosen = make_plan(self.plan if plan is None else plan, self.device, self.dtype, self.facts, request)
+        facts = chosen.adapt(self.facts)
+        full = complete(request, facts)
+        chosen.check(full)
+        return Explanation(facts, full, chosen, self.device, estimate(full, facts, chosen, self.device.total_bytes))
 
     def check(self, request: Request, plan: str | Sequence[str] | None = None) -> Explanation:
         """As :meth:`explain`, and refuse what cannot fit.
@@ -76,8 +78,8 @@ class Admission:
         return f"{told}; try a smaller model."
 
     def _fits(self, request: Request, explanation: Explanation) -> bool:
-        dtype = explanation.plan.settings.dtype
-        return estimate(request, self.facts, dtype).peak_bytes <= self.device.total_bytes
+        total = self.device.total_bytes
+        return estimate(request, explanation.facts, explanation.plan, total).peak_bytes <= total
 
     def _frames_that_fit(self, explanation: Explanation) -> int | None:
         """The most frames of this size that fit, by bisection: memory rises with them."""

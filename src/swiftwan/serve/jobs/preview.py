@@ -8,12 +8,9 @@ on one core at the pocket's size, and memory for 384 pixels whatever the size of
 from __future__ import annotations
 
 import io
-from collections.abc import Iterator
-from contextlib import contextmanager
-from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn import functional as F
 
 from swiftwan.models.vae import WanVAE
@@ -48,45 +45,24 @@ def _middle(vae: WanVAE, latents: Tensor) -> Tensor:
 class Glimpse:
     """The clean video that a run is heading for, read off the path of its latents.
 
-    On the straight path of a rectified flow x = x0 + sigma * flow, so two points of it give x0. They are what the
-    transformer is asked at two steps in a row: guidance and the solver are in them, however these work.
+    On the straight path of a rectified flow x = x0 + sigma * flow, so two points of it give x0: what two steps in
+    a row have left. Guidance and the solver are in them, however these work.
     """
 
-    def __init__(self, channels: int) -> None:
-        self.channels = channels
-        self._before: tuple[Tensor, Tensor] | None = None
-        self._now: tuple[Tensor, Tensor] | None = None
+    def __init__(self) -> None:
+        self._before: tuple[Tensor, float] | None = None
+        self._now: tuple[Tensor, float] | None = None
 
-    def see(self, module: nn.Module, inputs: tuple[Any, ...]) -> None:
-        """A forward pre-hook; keeps the first forward of a step, without waiting for the device."""
-        if self._now is None:
-            self._now = (inputs[0], inputs[1])
+    def see(self, latents: Tensor, timestep: float) -> None:
+        """Note what a step left (1, C, f, h, w), without waiting for the device."""
+        self._before, self._now = self._now, (latents, timestep / TRAIN_TIMESTEPS)
 
     def take(self) -> Tensor | None:
         """The estimate (1, C, f, h, w), float32; None before the second step."""
         if self._before is None or self._now is None:
             return None
-        (x_before, sigma_before), (x, sigma) = (self._point(*seen) for seen in (self._before, self._now))
-        if sigma_before == sigma:
+        (x_before, sigma_before), (x, sigma) = self._before, self._now
+        if sigma_before == sigma or x_before.shape != x.shape:  # progressive-resolution enlarges between two steps
             return None
-        flow = (x_before - x) / (sigma_before - sigma)
-        return x - sigma * flow
-
-    def next_step(self) -> None:
-        if self._now is not None:
-            self._before, self._now = self._now, None
-
-    def _point(self, latents: Tensor, timestep: Tensor) -> tuple[Tensor, float]:
-        """Image-to-video models take the image's channels behind the noise; batched guidance repeats the latents."""
-        return latents[:1, : self.channels].float(), float(timestep.flatten()[-1]) / TRAIN_TIMESTEPS
-
-
-@contextmanager
-def watching(glimpse: Glimpse, *transformers: nn.Module | None) -> Iterator[None]:
-    """Let a glimpse see what transformers are asked while the block runs."""
-    handles = [one.register_forward_pre_hook(glimpse.see) for one in transformers if one is not None]
-    try:
-        yield
-    finally:
-        for handle in handles:
-            handle.remove()
+        flow = (x_before.float() - x.float()) / (sigma_before - sigma)
+        return x.float() - sigma * flow

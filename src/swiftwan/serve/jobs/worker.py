@@ -156,15 +156,14 @@ class Worker:
     def make(self, job: Job, watch: Watch) -> tuple[dict[str, str], dict[str, Any]]:
         """Run a job's request; return the names of its files, and its record."""
         from swiftwan.pipelines.request import request_from_json
-        from swiftwan.serve.jobs.preview import Glimpse, watching
+        from swiftwan.serve.jobs.preview import Glimpse
         from swiftwan.serve.jobs.results import save
 
         self.folder.check_room()
         engine = self.engine_for(job.model, job.plan)
         watch.check()
-        watch.glimpse = Glimpse(engine.facts.known.vae.z_dim)
-        with watching(watch.glimpse, engine.parts.transformer, engine.parts.transformer_2):
-            result = engine.run(request_from_json(job.request), on_step=watch.on_step)
+        watch.glimpse = Glimpse()
+        result = engine.run(request_from_json(job.request), on_step=watch.on_step)
         self.decode_s_per_pixel = 3 * result.seconds.get("decode", 0.0) / result.frames.numel()
         watch.begin("save")
         files, record = save(self.folder, job, result)
@@ -243,10 +242,10 @@ class Watch:
         if last or now - self._noted >= self.NOTE_S:
             self._noted = now
             self._note(event.phase, event.step, event.steps, self._eta(event, now))
-        if event.phase == "denoise" and self.glimpse is not None:
+        if event.latents is not None and event.timestep is not None and self.glimpse is not None:
+            self.glimpse.see(event.latents, event.timestep)
             if now >= self._preview_at:
                 self._preview(self.worker.vae, self.glimpse)
-            self.glimpse.next_step()
 
     def _eta(self, event: StepEvent, now: float) -> float | None:
         """Seconds left; the first step of a phase, which compiles and warms up, tells nothing."""

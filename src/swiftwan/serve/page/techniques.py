@@ -6,8 +6,9 @@ from collections.abc import Sequence
 from itertools import groupby
 
 from swiftwan.errors import SwiftwanError
-from swiftwan.plan import TECHNIQUES, make_plan, parse
+from swiftwan.plan import make_plan, parse
 from swiftwan.serve.jobs.admission import Admission
+from swiftwan.techniques import TECHNIQUES
 
 OFFERED = (
     "fused",
@@ -70,7 +71,7 @@ def refused_beside(line: str, admission: Admission) -> dict[str, str]:
         if head(spec) in taken:
             continue
         try:
-            make_plan([*chosen, spec], admission.device, admission.dtype, admission.facts.known)
+            make_plan([*chosen, spec], admission.device, admission.dtype, admission.facts)
         except SwiftwanError as problem:
             reasons[head(spec)] = str(problem)
     return reasons

@@ -1,0 +1,152 @@
+"""A video in few steps on one H200, from prompt to mp4: 1.3B, 832x480, 81 frames, a step-distilled LoRA.
+
+    python benchmarks/h200_few_step.py [--repeats 3] [--peer-steps 50] [--out benchmarks/h200_few_step.jsonl]
+
+Weights and LoRA are random, of true size: this times, and says nothing of how good a video is. The schedule is that of
+the LightX2V distillation (4 steps of lcm, shift 5, no guidance). Each plan makes a video first that does not count.
+Timed: text (no prompt cache), denoising, decoding, and writing the mp4. ``error`` is the distance of the last latents
+to those of the exact plan. The peer is diffusers' pipeline, eager in bf16, with 50 guided steps of UniPC, as the model
+was published; its four unguided steps are a row too, since a few-step LoRA runs there as well.
+"""
+
+from __future__ import annotations
+
+import argparse
+import datetime
+import gc
+import json
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+
+import swiftwan as sw
+from swiftwan import media
+from swiftwan.bench.peers import DiffusersPeer
+from swiftwan.device import pick_device, versions
+from swiftwan.measure.quality import relative_distance
+from swiftwan.plan import complete, describe, estimate
+
+PROMPT = "A ginger cat walks along a stone wall in the evening sun, the camera follows it slowly"
+CEILINGS = {"product": 782, "attention": 708}  # TFLOP/s in bf16, DESIGN.md
+RUNGS = {
+    "few-step": ("attention:flash4",),
+    "few-step, near": ("quantize:fp8", "attention:fp8"),
+    "few-step, near, sparse25": ("quantize:fp8", "sparse-attention:keep=0.25"),
+    "few-step, sparse25": ("sparse-attention:keep=0.25",),
+    "few-step, near, sparse12": ("quantize:fp8", "sparse-attention:keep=0.125"),
+}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--model", default="random:wan2.1-t2v-1.3b")
+    parser.add_argument("--width", type=int, default=832)
+    parser.add_argument("--height", type=int, default=480)
+    parser.add_argument("--frames", type=int, default=81)
+    parser.add_argument("--repeats", type=int, default=2)
+    parser.add_argument("--peer-steps", type=int, default=50)
+    parser.add_argument("--device")
+    parser.add_argument("--out", type=Path)
+    options = parser.parse_args()
+    device = pick_device(options.device)
+    size = {"width": options.width, "height": options.height, "num_frames": options.frames}
+    with tempfile.TemporaryDirectory() as folder:
+        lora = Path(folder) / "lightx2v_random.safetensors"
+        script = Path(__file__).with_name("random_lora.py")
+        subprocess.run([sys.executable, script, options.model.removeprefix("random:"), lora], check=True)
+        exact = None
+        rows: list[dict[str, Any]] = []
+        for rung, specs in RUNGS.items():
+            plan = [f"few-step:{lora}", "fused", "vae:fast", *specs]
+            try:
+                engine = sw.Engine.load(options.model, plan=plan, device=options.device)
+                engine.parts.text.cache = None
+                request = complete(sw.TextToVideo(PROMPT, seed=7, **size), engine.facts)
+                row, latents = timed(engine, request, options.repeats, folder)
+                exact = latents if exact is None else exact
+                row["error"] = relative_distance(latents, exact)
+                row["ceiling_fraction"] = floor(engine, request) / row["seconds_by_stage"]["denoise"]
+                row["plan"] = [spec.replace(str(lora), "LORA") for spec in engine.plan.specs]
+            except Exception as problem:
+                row = {"status": "failed", "reason": f"{type(problem).__name__}: {str(problem)[:300]}", "plan": plan}
+            engine = None
+            rows.append(tell({"rung": rung} | row, options, device))
+            write(rows, options.out)
+            gc.collect()
+            torch.cuda.empty_cache()
+        peer = DiffusersPeer(options.model, device, "bf16" if device.capability else "fp32", compile=False)
+        plain = complete(sw.TextToVideo(PROMPT, seed=7, **size), describe(options.model))
+        few = replace(plain, num_inference_steps=4, guidance_scale=1.0, scheduler="lcm", flow_shift=5.0)
+        peer.run(replace(plain, num_inference_steps=1))
+        for name, request in (
+            ("4 steps", few),
+            (f"{options.peer_steps} steps", replace(plain, num_inference_steps=options.peer_steps)),
+        ):
+            row, _ = timed(peer, request, 1, folder, warm=False)
+            rows.append(
+                tell({"rung": f"peer, {name}", "plan": [f"diffusers eager, bf16, {name}"]} | row, options, device)
+            )
+    whole = rows[-1]
+    for row in rows[:-1]:
+        if "seconds" in row:
+            row |= {"peer": whole["plan"][0], "peer_seconds": whole["seconds"]}
+            row["ratio"] = round(whole["seconds"] / row["seconds"], 2)
+    write(rows, options.out)
+
+
+def write(rows: list[dict[str, Any]], out: Path | None) -> None:
+    """All rows as they stand now: a run cut short leaves what it has."""
+    if out:
+        out.write_text("".join(json.dumps(row) + "\n" for row in rows))
+
+
+def timed(
+    model: Any, request: Any, repeats: int, folder: str, warm: bool = True
+) -> tuple[dict[str, Any], torch.Tensor]:
+    """Seconds of whole runs, their median first, and the last latents."""
+    if warm:
+        model.run(replace(request, prompt="warm-up"))
+    taken, stages = [], []
+    for number in range(repeats):
+        started = time.perf_counter()
+        result = model.run(request)
+        made = time.perf_counter()
+        media.write(Path(folder) / f"{number}.mp4", result.frames, fps=request.fps or 16, record={})
+        taken.append(time.perf_counter() - started)
+        stages.append(result.seconds | {"mp4": time.perf_counter() - made})
+        (Path(folder) / f"{number}.mp4").unlink()
+    row = {
+        "seconds": round(statistics.median(taken), 3),
+        "spread": round(max(taken) - min(taken), 3),
+        "repeats": repeats,
+        "seconds_by_stage": {name: round(statistics.median(s[name] for s in stages), 3) for name in stages[0]},
+        "peak_bytes": result.peak_bytes,
+    }
+    return row, result.latents
+
+
+def floor(engine: sw.Engine, request: Any) -> float:
+    """Seconds of the denoising if every product and all dense attention ran at the measured rate of bf16."""
+    load, config = estimate(request, engine.facts, torch.bfloat16), engine.facts.known.transformer
+    attention = config.num_layers * 4 * load.tokens**2 * config.dim / 1e12
+    product = load.tflop_per_forward - attention
+    return load.forwards * (attention / CEILINGS["attention"] + product / CEILINGS["product"])
+
+
+def tell(row: dict[str, Any], options: Any, device: Any) -> dict[str, Any]:
+    row = {"case": f"video-1.3b-{options.width}x{options.height}x{options.frames}"} | row
+    row |= {"device": device.name, "dtype": "bf16", "versions": versions(device)}
+    row |= {"date": datetime.date.today().isoformat(), "weights": "random"}
+    print(json.dumps(row), flush=True)
+    return row
+
+
+if __name__ == "__main__":
+    main()

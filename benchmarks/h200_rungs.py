@@ -1,0 +1,197 @@
+"""Forwards beyond the exact rung on an H200: 8-bit layers and attention, and block-sparse attention, beside diffusers.
+
+    python benchmarks/h200_rungs.py [near sparse25 ...] [--peers eager compiled] [--repeats 5] [--out rows.jsonl]
+        [--profile top.txt]
+
+Weights are random, so errors say what rounding does to numbers of the usual size, and less than nothing of what
+skipping blocks does to a picture: random queries and keys give all tokens about the same weight, which is the worst
+case for a method that keeps the heaviest. ``error_by_depth`` is that of the tokens behind some blocks against
+the exact plan in bf16. torchao's fp8, diffusers' own, is not installed on that machine: the peer is bf16.
+"""
+
+from __future__ import annotations
+
+import argparse
+import datetime
+import functools
+import json
+import statistics
+import subprocess
+import time
+import traceback
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import h200_forward as exact
+import torch
+from torch import Tensor
+
+from swiftwan.device import versions
+
+VIDEO, LARGE, IMAGE = "forward-1.3b-832x480x81", "forward-1.3b-1280x720x97", "image-1.3b-832x480x1"
+EXACT = "fused attention:flash4"
+FP8 = "fused quantize:fp8"
+CELLS: dict[str, tuple[str, str, str]] = {  # name: case, rung, plan
+    "exact": (VIDEO, "exact", EXACT),
+    "near-layers": (VIDEO, "near", f"{FP8} attention:flash4"),
+    "near": (VIDEO, "near", f"{FP8} attention:fp8"),
+    "near-graphs": (VIDEO, "near", f"{FP8} attention:fp8 cuda-graphs"),
+    "near-ends": (VIDEO, "near", f"{FP8} attention:fp8:keep-layers=2"),
+    "sparse25": (VIDEO, "sparse25", f"{FP8} attention:flash4 sparse-attention:keep=0.25,bits=8"),
+    "sparse12": (VIDEO, "sparse12", f"{FP8} attention:flash4 sparse-attention:keep=0.125,bits=8"),
+    "sparse25-16": (VIDEO, "sparse25", f"{FP8} attention:flash4 sparse-attention:keep=0.25"),
+    "sparse12-16": (VIDEO, "sparse12", f"{FP8} attention:flash4 sparse-attention:keep=0.125"),
+    "large-exact": (LARGE, "exact", EXACT),
+    "large-near": (LARGE, "near", f"{FP8} attention:fp8"),
+    "large-sparse25": (LARGE, "sparse25", f"{FP8} attention:flash4 sparse-attention:keep=0.25,bits=8"),
+    "large-sparse12": (LARGE, "sparse12", f"{FP8} attention:flash4 sparse-attention:keep=0.125,bits=8"),
+    "image-exact": (IMAGE, "exact", "fused batched-cfg cuda-graphs"),
+    "image-near": (IMAGE, "near", f"{FP8} batched-cfg cuda-graphs"),
+}
+# TFLOP/s measured on this chip (DESIGN.md): products, and attention (cuDNN's fp8; FlashAttention-4 block-sparse).
+CEILINGS = {"exact": (782, 708), "near": (1379, 871), "sparse25": (1379, 626), "sparse12": (1379, 580)}
+KEPT = {"sparse25": 0.25, "sparse12": 0.125}
+DEPTHS = (1, 5, 10, 15, 20, 25, 30)
+
+
+class Bench(exact.Bench):
+    def by_depth(self, specs: list[str]) -> list[Tensor]:
+        """The tokens behind some blocks, in the order of the grid."""
+        model = self.model(specs)
+        condition = model.condition(self.text.prompt, self.case.latent_shape)
+        seen: list[Tensor] = []
+
+        def keep(block: torch.nn.Module, inputs: Any, x: Tensor) -> None:
+            seen.append(x if condition.order is None else torch.empty_like(x).index_copy_(1, condition.order, x))
+
+        for depth in DEPTHS:
+            model.blocks[depth - 1].register_forward_hook(keep)
+        model(self.latents, self.timestep, condition)
+        return seen
+
+
+def floor_seconds(case: exact.Case, rung: str) -> float:
+    """Products and self-attention at the measured rates of this rung's arithmetic; nothing else."""
+    config, tokens = case.known.transformer, case.tokens
+    products, attention = CEILINGS[rung]
+    work = (12 * tokens * config.dim**2 + 4 * tokens * config.dim * config.ffn_dim) / products
+    work += KEPT.get(rung, 1) * 4 * tokens**2 * config.dim / attention
+    return config.num_layers * work / 1e12 * (2 if case.guided else 1)
+
+
+def measure(case_name: str, names: list[str], arguments: argparse.Namespace) -> Iterator[list[dict[str, Any]]]:
+    """All rows, as soon as there is something to tell of them, and again when there is more."""
+    case = exact.CASES[case_name]
+    bench = Bench(case, "cuda:0")
+    weight_bytes = sum(p.nbytes for p in bench.weights.parameters())
+    exact_flow = bench.ours((EXACT if case_name != IMAGE else CELLS["image-exact"][2]).split())()
+    # 33 s in float32 at the large size.
+    reference, against = (exact_flow, "the exact plan") if case_name == LARGE else (bench.float32(), "plain float32")
+    makers: dict[str, Callable[[], Callable[[], Tensor]]] = {
+        f"diffusers {kind}": functools.partial(bench.peer, kind) for kind in arguments.peers
+    }
+    makers |= {name: functools.partial(bench.ours, CELLS[name][2].split()) for name in names}
+    runs: dict[str, Callable[[], Tensor]] = {}
+    rows: dict[str, dict[str, Any]] = {}
+    for label, make in makers.items():
+        start = time.perf_counter()
+        try:
+            run = make()
+            run()
+            first = time.perf_counter() - start
+            before = torch.cuda.memory_allocated()
+            torch.cuda.reset_peak_memory_stats()
+            flow = run()
+            torch.cuda.synchronize()
+            rows[label] = {
+                "status": "ok" if flow.isfinite().all() else "failed",
+                "error": exact.relative_error(flow, reference),
+                "error_to_exact_plan": exact.relative_error(flow, exact_flow),
+                "peak_bytes": torch.cuda.max_memory_allocated() - before + weight_bytes,
+                "first_run_seconds": round(first, 1),
+            }
+            runs[label] = run
+        except Exception as problem:
+            traceback.print_exc()
+            rows[label] = {"status": "failed", "reason": exact.failed(problem)}
+        print(label, rows[label], flush=True)
+    facts = {
+        "error_against": against,
+        "exact_plan_error": exact.relative_error(exact_flow, reference),
+        "tokens": case.tokens,
+        "device": bench.where.name,
+        "versions": versions(bench.where),
+        "commit": arguments.commit,
+        "date": datetime.date.today().isoformat(),
+    }
+    seconds: dict[str, list[float]] = {label: [] for label in runs}
+    for _ in range(arguments.repeats):
+        for label, run in runs.items():
+            seconds[label].append(exact.timed(run, 10 if case.guided else 1))
+    for label, row in rows.items():
+        _, rung, plan = CELLS.get(label, (case_name, "exact", ""))
+        runner = {"runner": label} if label.startswith("diffusers") else {}
+        rows[label] = {"case": case_name, "rung": rung, "plan": plan.split(), **runner, **row, **facts}
+        if label in runs:
+            rows[label] |= times(label, seconds, floor_seconds(case, rung))
+            print(f"{label:32} {rows[label]['seconds'] * 1e3:9.2f} ms  {rows[label]['ceiling_fraction']}", flush=True)
+    yield list(rows.values())
+    if arguments.profile:
+        for label in runs.keys() & names:
+            exact.profile(runs[label], Path(arguments.profile), label)
+    if case_name == VIDEO and arguments.depth:
+        states = bench.by_depth(EXACT.split())
+        for name in [name for name in names if name in runs and "cuda-graphs" not in CELLS[name][2]]:
+            ours = bench.by_depth(CELLS[name][2].split())
+            errors = [round(exact.relative_error(a, b), 5) for a, b in zip(ours, states, strict=True)]
+            rows[name]["error_by_depth"] = dict(zip(map(str, DEPTHS), errors, strict=True))
+            print(name, rows[name]["error_by_depth"], flush=True)
+            yield list(rows.values())
+
+
+def times(label: str, seconds: dict[str, list[float]], floor: float) -> dict[str, Any]:
+    """What a row says of its own time and of the peers', which took turns with it."""
+    ours = seconds[label]
+    row: dict[str, Any] = {
+        "seconds": round(statistics.median(ours), 5),
+        "spread": [round(min(ours), 5), round(max(ours), 5)],
+        "repeats": len(ours),
+        "floor_seconds": round(floor, 5),
+        "ceiling_fraction": round(floor / statistics.median(ours), 3),
+    }
+    for kind in ("eager", "compiled"):
+        if peers := seconds.get(f"diffusers {kind}"):
+            ratio = round(statistics.median(b / a for a, b in zip(ours, peers, strict=True)), 3)
+            told = f"diffusers {kind}, bf16" + (", cuDNN attention" if kind == "compiled" else "")
+            row |= {f"ratio_to_{kind}": ratio, "ratio": ratio, "peer": told}
+            row["peer_seconds"] = round(statistics.median(peers), 5)
+    return row
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("cells", nargs="*", default=list(CELLS))
+    parser.add_argument("--peers", nargs="*", default=["eager", "compiled"])
+    parser.add_argument("--repeats", type=int, default=5)
+    parser.add_argument("--out", default="rungs.jsonl")
+    parser.add_argument("--profile")
+    parser.add_argument("--depth", action="store_true", help="also errors by depth")
+    parser.add_argument("--commit", default="")
+    arguments = parser.parse_args()
+    if not arguments.commit:
+        asked = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True)
+        arguments.commit = asked.stdout.strip()
+    with torch.no_grad():
+        done: list[dict[str, Any]] = []
+        for case in (VIDEO, LARGE, IMAGE):
+            names = [name for name in arguments.cells if CELLS[name][0] == case]
+            rows: list[dict[str, Any]] = []
+            for rows in measure(case, names, arguments) if names else ():
+                Path(arguments.out).write_text("".join(json.dumps(row) + "\n" for row in done + rows))
+            done += rows
+            torch.cuda.empty_cache()
+
+
+if __name__ == "__main__":
+    main()

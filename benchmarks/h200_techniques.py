@@ -1,0 +1,246 @@
+"""Techniques and recipes on random weights of true size: peak memory by phase and seconds a step, beside the estimate.
+
+    python benchmarks/h200_techniques.py GROUP|CASE... [--out rows.jsonl] [--steps 2]
+
+A case runs twice on one engine (unless ``--once``): the first run loads the text encoder and compiles, the second is
+timed; memory is the larger of both. A case with ``cap`` runs while torch may take no more than so many GB.
+"""
+
+from __future__ import annotations
+
+import argparse
+import datetime
+import gc
+import json
+import resource
+import shutil
+import statistics
+import subprocess
+import time
+import traceback
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+import swiftwan as sw
+from swiftwan.device import pick_device, versions
+from swiftwan.pipelines.result import StepEvent
+from swiftwan.recipes import RECIPES
+from swiftwan.weights.check import cache_folder
+
+PROMPT = "A cat walks on the grass, realistic, its tail high, while the camera follows it slowly from behind"
+
+
+@dataclass(frozen=True)
+class Case:
+    model: str
+    plan: tuple[str, ...] | str
+    size: tuple[int, int, int] = (832, 480, 81)
+    cap: float | None = None
+    """GB that torch may take."""
+    peer: Callable[[Any], None] | None = None
+    """What is done to a diffusers pipeline, which then runs instead."""
+
+
+SMALL, LARGE = "random:wan2.1-t2v-1.3b", "random:wan2.1-t2v-14b"
+EXACT = ("fused", "attention:flash4", "vae:fast")
+
+
+def alone(*specs: str) -> dict[str, Case]:
+    return {f"alone {spec}": Case(SMALL, (spec,)) for spec in specs}
+
+
+def recipe(name: str) -> Case:
+    one = RECIPES[name]
+    size = (one.width, one.height, one.num_frames)
+    return Case(f"random:{one.model}", name, size, cap=float(name.removesuffix("gb")))
+
+
+def group_offload(pipe: Any) -> None:
+    devices = {"onload_device": torch.device("cuda"), "offload_device": torch.device("cpu")}
+    pipe.transformer.enable_group_offload(
+        **devices, offload_type="block_level", num_blocks_per_group=1, use_stream=True
+    )
+
+
+def first_block_cache(pipe: Any) -> None:
+    from diffusers import FirstBlockCacheConfig
+
+    pipe.transformer.enable_cache(FirstBlockCacheConfig(threshold=0.1))
+
+
+PEERS: dict[str, Callable[[Any], None]] = {
+    "plain": lambda pipe: None,
+    "enable_model_cpu_offload": lambda pipe: pipe.enable_model_cpu_offload(),
+    "enable_group_offload, blocks, stream": group_offload,
+    "vae.enable_tiling": lambda pipe: pipe.vae.enable_tiling(),
+    "enable_layerwise_casting float8_e4m3fn": lambda pipe: pipe.transformer.enable_layerwise_casting(
+        storage_dtype=torch.float8_e4m3fn, compute_dtype=torch.bfloat16
+    ),
+    "FirstBlockCache 0.1": first_block_cache,
+    "compile_repeated_blocks": lambda pipe: pipe.transformer.compile_repeated_blocks(fullgraph=True),
+    # The last: diffusers keeps it for all later models of the process.
+    "set_attention_backend _native_cudnn": lambda pipe: pipe.transformer.set_attention_backend("_native_cudnn"),
+}
+
+GROUPS: dict[str, dict[str, Case]] = {
+    "alone": {"plain": Case(SMALL, ()), "auto": Case(SMALL, "auto")}
+    | alone("offload:blocks", "offload:model", "offload:auto:budget=1.5", "quantize:int4", "quantize:fp8", "fused")
+    | alone("attention:cudnn", "attention:flash4", "attention:sdpa", "vae:fast", "vae:tiling", "text-encoder:unload")
+    | alone("text-encoder:cpu", "batched-cfg", "cfg-interval", "cfg-skip", "step-cache", "deepcache", "cuda-graphs")
+    | alone("sparse-attention:keep=0.25", "compile", "tf32", "dtype:fp16"),
+    "together": {
+        "near": Case(SMALL, "auto:near"),
+        "fast": Case(SMALL, "auto:fast"),
+        "int4 streamed": Case(SMALL, ("quantize:int4", "offload:blocks", *EXACT)),
+        "fp8 streamed": Case(SMALL, ("quantize:fp8", "offload:blocks", *EXACT)),
+        "tiled": Case(SMALL, ("vae:tiling", "text-encoder:unload", *EXACT)),
+        "picture": Case(SMALL, ("cuda-graphs", "batched-cfg", *EXACT), (832, 480, 1)),
+        "1.3b in 6 GB": Case(SMALL, ("offload:blocks", "text-encoder:cpu", "fused", "attention:flash4"), cap=6),
+    },
+    "large": {
+        "14b 480p resident": Case(LARGE, EXACT),
+        "14b 480p streamed": Case(LARGE, ("offload:blocks", *EXACT)),
+        "14b 480p fp8": Case(LARGE, ("quantize:fp8", "text-encoder:unload", *EXACT)),
+        "14b 480p int4": Case(LARGE, ("quantize:int4", "text-encoder:unload", *EXACT)),
+    },
+    "peers": {f"diffusers {name}": Case(SMALL, (), peer=change) for name, change in PEERS.items()},
+    "recipes": {f"recipe {name}": recipe(name) for name in RECIPES},
+}
+CASES = {name: case for group in GROUPS.values() for name, case in group.items()}
+
+
+class Watch:
+    """Peaks by phase, read as a run passes from one to the next; torch counts on the host, so there is no sync."""
+
+    def __init__(self) -> None:
+        self.allocated: dict[str, int] = {}
+        self.reserved = 0
+
+    def __call__(self, event: StepEvent) -> None:
+        self.note(event.phase)
+
+    def note(self, phase: str) -> None:
+        self.allocated[phase] = max(self.allocated.get(phase, 0), torch.cuda.max_memory_allocated())
+        self.reserved = max(self.reserved, torch.cuda.max_memory_reserved())
+        torch.cuda.reset_peak_memory_stats()
+
+
+def make(case: Case) -> Any:
+    if case.peer is None:
+        return sw.Engine.load(case.model, plan=case.plan)
+    from swiftwan.bench.peers import DiffusersPeer
+
+    peer = DiffusersPeer(case.model, pick_device("cuda"), "bf16", compile=False)
+    case.peer(peer.pipe)
+    return peer
+
+
+def measure(case: Case, steps: int, once: bool, repeats: int = 1) -> dict[str, Any]:
+    shutil.rmtree(cache_folder() / "prompts", ignore_errors=True)
+    width, height, frames = case.size
+    request = sw.TextToVideo(PROMPT, width=width, height=height, num_frames=frames, num_inference_steps=steps, seed=1)
+    told = sw.explain(case.model, request, plan=case.plan)
+    row: dict[str, Any] = {"plan": list(told.plan.specs), "estimate": told.to_json()}
+    if case.peer is not None:
+        row, request = {"plan": [], "runner": "diffusers"}, told.request
+    watch = Watch()
+    torch.cuda.reset_peak_memory_stats()
+    started = time.perf_counter()
+    engine = make(case)
+    torch.cuda.synchronize()
+    row["load_seconds"] = round(time.perf_counter() - started, 2)
+    watch.note("load")
+    row["resident_bytes"] = torch.cuda.memory_allocated()
+    started = time.perf_counter()
+    first = engine.run(request, on_step=watch)
+    row["first_run_seconds"] = round(time.perf_counter() - started, 2)
+    steps_taken: list[float] = []
+    runs: list[float] = []
+    for result in [first] if once else (engine.run(request, on_step=watch) for _ in range(repeats)):
+        # Of one run alone the first step is not counted: kernels compile in it.
+        steps_taken += result.step_seconds[1:] if once else result.step_seconds
+        runs.append(result.seconds["total"])
+    assert result.frames.shape[0] == frames
+    return row | {
+        "status": "ok",
+        "seconds": round(statistics.median(runs), 3),
+        "spread": [round(min(runs), 3), round(max(runs), 3)],
+        "repeats": repeats,
+        "step_seconds": [round(s, 4) for s in steps_taken],
+        "stages": {k: round(v, 4) for k, v in result.seconds.items()},
+        "peak_bytes": max(v for k, v in watch.allocated.items() if k != "load"),
+        "phase_peak_bytes": watch.allocated,
+        "reserved_bytes": watch.reserved,
+        "finite": bool(result.latents.isfinite().all()),
+    }
+
+
+def run(name: str, case: Case, arguments: argparse.Namespace) -> dict[str, Any]:
+    device = pick_device("cuda")
+    if case.cap is not None:
+        torch.cuda.set_per_process_memory_fraction(min(1.0, case.cap * 1e9 / device.total_bytes))
+    try:
+        row = measure(case, arguments.steps, arguments.once)
+    except Exception as problem:
+        traceback.print_exc()
+        told = f"{type(problem).__name__}: {str(problem).strip().partition(chr(10))[0][:400]}"
+        row = {"status": "failed", "reason": told}
+    torch.cuda.set_per_process_memory_fraction(1.0)
+    gc.collect()
+    torch.cuda.empty_cache()
+    return {
+        "case": name,
+        "model": case.model,
+        "size": case.size,
+        "steps": arguments.steps,
+        "cap_gb": case.cap,
+        **row,
+        "host_peak_bytes": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024,
+        "device": device.name,
+        "versions": versions(device),
+        "commit": arguments.commit,
+        "date": datetime.date.today().isoformat(),
+    }
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("names", nargs="+", choices=[*GROUPS, *CASES])
+    parser.add_argument("--out", type=Path, default=Path("h200_techniques.jsonl"))
+    parser.add_argument("--steps", type=int, default=2)
+    parser.add_argument("--once", action="store_true", help="one run a case, for the largest models")
+    commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True).stdout.strip()
+    parser.add_argument("--commit", default=commit or "see LOG.md")
+    arguments = parser.parse_args()
+    wanted: dict[str, Case] = {}
+    for name in arguments.names:
+        wanted |= GROUPS.get(name) or {name: CASES[name]}
+    for name, case in wanted.items():
+        started = time.perf_counter()
+        row = run(name, case, arguments)
+        row["wall_seconds"] = round(time.perf_counter() - started, 1)
+        with arguments.out.open("a") as out:
+            out.write(json.dumps(row) + "\n")
+        print(f"{name:28} {told(row)}", flush=True)
+
+
+def told(row: dict[str, Any]) -> str:
+    """Measured and, in brackets, estimated."""
+    if row["status"] != "ok":
+        return f"failed: {row['reason']}"
+    step = statistics.median(row["step_seconds"])
+    if "estimate" not in row:
+        return f"{row['peak_bytes'] / 1e9:.2f} GB; step {step:.3f}, decode {row['stages']['decode']:.2f} s"
+    guess = row["estimate"]
+    phases = {phase["name"]: phase["weight_bytes"] + phase["activation_bytes"] for phase in guess["phases"]}
+    parts = [f"{name} {row['phase_peak_bytes'][name] / 1e9:.2f} ({size / 1e9:.2f})" for name, size in phases.items()]
+    seconds = f"step {step:.3f} ({guess['step_seconds']:.3f}), decode {row['stages']['decode']:.2f}"
+    return f"{', '.join(parts)} GB; {seconds} ({guess['decode_seconds']:.2f}) s; wall {row['wall_seconds']:.0f} s"
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,302 @@
+"""A LoRA training step at true sizes on an H200, beside diffusers' transformer with peft on the same random weights.
+
+    python benchmarks/h200_train.py CASE... [--ours SETTINGS...] [--peers SETTINGS...] [--repeats 5] [--out rows.jsonl]
+
+A step is everything from latents on the device to the changed adapter: noise, forward, backward, clipping, AdamW; rank
+32 on all linears of the blocks, batch 1. SETTINGS are words joined by ``+``. For a peer: ``eager`` or ``compiled``
+(block by block), ``checkpointed``, ``cudnn``, ``fp32`` (adapters; default bf16, which is faster). For ours: the
+attention (``cudnn``, ``flash4``), what blocks keep (``all``, ``attention``, ``nothing``, or what fits ``24gb``),
+``fp8``, ``eager``, ``offloaded`` (the frozen weights in host memory; last, since it takes them from the others);
+our adapters are fp32.
+"""
+
+from __future__ import annotations
+
+import argparse
+import datetime
+import functools
+import gc
+import inspect
+import json
+import math
+import statistics
+import subprocess
+import time
+import traceback
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
+
+from swiftwan.device import pick_device, versions
+from swiftwan.models.config import KNOWN_MODELS, POCKET, KnownModel
+from swiftwan.models.dit import KEEP_FP32, WanTransformer
+from swiftwan.ops.attention import sdpa
+from swiftwan.ops.flash4_training import flash4
+from swiftwan.weights.load import randomize
+
+RANK = 32
+TEXT_TOKENS = 64
+TARGETS = r".*blocks\..*(to_q|to_k|to_v|to_out\.0|ffn\.net\.0\.proj|ffn\.net\.2)"
+
+
+@dataclass(frozen=True)
+class Case:
+    model: str
+    width: int
+    height: int
+    frames: int
+    gemm_tflops: float = 782
+    attention_tflops: float = 708
+
+    @property
+    def known(self) -> KnownModel:
+        return POCKET if self.model == POCKET.name else KNOWN_MODELS[self.model]
+
+    @property
+    def latent_shape(self) -> tuple[int, ...]:
+        vae = self.known.vae
+        step = vae.scale_factor_spatial
+        frames = (self.frames - 1) // vae.scale_factor_temporal + 1
+        return 1, self.known.transformer.in_channels, frames, self.height // step, self.width // step
+
+    @property
+    def tokens(self) -> int:
+        return math.prod(self.latent_shape[2:]) // math.prod(self.known.transformer.patch_size)
+
+    def floor_seconds(self) -> float:
+        """Forward, input gradients of the frozen linears (as much again), attention's backward (2.5 times)."""
+        config, tokens = self.known.transformer, self.tokens
+        gemm = 12 * tokens * config.dim**2 + 4 * tokens * config.dim * config.ffn_dim
+        attention = 4 * tokens**2 * config.dim
+        return config.num_layers * (2 * gemm / self.gemm_tflops + 3.5 * attention / self.attention_tflops) / 1e12
+
+
+CASES = {
+    "train-1.3b-832x480x81": Case("wan2.1-t2v-1.3b", 832, 480, 81),
+    "train-14b-832x480x81": Case("wan2.1-t2v-14b", 832, 480, 81, 705, 657),
+    "tiny": Case("pocket", 64, 64, 5),
+}
+
+
+def optimized(parameters: list[nn.Parameter], loss: Callable[[], Tensor]) -> Callable[[], Tensor]:
+    """A whole step, from a loss."""
+    optimizer = torch.optim.AdamW(parameters, lr=1e-4, fused=True)
+
+    def step() -> Tensor:
+        value = loss()
+        value.backward()
+        nn.utils.clip_grad_norm_(parameters, 1.0)
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+        return value.detach()
+
+    return step
+
+
+class Bench:
+    """One case: random weights and inputs, shared by all runs."""
+
+    def __init__(self, case: Case, device: str) -> None:
+        self.case = case
+        self.where = pick_device(device)
+        self.device = torch.device(self.where.torch_device)
+        with torch.device("meta"):
+            self.weights = WanTransformer(case.known.transformer).requires_grad_(False)
+        randomize(self.weights, device=self.device, dtype=torch.bfloat16, keep_fp32=KEEP_FP32)
+        draw = torch.Generator("cpu").manual_seed(1)
+        self.latents = torch.randn(case.latent_shape, generator=draw).to(self.device)
+        self.text = torch.randn(1, TEXT_TOKENS, case.known.transformer.text_dim, generator=draw).to(self.device)
+
+    def batch(self) -> tuple[Tensor, Tensor, Tensor]:
+        """Noisy latents, timestep (1,) and the flow to predict."""
+        noise = torch.randn_like(self.latents)
+        level = torch.sigmoid(torch.randn(1, device=self.device))
+        noisy = torch.lerp(self.latents, noise, level.view(-1, 1, 1, 1, 1))
+        return noisy, 1000 * level, noise - self.latents
+
+    def peer(self, words: set[str]) -> Callable[[], Tensor]:
+        from diffusers import WanTransformer3DModel
+        from peft import LoraConfig
+
+        accepted = inspect.signature(WanTransformer3DModel.__init__).parameters
+        with torch.device("meta"):
+            config = asdict(self.case.known.transformer)
+            model = WanTransformer3DModel(**{k: v for k, v in config.items() if k in accepted})
+        model.load_state_dict(self.weights.state_dict(), assign=True)
+        rope = model.rope
+        model.rope = type(rope)(rope.attention_head_dim, rope.patch_size, rope.max_seq_len).to(self.device)
+        model = model.requires_grad_(False)
+        model.add_adapter(LoraConfig(r=RANK, lora_alpha=RANK, target_modules=TARGETS))
+        model.train()
+        parameters = [p for p in model.parameters() if p.requires_grad]
+        for parameter in parameters:
+            parameter.data = parameter.data.to(self.device, torch.float32 if "fp32" in words else torch.bfloat16)
+        if "checkpointed" in words:
+            model.enable_gradient_checkpointing()
+        if "cudnn" in words:
+            model.set_attention_backend("_native_cudnn")
+        if "compiled" in words:
+            model.compile_repeated_blocks()
+        text = torch.nn.functional.pad(self.text, (0, 0, 0, 512 - TEXT_TOKENS)).bfloat16()
+
+        def loss() -> Tensor:
+            noisy, timestep, flow = self.batch()
+            with torch.autocast(self.device.type, torch.bfloat16, enabled="fp32" in words):
+                got = model(noisy.bfloat16(), timestep, text, return_dict=False)[0]
+            return (got.float() - flow).square().mean()
+
+        return optimized(parameters, loss)
+
+    def ours(self, words: set[str]) -> Callable[[], Tensor]:
+        from swiftwan.train import adapter, flow, memory, processes
+
+        with torch.device("meta"):
+            model = WanTransformer(self.case.known.transformer).requires_grad_(False)
+        model.load_state_dict(self.weights.state_dict(), assign=True)
+        targets = adapter.chosen_targets(["all"])
+        factors = adapter.inject(model, RANK, RANK, targets, seed=0)
+        attend = next((attend for word, attend in ATTENTION.items() if word in words), ATTENTION["sdpa"])
+        for block in model.blocks:
+            block.attn1.attend = attend
+        if "fp8" in words:
+            adapter.freeze_in_fp8(model, self.where)
+        layers = self.case.known.transformer.num_layers
+        keep = next((keep for keep in memory.KEEPS if keep in words), "all")
+        choice = [keep] * layers
+        if limit := next((int(word.removesuffix("gb")) for word in words if word.endswith("gb")), None):
+            budget = limit * 10**9 - torch.cuda.memory_allocated() - 8 * sum(f.nbytes for f in factors.values())
+            choice = memory.choose(self.case.known.transformer, self.case.tokens, int(0.95 * budget), 2)
+        print(label_of(choice), flush=True)
+        memory.keep_in_blocks(model, choice)
+        if "eager" not in words:
+            for block in model.blocks:
+                block.compile(dynamic=False)
+        if "offloaded" in words:
+            processes.Processes(self.device, "offloaded")
+            processes.shard(model, list(factors.values()), self.device, "offloaded")
+            self.weights = None  # type: ignore[assignment]  # the only whole copy on the device
+
+        def loss() -> Tensor:
+            noise = torch.randn_like(self.latents)
+            level = torch.sigmoid(torch.randn(1, device=self.device))
+            return flow.loss(model, flow.Batch(self.latents, self.text), level, noise)
+
+        return optimized(list(factors.values()), loss)
+
+
+def label_of(choice: list[str]) -> str:
+    return ", ".join(f"{choice.count(keep)} blocks keep {keep}" for keep in dict.fromkeys(choice))
+
+
+def _backend(backend: SDPBackend, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    with sdpa_kernel(backend):
+        return sdpa(q, k, v)
+
+
+ATTENTION = {
+    "sdpa": sdpa,
+    "cudnn": functools.partial(_backend, SDPBackend.CUDNN_ATTENTION),
+    "flash4": flash4,
+}
+
+
+def timed(step: Callable[[], Tensor], on_gpu: bool) -> float:
+    if on_gpu:
+        torch.cuda.synchronize()
+    start = time.perf_counter()
+    step()
+    if on_gpu:
+        torch.cuda.synchronize()
+    return time.perf_counter() - start
+
+
+def measure(bench: Bench, name: str, label: str, options: argparse.Namespace) -> dict[str, Any]:
+    """One run alone on the chip: its peak would hide in another's."""
+    kind, _, words = label.partition(" ")
+    row: dict[str, Any] = {"case": name, "runner": label, "plan": words.split("+")}
+    on_gpu = bench.device.type == "cuda"
+    try:
+        began = time.perf_counter()
+        step = getattr(bench, kind)(set(words.split("+")))
+        for _ in range(2):
+            timed(step, on_gpu)
+        first = time.perf_counter() - began
+        if on_gpu:
+            torch.cuda.reset_peak_memory_stats()
+        times = [timed(step, on_gpu) for _ in range(options.repeats)]
+        seconds = statistics.median(times)
+        row |= {
+            "status": "ok",
+            "seconds": round(seconds, 4),
+            "spread": [round(min(times), 4), round(max(times), 4)],
+            "repeats": len(times),
+            "first_steps_seconds": round(first, 1),
+            "peak_bytes": torch.cuda.max_memory_allocated() if on_gpu else 0,
+            "ceiling_fraction": round(bench.case.floor_seconds() / seconds, 3),
+            "loss": step().item(),
+        }
+        if options.profile:
+            profile(step, options.profile, f"{name}: {label}")
+    except Exception as problem:
+        traceback.print_exc()
+        row |= {"status": "failed", "reason": f"{type(problem).__name__}: {str(problem).strip()[:300]}"}
+    return row | {
+        "rank": RANK,
+        "tokens_per_step": bench.case.tokens,
+        "text_tokens": TEXT_TOKENS,
+        "floor_seconds": round(bench.case.floor_seconds(), 3),
+        "device": bench.where.name,
+        "versions": versions(bench.where),
+        "commit": options.commit,
+        "date": datetime.date.today().isoformat(),
+    }
+
+
+def profile(step: Callable[[], Tensor], path: Path, title: str) -> None:
+    """Append the kernels of one step, longest total first."""
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as trace:
+        step()
+        torch.cuda.synchronize()
+    kernels = sorted(trace.key_averages(), key=lambda item: -item.device_time_total)
+    with path.open("a") as out:
+        out.write(f"\n{title}: {sum(item.device_time_total for item in kernels) / 1e3:.1f} ms of kernels\n")
+        for item in kernels[:40]:
+            out.write(f"{item.device_time_total / 1e3:10.2f} ms {item.count:6} x  {item.key[:170]}\n")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("cases", nargs="+", choices=CASES)
+    parser.add_argument("--ours", nargs="*", default=[])
+    parser.add_argument("--peers", nargs="*", default=[])
+    parser.add_argument("--repeats", type=int, default=5)
+    parser.add_argument("--device", default="cuda")
+    parser.add_argument("--out", type=Path)
+    parser.add_argument("--profile", type=Path)
+    parser.add_argument("--commit", default="")
+    options = parser.parse_args()
+    if not options.commit:
+        asked = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True)
+        options.commit = asked.stdout.strip()
+    labels = [f"peer {words}" for words in options.peers] + [f"ours {words}" for words in options.ours]
+    for name in options.cases:
+        bench = Bench(CASES[name], options.device)
+        for label in labels:
+            row = measure(bench, name, label, options)
+            print(json.dumps(row), flush=True)
+            if options.out:
+                with options.out.open("a") as file:
+                    file.write(json.dumps(row) + "\n")
+            gc.collect()
+            torch._dynamo.reset()
+            if bench.device.type == "cuda":
+                torch.cuda.empty_cache()
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,124 @@
+"""Forward and backward of self-attention at training shapes, kernel by kernel, on one H200.
+
+    python benchmarks/h200_train_attention.py [--out rows.jsonl] [--tokens 32760]
+
+The error is that of output and gradients against float32 maths at 2,048 tokens.
+"""
+
+from __future__ import annotations
+
+import argparse
+import datetime
+import json
+import statistics
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+
+import torch
+from torch import Tensor
+from torch.nn.attention import SDPBackend, sdpa_kernel
+
+from swiftwan.device import versions
+from swiftwan.ops.attention import sdpa
+
+
+def by(backend: SDPBackend, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    with sdpa_kernel(backend):
+        return sdpa(q, k, v)
+
+
+def flash4(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    from flash_attn.cute import flash_attn_func
+
+    out = flash_attn_func(q, k, v)
+    return out[0] if isinstance(out, tuple) else out
+
+
+KERNELS: dict[str, Callable[[Tensor, Tensor, Tensor], Tensor]] = {
+    "torch flash": partial(by, SDPBackend.FLASH_ATTENTION),
+    "cuDNN": partial(by, SDPBackend.CUDNN_ATTENTION),
+    "FlashAttention-4": flash4,
+}
+
+
+def inputs(tokens: int, heads: int) -> list[Tensor]:
+    return [
+        torch.randn(1, tokens, heads, 128, device="cuda", dtype=torch.bfloat16, requires_grad=True) for _ in range(3)
+    ]
+
+
+def seconds(run: Callable[[], object], repeats: int) -> float:
+    run()
+    times = []
+    for _ in range(repeats):
+        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        start.record()
+        run()
+        end.record()
+        end.synchronize()
+        times.append(start.elapsed_time(end) / 1e3)
+    return statistics.median(times)
+
+
+def errors(attend: Callable[[Tensor, Tensor, Tensor], Tensor]) -> dict[str, float]:
+    torch.manual_seed(1)
+    qkv = inputs(2048, 4)
+    grad = torch.randn_like(qkv[0])
+    wide = [x.detach().float().requires_grad_() for x in qkv]
+    with sdpa_kernel(SDPBackend.MATH):
+        reference = sdpa(*wide)
+    wanted = [reference, *torch.autograd.grad(reference, wide, grad.float())]
+    out = attend(*qkv)
+    got = [out, *torch.autograd.grad(out, qkv, grad)]
+    return {
+        name: float((a.float() - b).norm() / b.norm())
+        for name, a, b in zip(("out", "dq", "dk", "dv"), got, wanted, strict=True)
+    }
+
+
+def measured(
+    attend: Callable[[Tensor, Tensor, Tensor], Tensor], tokens: int, heads: int, repeats: int
+) -> dict[str, object]:
+    qkv = inputs(tokens, heads)
+    grad = torch.randn_like(qkv[0])
+    work = 4 * tokens**2 * heads * 128 / 1e12
+    forward = seconds(lambda: attend(*qkv), repeats)
+    out = attend(*qkv)
+    backward = seconds(lambda: torch.autograd.grad(out, qkv, grad, retain_graph=True), repeats)
+    return {
+        "forward_seconds": forward,
+        "backward_seconds": backward,
+        "forward_tflops": work / forward,
+        "backward_tflops": 2.5 * work / backward,
+        "errors": errors(attend),
+        "status": "ok",
+    }
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser()
+    parser.add_argument("--out", type=Path)
+    parser.add_argument("--tokens", type=int, default=32_760)
+    parser.add_argument("--repeats", type=int, default=5)
+    options = parser.parse_args()
+    for heads in (12, 40):
+        for name, attend in KERNELS.items():
+            row: dict[str, object] = {"case": f"attention {heads} x {options.tokens} x 128, bf16", "kernel": name}
+            try:
+                row |= measured(attend, options.tokens, heads, options.repeats)
+            except Exception as error:
+                row |= {"status": "failed", "reason": f"{type(error).__name__}: {error}"[:400]}
+            row |= {
+                "device": torch.cuda.get_device_name(),
+                "versions": versions(),
+                "date": datetime.date.today().isoformat(),
+            }
+            print(json.dumps(row), flush=True)
+            if options.out:
+                with options.out.open("a") as file:
+                    file.write(json.dumps(row) + "\n")
+
+
+if __name__ == "__main__":
+    main()

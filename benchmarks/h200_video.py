@@ -1,0 +1,303 @@
+"""Whole runs on one H200 beside diffusers' pipeline: a video from prompt to mp4, and a cold start.
+
+    python benchmarks/h200_video.py video [--steps 50] [--repeats 1] [--plans auto 'auto batched-cfg'] [--out rows]
+    python benchmarks/h200_video.py cold [--repeats 2] [--out rows.jsonl]
+
+``video``: ours and the peers stand loaded in one process with the same random weights and take turns; each has made a
+two-step video before. Timed: text, denoising, decoding, and the mp4 that swiftwan's writer makes of either's frames.
+No prompt cache, unless the plan names it. ``error`` is the distance of the last latents to those of diffusers eager;
+with random weights and many steps it says how far rounding carries, not how good the video is.
+
+``cold``: the random weights are written as a folder in diffusers' layout first. Then each process is timed from its
+start to its first denoising step done; ``seconds`` leaves the first process out, which fills caches and page cache.
+"""
+
+from __future__ import annotations
+
+import argparse
+import datetime
+import functools
+import gc
+import json
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+
+import swiftwan as sw
+from swiftwan import media
+from swiftwan.bench.peers import DiffusersPeer
+from swiftwan.device import pick_device, versions
+from swiftwan.plan import complete, describe, estimate, make_plan
+
+PROMPT = "A ginger cat walks along a stone wall in the evening sun, the camera follows it slowly"
+CEILINGS = {"product": 782, "attention": 708}  # TFLOP/s, DESIGN.md
+PEERS = {"diffusers eager, bf16": (False, None), "diffusers compiled, bf16, cuDNN attention": (True, "_native_cudnn")}
+
+
+def plan_of(text: str, device: Any) -> list[str]:
+    """``auto`` among the words stands for its techniques."""
+    specs = text.split()
+    return [s for spec in specs for s in (make_plan("auto", device).specs if spec == "auto" else (spec,))]
+
+
+def peer(model: str, device: Any, name: str) -> DiffusersPeer:
+    """diffusers' pipeline; compiled as its documentation advises: block by block, with its best attention backend."""
+    compiled, backend = PEERS[name]
+    dtype = "bf16" if device.capability else "fp32"
+    found = DiffusersPeer(model, device, dtype, compile=False)
+    if compiled:
+        if backend and device.capability:
+            found.pipe.transformer.set_attention_backend(backend)
+        found.pipe.transformer.compile_repeated_blocks(fullgraph=True)
+    return found
+
+
+def floor_seconds(model: str, request: Any) -> float:
+    """Every matrix product and all self-attention of the denoising at their measured rates; nothing else."""
+    facts = describe(model)
+    load, config = estimate(request, facts, torch.bfloat16), facts.known.transformer
+    attention = config.num_layers * 4 * load.tokens**2 * config.dim / 1e12
+    product = load.tflop_per_forward - attention
+    return load.forwards * (attention / CEILINGS["attention"] + product / CEILINGS["product"])
+
+
+def common(arguments: argparse.Namespace, device: Any) -> dict[str, Any]:
+    asked = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True)
+    return {
+        "model": arguments.model,
+        "dtype": "bfloat16",
+        "device": device.name,
+        "versions": versions(device),
+        "commit": arguments.commit or asked.stdout.strip(),
+        "date": datetime.date.today().isoformat(),
+    }
+
+
+def emit(row: dict[str, Any], out: str) -> None:
+    line = json.dumps(row)
+    print(line, flush=True)
+    if out != "-":
+        with Path(out).open("a") as file:
+            file.write(line + "\n")
+
+
+# From prompt to mp4
+
+
+def video(arguments: argparse.Namespace) -> None:
+    device = pick_device(arguments.device)
+    size = {"width": arguments.width, "height": arguments.height, "num_frames": arguments.frames}
+    request = sw.TextToVideo(PROMPT, seed=7, num_inference_steps=arguments.steps, **size)
+    request = complete(request, describe(arguments.model))
+    makers: dict[str, Callable[[], Any]] = {plan: functools.partial(ours, arguments, plan) for plan in arguments.plans}
+    makers |= {
+        name: functools.partial(peer, arguments.model, device, name) for name in PEERS if name in arguments.peers
+    }
+    runners, failures = {}, {}
+    for name, make in makers.items():
+        started = time.perf_counter()
+        try:
+            runner = make()
+            runner.run(
+                complete(sw.TextToVideo("warm-up", seed=1, num_inference_steps=2, **size), describe(arguments.model))
+            )
+            runners[name] = runner
+        except Exception as problem:
+            failures[name] = f"{type(problem).__name__}: {str(problem)[:300]}"
+        print(f"{name}: ready after {time.perf_counter() - started:.1f} s {failures.get(name, '')}", flush=True)
+    taken: dict[str, list[float]] = {name: [] for name in runners}
+    seen: dict[str, Any] = {}
+    with tempfile.TemporaryDirectory() as folder:
+        for _ in range(arguments.repeats):
+            for name, runner in runners.items():
+                gc.collect()
+                started = time.perf_counter()
+                result = runner.run(request)
+                made = time.perf_counter()
+                path = media.write(
+                    Path(folder) / "out.mp4", result.frames, fps=request.fps or 16, record={"plan": name}
+                )
+                taken[name].append(time.perf_counter() - started)
+                seconds = result.seconds | {"mp4": time.perf_counter() - made}
+                seen[name] = {
+                    "latents": result.latents,
+                    "seconds": seconds,
+                    "peak": result.peak_bytes,
+                    "bytes": path.stat().st_size,
+                }
+                print(f"{name}: {taken[name][-1]:.2f} s { ({k: round(v, 3) for k, v in seconds.items()}) }", flush=True)
+                write_rows(arguments, request, taken, seen, failures)
+
+
+def ours(arguments: argparse.Namespace, plan: str) -> sw.Engine:
+    engine = sw.Engine.load(arguments.model, plan=plan_of(plan, pick_device(arguments.device)), device=arguments.device)
+    if not any(spec.startswith("prompt-cache") for spec in engine.plan.specs):
+        engine.parts.text.cache = None
+    return engine
+
+
+def write_rows(arguments: argparse.Namespace, request: Any, taken: Any, seen: Any, failures: Any) -> None:
+    """All rows as they stand now: a run cut short leaves what it has."""
+    device = pick_device(arguments.device)
+    rows = []
+    eager = next((seen[name]["latents"] for name in seen if name.startswith("diffusers eager")), None)
+    best = min((name for name in seen if name in PEERS), key=lambda name: statistics.median(taken[name]), default=None)
+    for name in (*taken, *failures):
+        row: dict[str, Any] = {
+            "case": f"video-{arguments.case}-{arguments.width}x{arguments.height}x{arguments.frames}",
+            "rung": "exact",
+            "plan": [] if name in PEERS else plan_of(name, device),
+            "steps": request.num_inference_steps,
+        }
+        if name in PEERS:
+            row["runner"] = name
+        if name in failures:
+            rows.append(row | {"status": "failed", "reason": failures[name]} | common(arguments, device))
+            continue
+        if not taken[name]:
+            continue
+        median = statistics.median(taken[name])
+        row |= {
+            "status": "ok",
+            "seconds": round(median, 3),
+            "spread": [round(min(taken[name]), 3), round(max(taken[name]), 3)],
+            "repeats": len(taken[name]),
+            "stage_seconds": {stage: round(value, 4) for stage, value in seen[name]["seconds"].items()},
+            "ceiling_fraction": round(floor_seconds(arguments.model, request) / median, 3),
+            "peak_bytes": seen[name]["peak"],
+        }
+        if best is not None:
+            row |= {"peer": best, "peer_seconds": round(statistics.median(taken[best]), 3)}
+            row |= {"ratio": round(row["peer_seconds"] / median, 3)}
+        if eager is not None:
+            row["error"] = ((seen[name]["latents"] - eager).norm() / eager.norm()).item()
+            row["error_against"] = "diffusers eager, bf16"
+        rows.append(row | common(arguments, device))
+    if arguments.out == "-":
+        print(json.dumps(rows[-1]))
+    else:
+        Path(arguments.out).write_text("".join(json.dumps(row) + "\n" for row in rows))
+
+
+# From the start of a process to its first step
+
+
+class FirstStepDone(Exception):
+    """Ends a run that has shown what it was started for."""
+
+
+def first_step(arguments: argparse.Namespace) -> None:
+    """What a cold process does; prints the seconds since it was started."""
+    device = pick_device(arguments.device)
+    marks = {"imports": time.time() - arguments.since}
+
+    def on_step(event: Any) -> None:
+        if event.phase == "denoise":
+            if torch.cuda.is_available():
+                torch.cuda.synchronize()
+            marks["first step"] = time.time() - arguments.since
+            raise FirstStepDone
+
+    size = {"width": arguments.width, "height": arguments.height, "num_frames": arguments.frames}
+    request = complete(
+        sw.TextToVideo(PROMPT, seed=7, num_inference_steps=arguments.steps, **size), describe(arguments.model)
+    )
+    runner = (
+        peer(arguments.model, device, arguments.runner)
+        if arguments.runner in PEERS
+        else ours(arguments, arguments.runner)
+    )
+    marks["loaded"] = time.time() - arguments.since
+    try:
+        runner.run(request, on_step=on_step)
+    except FirstStepDone:
+        print(json.dumps(marks), flush=True)
+
+
+def cold(arguments: argparse.Namespace) -> None:
+    device = pick_device(arguments.device)
+    with tempfile.TemporaryDirectory() as folder:
+        path = folder if arguments.model.startswith("random:") else arguments.model
+        if path == folder:
+            made = DiffusersPeer(arguments.model, device, "bf16" if device.capability else "fp32", compile=False)
+            made.pipe.save_pretrained(folder)
+            del made
+            gc.collect()
+            torch.cuda.empty_cache()
+        medians: dict[str, float] = {}
+        for runner in (*arguments.plans, *(name for name in PEERS if name in arguments.peers)):
+            told = [once(arguments, path, runner) for _ in range(arguments.repeats + 1)]
+            row: dict[str, Any] = {"case": f"cold-{arguments.case}", "rung": "exact"}
+            row |= {"plan": [] if runner in PEERS else plan_of(runner, device), "runner": runner}
+            later = [mark["first step"] for mark in told[1:] if "first step" in mark]
+            if later:
+                medians[runner] = statistics.median(later)
+                row |= {
+                    "status": "ok",
+                    "seconds": round(medians[runner], 2),
+                    "spread": [round(min(later), 2), round(max(later), 2)],
+                    "repeats": len(later),
+                    "first_process_seconds": round(told[0].get("first step", 0.0), 2),
+                    "marks": {key: round(value, 2) for key, value in told[-1].items()},
+                    "size": f"{arguments.width}x{arguments.height}x{arguments.frames}",
+                }
+            else:
+                row |= {"status": "failed", "reason": told[-1].get("problem", "no first step")}
+            emit(row | common(arguments, device), arguments.out)
+        print({name: round(value, 2) for name, value in medians.items()}, flush=True)
+
+
+def once(arguments: argparse.Namespace, model: str, runner: str) -> dict[str, Any]:
+    command = [
+        sys.executable,
+        __file__,
+        "first-step",
+        "--model",
+        model,
+        "--runner",
+        runner,
+        "--since",
+        repr(time.time()),
+    ]
+    command += ["--width", str(arguments.width), "--height", str(arguments.height), "--frames", str(arguments.frames)]
+    command += ["--steps", str(arguments.steps)] + (["--device", arguments.device] if arguments.device else [])
+    done = subprocess.run(command, capture_output=True, text=True, timeout=arguments.limit)
+    if done.returncode:
+        print(done.stderr[-2000:], flush=True)
+        return {"problem": done.stderr.strip().rpartition("\n")[2][:300]}
+    marks: dict[str, Any] = json.loads(done.stdout.strip().rpartition("\n")[2])
+    print(runner, marks, flush=True)
+    return marks
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("what", choices=("video", "cold", "first-step"))
+    parser.add_argument("--model", default="random:wan2.1-t2v-1.3b")
+    parser.add_argument("--case", default="1.3b", help="the model's name in the rows")
+    parser.add_argument("--width", type=int, default=832)
+    parser.add_argument("--height", type=int, default=480)
+    parser.add_argument("--frames", type=int, default=81)
+    parser.add_argument("--steps", type=int, default=50)
+    parser.add_argument("--repeats", type=int, default=1)
+    parser.add_argument("--plans", nargs="+", default=["auto"])
+    parser.add_argument("--peers", nargs="*", default=list(PEERS))
+    parser.add_argument("--device")
+    parser.add_argument("--out", default="-")
+    parser.add_argument("--limit", type=float, default=180, help="seconds a cold process may take")
+    parser.add_argument("--commit", default="")
+    parser.add_argument("--runner", help=argparse.SUPPRESS)
+    parser.add_argument("--since", type=float, help=argparse.SUPPRESS)
+    arguments = parser.parse_args()
+    {"video": video, "cold": cold, "first-step": first_step}[arguments.what](arguments)
+
+
+if __name__ == "__main__":
+    main()

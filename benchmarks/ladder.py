@@ -1,0 +1,124 @@
+"""The ladder: from exact to few-step, each rung's time, ratio, memory and error, as one page made from rows.
+
+    python benchmarks/ladder.py [benchmarks/*.jsonl] [--out docs/ladder.md]
+
+A row counts if it has a case, a rung and a device with a GPU. Of the same plan and case the last one stands, so a
+file of rows only grows; of a case and rung the fastest plan is shown, and all others below it.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+from collections.abc import Iterable, Sequence
+from itertools import groupby
+from pathlib import Path
+from typing import Any
+
+Row = dict[str, Any]
+HERE = Path(__file__).parent
+RUNGS = ("exact", "near", "sparse50", "sparse25", "sparse12", "approximate", "few-step")
+"""From the strictest on; others that rows name come behind."""
+AIMS = {
+    "forward-1.3b-832x480x81": 0.410,
+    "forward-1.3b-1280x720x97": 2.5,
+    "forward-ti2v-5b-1280x704x121": 0.760,
+    "forward-14b-1280x720x81": 10.1,
+    "image-1.3b-832x480x1": 0.015,
+    "video-1.3b-832x480x81": 42.0,
+    "cold-1.3b": 10.0,
+    "vae-832x480x81": 0.7,
+}
+"""Seconds that the exact rung was to reach."""
+INTRO = """# The ladder
+
+Made from the rows in `benchmarks/` by `python benchmarks/ladder.py`; do not edit. One H200, random weights of the true
+architectures, ours and the peer by turns in one process. *Ratio* is the peer's time over ours. *Of ceiling* is the time
+that the same matrix products and dense attention would take at the highest bf16 rates measured, over ours: rungs that
+skip work, or compute in 8 bits, may pass 100 %. *Error* is the relative distance to the run that the row names.
+"""
+
+
+def read(paths: Iterable[Path]) -> list[Row]:
+    rows = [json.loads(line) for path in paths for line in path.read_text().splitlines() if line.strip()]
+    return [row for row in rows if row.get("case") and row.get("rung") and "CPU" not in str(row.get("device"))]
+
+
+def latest(rows: Iterable[Row]) -> list[Row]:
+    """Of rows that measure the same thing the last one."""
+    found = {
+        (row["case"], row["rung"], tuple(row.get("plan") or ()), row.get("runner"), variant(row)): row for row in rows
+    }
+    return list(found.values())
+
+
+def variant(row: Row) -> str:
+    """What tells rows of one plan apart: settings that a plan does not name, and the peer that they stand beside."""
+    return json.dumps([row.get(key) for key in ("variant", "steps", "dtype", "peer")])
+
+
+def page(rows: Sequence[Row]) -> str:
+    rows = [row for row in latest(rows) if not str(row["case"]).startswith("growth-")]
+    order = {case: place for place, case in enumerate(dict.fromkeys(row["case"] for row in rows))}
+    parts = [INTRO]
+    for case, of_case in groupby(sorted(rows, key=lambda row: order[row["case"]]), key=lambda row: row["case"]):
+        found = list(of_case)
+        done = [row for row in found if row.get("status", "ok") == "ok" and row.get("seconds")]
+        failed = [row for row in found if row.get("status", "ok") != "ok"]
+        if not done and not failed:
+            continue
+        aim = f"\n\nAim of the exact rung: {seconds(AIMS[case])}." if case in AIMS else ""
+        parts.append(f"## {case}{aim}")
+        if done:
+            parts.append(table(sorted(done, key=place)))
+        parts += [f"- {name(row)}: {row['status']}: {row.get('reason', '')}" for row in failed]
+    return "\n\n".join(parts) + "\n"
+
+
+def place(row: Row) -> tuple[int, float]:
+    rung = -1 if is_peer(row) else RUNGS.index(row["rung"]) if row["rung"] in RUNGS else len(RUNGS)
+    return rung, row["seconds"]
+
+
+def is_peer(row: Row) -> bool:
+    return str(row.get("runner", "")).startswith("diffusers")
+
+
+def name(row: Row) -> str:
+    said = row.get("runner") if is_peer(row) else "`" + (" ".join(row.get("plan") or ()) or "plain") + "`"
+    return str(said) + (f", {row['variant']}" if isinstance(row.get("variant"), str) else "")
+
+
+def table(rows: Sequence[Row]) -> str:
+    lines = ["| rung | plan | time | spread, repeats | peer | ratio | of ceiling | peak | error |", "|" + "---|" * 9]
+    for row in rows:
+        spread = row.get("spread")
+        cells = (
+            "peer" if is_peer(row) else row["rung"],
+            name(row),
+            seconds(row["seconds"]),
+            (f"{seconds(spread[0])} to {seconds(spread[1])}, " if spread else "") + str(row.get("repeats", "")),
+            "" if is_peer(row) or not row.get("peer_seconds") else f"{row['peer']}: {seconds(row['peer_seconds'])}",
+            "" if is_peer(row) or not row.get("ratio") else f"{row['ratio']:.2f}x",
+            f"{100 * row['ceiling_fraction']:.0f} %" if row.get("ceiling_fraction") else "",
+            f"{row['peak_bytes'] / 1e9:.1f} GB" if row.get("peak_bytes") else "",
+            f"{row['error']:.2g}" if isinstance(row.get("error"), float) else "",
+        )
+        lines.append("| " + " | ".join(cells) + " |")
+    return "\n".join(lines)
+
+
+def seconds(value: float) -> str:
+    return f"{1000 * value:.1f} ms" if value < 0.1 else f"{1000 * value:.0f} ms" if value < 1 else f"{value:.2f} s"
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("rows", nargs="*", type=Path, default=sorted(HERE.glob("*.jsonl")))
+    parser.add_argument("--out", type=Path, default=HERE.parent / "docs" / "ladder.md")
+    arguments = parser.parse_args()
+    arguments.out.write_text(page(read(arguments.rows)))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,193 @@
+"""Every pair of techniques on the embedded model: which combine, and what the others say; the table of the docs.
+
+    python benchmarks/pocket_pairs.py [--device cuda] [--out benchmarks/pocket_pairs.jsonl]
+    python benchmarks/pocket_pairs.py --write        # the table into docs/techniques.md, from the rows
+
+A pair whose plan is refused is a row with the reason. One that is accepted runs, and its row says how far the latents
+are from the plain run's: nothing may fail that was accepted.
+"""
+
+from __future__ import annotations
+
+import argparse
+import datetime
+import itertools
+import json
+import subprocess
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+import swiftwan as sw
+from swiftwan.device import Device, pick_device, versions
+from swiftwan.errors import PlanError, SwiftwanError
+from swiftwan.plan import describe, make_plan, parse
+from swiftwan.techniques import TECHNIQUES
+from swiftwan.techniques.base import RELOAD
+
+HERE = Path(__file__).parent
+ROWS, PAGE = HERE / "pocket_pairs.jsonl", HERE.parent / "docs" / "techniques.md"
+REQUEST = sw.TextToVideo("a red circle moves left over a blue background", seed=1, num_inference_steps=6, num_frames=9)
+PROOF = (
+    "attention:cudnn", "attention:flash4", "attention:sdpa", "batched-cfg", "cfg-interval", "cfg-skip:first=1",
+    "compile", "cuda-graphs", "deepcache:block-num=3", "dtype:bf16", "few-step", "fused", "offload:auto:budget=0.02",
+    "offload:blocks", "offload:model", "prompt-cache:off", "quantize:fp8", "quantize:int4", "quantize:int8",
+    "quantize:nf4", "quantize:int4:on=text", "sparse-attention:keep=0.5", "step-cache:first=1,last=1",
+    "text-encoder:cpu", "text-encoder:unload", "tf32", "vae:fast", "vae:tiling:sample=64,stride=48",
+)  # fmt: skip
+"""One spec of each technique, and more where its values are different things."""
+
+
+def specs() -> list[str]:
+    """Those of techniques that there are; one that this list forgets takes part by its name."""
+    named = [spec for spec in PROOF if spec.partition(":")[0] in TECHNIQUES]
+    forgotten = TECHNIQUES.keys() - {spec.partition(":")[0] for spec in PROOF} - {"lora"}
+    return sorted([*named, *forgotten])
+
+
+def refusal(pair: Sequence[str], device: Device) -> str:
+    """Why the plan is refused on this device, in the words of the error; empty if it is not."""
+    try:
+        make_plan(list(dict.fromkeys(pair)), device, None, describe("pocket"))
+    except PlanError as problem:
+        return str(problem)
+    return ""
+
+
+class Runner:
+    """Runs plans, on an engine that is loaded already where a switch does."""
+
+    def __init__(self, device: Device) -> None:
+        self.device = device
+        self.engines: dict[tuple[str, ...], sw.Engine] = {}
+
+    def latents(self, plan: Sequence[str]) -> Tensor:
+        plan = list(dict.fromkeys(plan))
+        fixed = tuple(spec for spec in plan if parse(spec).switch == RELOAD)
+        if fixed not in self.engines:
+            self.engines = {}
+            self.engines[fixed] = sw.Engine.load("pocket", plan=fixed, device=self.device.torch_device)
+        self.engines[fixed].switch(plan)
+        return self.engines[fixed].run(REQUEST).latents
+
+
+def rows(device: Device) -> Iterator[dict[str, Any]]:
+    runner = Runner(device)
+    plain = runner.latents([])
+    single = {spec: refusal([spec], device) for spec in specs()}
+    pairs = [(one, other) for one, other in itertools.combinations_with_replacement(specs(), 2)]
+    # Pairs that load alike stand together, and those that compile for seconds come last.
+    pairs.sort(key=lambda pair: ("compile" in pair, [spec for spec in pair if parse(spec).switch == RELOAD]))
+    for one, other in pairs:
+        row: dict[str, Any] = {
+            "case": f"{one} + {other}",
+            "plan": [one, other],
+            "kinds": [parse(s).kind for s in (one, other)],
+        }
+        if missing := single[one] or single[other]:
+            yield row | {"status": "missing", "reason": missing}
+        elif reason := refusal((one, other), device):
+            yield row | {"status": "refused", "reason": reason}
+        else:
+            try:
+                latents = runner.latents((one, other))
+            except (SwiftwanError, RuntimeError) as problem:
+                yield row | {"status": "failed", "reason": str(problem).partition("\n")[0]}
+                continue
+            error = ((latents - plain).norm() / plain.norm()).item()
+            yield row | {"status": "ok" if latents.isfinite().all() else "failed", "error": error}
+
+
+def measure(arguments: argparse.Namespace) -> None:
+    device = pick_device(arguments.device)
+    commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True).stdout.strip()
+    about = {
+        "device": device.name,
+        "versions": versions(device),
+        "commit": arguments.commit or commit,
+        "date": datetime.date.today().isoformat(),
+    }
+    with arguments.out.open("a") as out:
+        for row in rows(device):
+            out.write(json.dumps(row | about) + "\n")
+            out.flush()
+            if row["status"] == "failed":
+                print(row["case"], row["reason"], flush=True)
+
+
+# The page
+
+
+def best_rows(path: Path) -> dict[frozenset[str], dict[str, Any]]:
+    """One row a pair: what ran somewhere stands before what was missing there."""
+    found: dict[frozenset[str], dict[str, Any]] = {}
+    order = ("ok", "failed", "refused", "missing")
+    for line in path.read_text().splitlines():
+        row = json.loads(line)
+        pair = frozenset(row["plan"])
+        if pair not in found or order.index(row["status"]) <= order.index(found[pair]["status"]):
+            found[pair] = row
+    return found
+
+
+def table(found: dict[frozenset[str], dict[str, Any]]) -> str:
+    """A square of marks and the reasons under it."""
+    names = sorted({spec for pair in found for spec in pair})
+    reasons: dict[str, str] = {}
+    lines = ["| | technique | kind | " + " | ".join(str(n) for n in range(1, len(names) + 1)) + " |"]
+    lines.append("|--|--|--|" + "--|" * len(names))
+    for number, one in enumerate(names, 1):
+        cells = []
+        for other in names[:number]:
+            row = found.get(frozenset((one, other)))
+            cells.append(_mark(row, reasons))
+        cells += [""] * (len(names) - number)
+        lines.append(f"| {number} | `{one}` | {parse(one).kind} | " + " | ".join(cells) + " |")
+    lines += ["", "`+` ran together; `-` cannot run where this was tried; a letter is a refusal:", ""]
+    lines += [f"- `{letter}`: {reason}" for reason, letter in reasons.items()]
+    return "\n".join(lines)
+
+
+def _mark(row: dict[str, Any] | None, reasons: dict[str, str]) -> str:
+    if row is None or row["status"] == "missing":
+        return "-"
+    if row["status"] == "ok":
+        return "+"
+    if row["status"] == "failed":
+        return "failed"
+    reason = row["reason"].partition(": ")[2].rstrip(".")
+    return reasons.setdefault(reason, _letter(len(reasons)))
+
+
+def _letter(number: int) -> str:
+    return chr(ord("a") + number) if number < 26 else _letter(number // 26 - 1) + _letter(number % 26)
+
+
+def write(page: Path, path: Path) -> None:
+    """Put the table between its marks in the page."""
+    before, mark, rest = page.read_text().partition("<!-- pairs -->\n")
+    _, end, after = rest.partition("<!-- /pairs -->")
+    assert mark, f"{page} has no place for the table"
+    assert end, f"{page} has no place for the table"
+    page.write_text(f"{before}{mark}{table(best_rows(path))}\n{end}{after}")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--device")
+    parser.add_argument("--out", type=Path, default=ROWS)
+    parser.add_argument("--commit")
+    parser.add_argument("--write", action="store_true")
+    arguments = parser.parse_args()
+    if arguments.write:
+        write(PAGE, arguments.out)
+    else:
+        torch.manual_seed(0)
+        measure(arguments)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,355 @@
+"""What a run will take, told before anything loads: operations, memory by phase, time.
+
+Formulas count the tensors that live together where a phase is fullest; their constants are from runs on an H200 with
+torch 2.11 (benchmarks/h200_techniques.jsonl has the estimate beside each measured peak).
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass
+from functools import cache
+from typing import Literal
+
+import torch
+
+from swiftwan.ceilings import Ceilings
+from swiftwan.composition import Plan
+from swiftwan.facts import Facts
+from swiftwan.guidance import Mode
+from swiftwan.models.config import ClipConfig, VAEConfig
+from swiftwan.models.vae_fast import latent_frames_at_once
+from swiftwan.models.vae_tiles import Tiling
+from swiftwan.pipelines.request import Request
+from swiftwan.sampling import warped
+from swiftwan.techniques.costs import Costs
+from swiftwan.techniques.vae import FastVae
+from swiftwan.weights.build import parameter_count, transformer_bytes
+
+TEXT_TOKENS = 512
+WORKSPACE = 100_000_000
+"""Bytes that matrix products and attention take beside tensors."""
+TEXT_ACTIVATIONS = 80_000_000
+PROCESS = 2_000_000_000
+"""Bytes of host memory that Python, torch and the CUDA libraries take."""
+PLAIN_PASSES, FUSED_PASSES = 197, 20
+"""How often a block's norms, gates, RoPE and GELU read or write a tensor of all tokens."""
+EXPANSION = 40
+"""Bytes read and written to expand one weight of 4 or 8 bits."""
+
+
+@dataclass(frozen=True)
+class Phase:
+    """One phase of a run: what is on the device, the part of it that is no weight, and on the host."""
+
+    name: Literal["image", "text", "denoise", "decode"]
+    weight_bytes: int
+    activation_bytes: int
+    host_bytes: int
+
+    @property
+    def device_bytes(self) -> int:
+        return self.weight_bytes + self.activation_bytes
+
+
+@dataclass(frozen=True)
+class Load:
+    """The work, the memory and the time of a run.
+
+    Attributes:
+        tokens: video tokens of a forward.
+        forwards: predictions in all; two a step with guidance.
+        tflop_per_forward: operations of one, if nothing is skipped.
+        phases: in the order in which they come; the prompt is taken to be new.
+        step_seconds: of a step that computes both predictions; None where the machine's rates are unknown.
+        denoise_seconds, decode_seconds: of the whole phase.
+        at_most: steps may be skipped, so that it may be faster than told.
+    """
+
+    tokens: int
+    forwards: int
+    tflop_per_forward: float
+    phases: tuple[Phase, ...]
+    step_seconds: float | None = None
+    denoise_seconds: float | None = None
+    decode_seconds: float | None = None
+    at_most: bool = False
+
+    @property
+    def fullest(self) -> Phase:
+        return max(self.phases, key=lambda phase: phase.device_bytes)
+
+    @property
+    def peak_bytes(self) -> int:
+        return self.fullest.device_bytes
+
+    @property
+    def weight_bytes(self) -> int:
+        """Of weights on the device where it is fullest."""
+        return self.fullest.weight_bytes
+
+    @property
+    def activation_bytes(self) -> int:
+        return self.fullest.activation_bytes
+
+    @property
+    def host_bytes(self) -> int:
+        return max(phase.host_bytes for phase in self.phases)
+
+
+def estimate(request: Request, facts: Facts, plan: Plan, total_bytes: int, ceilings: Ceilings | None = None) -> Load:
+    """Count a completed request's operations (two a multiply-add), bytes and seconds under a plan.
+
+    Args:
+        total_bytes: of the device's memory; ``vae:fast`` makes its chunks by it.
+        ceilings: of the device; None leaves the times out.
+    """
+    costs = plain_costs(request, facts, plan.settings.dtype)
+    for technique in plan.techniques:
+        costs = technique.cost(costs)
+    steps = guided_steps(request, facts, plan)
+    forwards = sum(steps)
+    flop = _linear_flop(costs) + _attention_flop(costs)
+    phases = tuple(_phases(request, facts, plan, costs, total_bytes))
+    load = Load(costs.tokens, forwards, flop / 1e12, phases, at_most=costs.skips)
+    if ceilings is None:
+        return load
+    forward = _forward_seconds(costs, ceilings)
+    decode = _decode_seconds(request, facts, plan, ceilings)
+    bring = 0.0
+    if costs.residency == "one at a time":
+        bring = facts.experts * (costs.block_bytes + costs.rest_bytes) / ceilings.bus
+    return Load(
+        costs.tokens,
+        forwards,
+        flop / 1e12,
+        phases,
+        step_seconds=max(steps, default=0) * forward,
+        denoise_seconds=forwards * forward + bring,
+        decode_seconds=decode,
+        at_most=costs.skips,
+    )
+
+
+# Work
+
+
+def plain_costs(request: Request, facts: Facts, dtype: torch.dtype) -> Costs:
+    """A completed request's costs before any technique."""
+    frames, rows, columns = latent_grid(request, facts)
+    blocks, rest = transformer_bytes(facts.known.transformer, dtype)
+    _, patch_h, patch_w = facts.known.transformer.patch_size
+    return Costs(
+        model=facts.known,
+        dtype=dtype,
+        tokens=frames * (rows // patch_h) * (columns // patch_w),
+        block_bytes=blocks,
+        rest_bytes=rest,
+        text_bytes=facts.text_parameters * dtype.itemsize,
+        text_linear_parameters=facts.text_parameters - facts.text_embedding_parameters,
+        product="fp32" if dtype is torch.float32 else "16",
+    )
+
+
+def latent_grid(request: Request, facts: Facts) -> tuple[int, int, int]:
+    """Latent frames, rows and columns."""
+    assert request.num_frames
+    assert request.width
+    assert request.height
+    vae = facts.known.vae
+    frames = (request.num_frames - 1) // vae.scale_factor_temporal + 1
+    return frames, request.height // vae.scale_factor_spatial, request.width // vae.scale_factor_spatial
+
+
+def guided_steps(request: Request, facts: Facts, plan: Plan) -> list[int]:
+    """How many predictions each evaluation of the model computes, 1 or 2, in order."""
+    assert request.num_inference_steps
+    assert request.flow_shift
+    steps = request.num_inference_steps
+    few = plan.settings.few_step
+    levels = list(few.levels_for(steps, request.flow_shift)) if few else _levels(steps, request.flow_shift)
+    levels = levels[len(levels) - request.steps_to_run :]
+    if request.scheduler == "heun":  # two evaluations a step, but for the last
+        levels = sorted([*levels, *levels[1:]], reverse=True)
+    boundary = facts.known.boundary_ratio or 0.0
+    high = [level for level in levels if level >= boundary]
+    low_scale = request.guidance_scale_2 or request.guidance_scale
+    counts: list[int] = []
+    for part, scale in ((high, request.guidance_scale), (levels[len(high) :], low_scale)):
+        if (scale or 1) <= 1:
+            counts += [1] * len(part)
+        else:
+            modes = plan.guide.when.modes([1000 * level for level in part])
+            counts += [2 if mode is Mode.BOTH else 1 for mode in modes]
+    return counts
+
+
+def _levels(steps: int, shift: float) -> list[float]:
+    return [warped(1 - step / steps, shift) for step in range(steps)]
+
+
+def _linear_flop(costs: Costs) -> float:
+    """Of one prediction: q, k, v, out of self-attention; q, out of cross-attention; the feed-forward."""
+    dim, ffn = costs.sizes.dim, costs.sizes.ffn_dim
+    return costs.sizes.num_layers * costs.tokens * (12 * dim**2 + 4 * dim * ffn)
+
+
+def _attention_flop(costs: Costs) -> float:
+    return costs.sizes.num_layers * 4.0 * costs.tokens * (costs.tokens + TEXT_TOKENS) * costs.sizes.dim
+
+
+# Time
+
+
+def _forward_seconds(costs: Costs, ceilings: Ceilings) -> float:
+    """One prediction: products, attention and what lies between; or launches, or copies, where those take longer."""
+    layers = costs.sizes.num_layers
+    passes = FUSED_PASSES if costs.fused else PLAIN_PASSES
+    between = layers * passes * costs.token_bytes + costs.expanded_parameters * EXPANSION
+    computing = (
+        _linear_flop(costs) / ceilings.products[costs.product] / 1e12
+        + costs.attention_share * _attention_flop(costs) / ceilings.attention[costs.attention] / 1e12
+        + between / ceilings.memory
+    )
+    if not costs.graphs:
+        computing = max(computing, layers * ceilings.launch_seconds[costs.fused] / costs.batch)
+    seconds = computing * costs.block_share
+    if costs.residency == "streamed":
+        streamed = 1 - costs.resident_blocks / layers
+        resident = seconds * (1 - streamed)
+        seconds = resident + max(seconds * streamed, streamed * costs.block_bytes / ceilings.bus / costs.batch)
+    return seconds
+
+
+def _decode_seconds(request: Request, facts: Facts, plan: Plan, ceilings: Ceilings) -> float:
+    frames, rows, columns = latent_grid(request, facts)
+    first, following = decoder_flop(facts.known.vae)
+    flop: float = rows * columns * (first + (frames - 1) * following)
+    if plan.tiling is not None:
+        flop *= (plan.tiling.sample / plan.tiling.stride) ** 2
+    width = _last_width(facts.known.vae)
+    rates = ceilings.decode[min(ceilings.decode, key=lambda known: abs(known - width))]
+    rate = rates[_decodes_fast(plan)]
+    if plan.settings.dtype is torch.float32:
+        rate *= ceilings.products["fp32"] / ceilings.products["16"]
+    return flop / rate / 1e12
+
+
+@cache
+def decoder_flop(config: VAEConfig) -> tuple[int, int]:
+    """Operations to decode a cell of the first latent frame, and of one behind it; counted on the meta device."""
+    from torch.utils.flop_counter import FlopCounterMode
+
+    from swiftwan.models.vae import WanVAE
+
+    side, counts = 4, []
+    with torch.device("meta"), torch.no_grad():
+        vae = WanVAE(config)
+        for frames in (1, 2):
+            with FlopCounterMode(display=False) as counter:
+                vae.decode_raw(torch.empty(1, config.z_dim, frames, side, side))
+            counts.append(counter.get_total_flops() // side**2)
+    return counts[0], counts[1] - counts[0]
+
+
+# Memory
+
+
+def _phases(request: Request, facts: Facts, plan: Plan, costs: Costs, total_bytes: int) -> Iterator[Phase]:
+    size = plan.settings.dtype.itemsize
+    vae = parameter_count(facts.known.vae) * size
+    if facts.known.transformer.image_dim is not None:
+        vae += parameter_count(ClipConfig()) * size
+    transformers, host = _transformer_bytes(facts, costs)
+    on_host = PROCESS + host + (costs.text_bytes if costs.text_home == "cpu" else 0)
+    text = costs.text_bytes if costs.text_home != "cpu" else 0
+    stays = costs.text_bytes if costs.text_home == "gpu" else 0
+    # One at a time, the transformers are away but for their own turn.
+    around = 0.0 if costs.residency == "one at a time" else transformers
+
+    def phase(name: Literal["image", "text", "denoise", "decode"], weights: float, activations: float) -> Phase:
+        frames = 2 * 3 * (request.width or 0) * (request.height or 0) * (request.num_frames or 0)
+        return Phase(name, int(weights), int(activations), int(on_host + (frames if name == "decode" else 0)))
+
+    if request.sources():
+        yield phase("image", vae + around, _encoding(request, facts, size))
+    yield phase("text", vae + around + text, TEXT_ACTIVATIONS if text else 0)
+    yield phase("denoise", vae + stays + transformers, _denoising(costs))
+    yield phase("decode", vae + stays + around, _decoding(request, facts, plan, total_bytes))
+
+
+def _transformer_bytes(facts: Facts, costs: Costs) -> tuple[float, float]:
+    """Of weights on the device while it denoises, and in host memory."""
+    whole = costs.block_bytes + costs.rest_bytes
+    if costs.residency == "resident":
+        return facts.experts * whole, 0.0
+    if costs.residency == "one at a time":
+        return whole, facts.experts * whole
+    layers = costs.sizes.num_layers
+    block = costs.block_bytes / layers
+    away = facts.experts * (layers - costs.resident_blocks)
+    slots = 2 * block if away else 0.0
+    return facts.experts * (costs.rest_bytes + costs.resident_blocks * block) + slots, away * block
+
+
+def _denoising(costs: Costs) -> float:
+    """Where a block is fullest: in the feed-forward, or between the projections and attention."""
+    size, dim, ffn = costs.dtype.itemsize, costs.sizes.dim, costs.sizes.ffn_dim
+    if costs.fused:
+        fullest = size * max(10 * dim, ffn + 6 * dim)
+    else:
+        # RoPE and norms compute in float32.
+        fullest = max(size * (2 * ffn + 6 * dim), size * 6 * dim + 16 * dim)
+    rope = 2 * costs.sizes.attention_head_dim * 4  # two predictions, cosine and sine
+    memories = 2 * 2 * costs.sizes.num_layers * 128 * dim * size
+    return (
+        costs.batch * costs.tokens * fullest
+        + costs.tokens * rope
+        + memories
+        + costs.scratch_bytes
+        + (costs.kept_bytes + WORKSPACE)
+    )
+
+
+def _last_width(vae: VAEConfig) -> int:
+    """Channels of the decoder's last level."""
+    return (vae.decoder_base_dim or vae.base_dim) * vae.dim_mult[0]
+
+
+def _decodes_fast(plan: Plan) -> bool:
+    return any(isinstance(technique, FastVae) for technique in plan.techniques)
+
+
+def _decoding(request: Request, facts: Facts, plan: Plan, total_bytes: int) -> float:
+    """A chunk at its last level, and what later chunks need of it."""
+    vae, size = facts.known.vae, plan.settings.dtype.itemsize
+    _, rows, columns = latent_grid(request, facts)
+    width = _last_width(vae)
+    patch = vae.patch_size or 1
+    pixels: int = rows * columns * (vae.scale_factor_spatial // patch) ** 2
+    if _decodes_fast(plan):
+        chunk = latent_frames_at_once(width, rows, columns, size, total_bytes)
+        chunk = min(chunk, latent_grid(request, facts)[0])
+        return (12.2 * chunk + 7.7) * 4 * pixels * width * size + WORKSPACE
+    tile: int = pixels
+    covered: int = pixels
+    if plan.tiling is not None:
+        tiling = plan.tiling.over(patch)
+        tile = min(pixels, tiling.sample**2)
+        covered = math.prod(_covered(side // patch, tiling) for side in (request.width or 0, request.height or 0))
+    in_float32, past = (16, 28) if vae.is_residual else (8, 25)
+    # Four frames while a layer computes, and what each convolution keeps of the frames before, of all tiles.
+    return width * (tile * 4 * (in_float32 + 4 * size) + covered * past * size) + WORKSPACE
+
+
+def _covered(length: int, tiling: Tiling) -> int:
+    """The sum of the tiles' lengths."""
+    return sum(min(tiling.sample, length - start) for start in range(0, length, tiling.stride))
+
+
+def _encoding(request: Request, facts: Facts, size: int) -> float:
+    vae = facts.known.vae
+    _, rows, columns = latent_grid(request, facts)
+    pixels = rows * columns * (vae.scale_factor_spatial // (vae.patch_size or 1)) ** 2
+    return pixels * vae.base_dim * 44 * size + WORKSPACE

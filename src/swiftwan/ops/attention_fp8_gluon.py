@@ -1,0 +1,282 @@
+# mypy: disable-error-code="no-untyped-def"
+"""8-bit self-attention for Hopper, dense and block-sparse, in Gluon, the lower level of Triton. Imported only there.
+
+One program computes 128 queries of a head. Three groups of warps work at once (as in FlashAttention-3, arXiv
+2407.08608): one asks TMA for blocks of keys and values, and two, of 64 queries each, multiply and take the softmax. A
+group's second product of one block runs while it takes the softmax of the next, and two groups drift apart, so that the
+tensor cores have work while exponentials are computed.
+
+The blocks are read from the last to the first: the one with the end of the sequence, which must be masked, comes
+first, outside of the loop.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+from triton.experimental import gluon
+from triton.experimental.gluon import language as gl
+from triton.experimental.gluon.language.nvidia.hopper import (
+    fence_async_shared,
+    mbarrier,
+    tma,
+    warpgroup_mma,
+    warpgroup_mma_wait,
+)
+from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
+
+from swiftwan.ops.attention_fp8 import BLOCK, WIDTH, RoundedAttention
+from swiftwan.ops.round_attention import round_and_pool, round_attention
+from swiftwan.ops.sparse import choose_blocks
+
+HALF = 64
+"""Queries of one group of warps."""
+
+STAGES = 4
+"""Blocks of keys, and of values, on their way at once: 144 of 227 KB of shared memory."""
+
+
+@gluon.jit
+def _left_side(weights, MMA: gl.constexpr):
+    """Softmax's numerators as the left side of the second product, without a move between threads: see kernel_order."""
+    groups: gl.constexpr = weights.shape[1] // 16
+    weights = gl.permute(gl.reshape(weights, [weights.shape[0], groups, 2, 4, 2]), [0, 1, 3, 2, 4])
+    weights = gl.reshape(weights, [weights.shape[0], groups * 16])
+    weights = gl.convert_layout(weights, gl.DotOperandLayout(0, MMA, 4), assert_trivial=True)
+    # Four at once: Triton's own conversion takes a byte each, and packs them again.
+    return gl.inline_asm_elementwise(
+        "{ .reg .b16 low, high; cvt.rn.satfinite.e4m3x2.f32 low, $2, $1; "
+        "cvt.rn.satfinite.e4m3x2.f32 high, $4, $3; mov.b32 $0, {low, high}; }",
+        "=r,r,r,r,r",
+        [weights],
+        dtype=gl.float8e4nv,
+        is_pure=True,
+        pack=4,
+    )
+
+
+@gluon.jit
+def _as_float(scores):
+    """Integers below 2**22, plus 1.5 * 2**23 in float32: an addition where a conversion takes twice as long."""
+    return (scores + 0x4B400000).to(gl.float32, bitcast=True)
+
+
+@gluon.jit
+def _soften(scores, factor, largest, total, MMA: gl.constexpr):
+    """One block's scores, integers plus 1.5 * 2**23, to the left side of the second product.
+
+    Returns:
+        that, by what all before must shrink, and the new largest exponent and sum.
+    """
+    magic: gl.constexpr = 12582912.0
+    larger = gl.maximum(largest, (gl.max(scores, 1) - magic) * factor)
+    shrink = gl.exp2(largest - larger)
+    weights = gl.exp2(scores * factor[:, None] - (magic * factor + larger - 8.0)[:, None])
+    total = total * shrink + gl.sum(weights, 1)
+    return _left_side(weights, MMA), shrink, larger, total
+
+
+@gluon.jit
+def _multiply(PART: gl.constexpr, memory, ready, free, tensors, sizes, STAGES: gl.constexpr):
+    """64 queries over all blocks: the scores' product, softmax, the values' product.
+
+    While it takes the softmax of one block, the tensor cores have the scores of the next to compute. Two blocks a
+    turn: with one, the scores would be moved from one set of registers to the other each time.
+    """
+    q, k_ring, v_ring = memory
+    factor, v_scale, v_mean, out = tensors
+    last, first_row, out_row, length, count = sizes
+    q_ready, k_ready, v_ready = ready
+    k_free, v_free = free
+    HALF: gl.constexpr = q.shape[1]
+    BLOCK: gl.constexpr = k_ring.shape[1]
+    WIDTH: gl.constexpr = v_ring.shape[1]
+    MMA: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, 128, 32])
+    row = first_row + PART * HALF + gl.arange(0, HALF, gl.SliceLayout(1, MMA))
+    factor = gl.load(factor + row, row < length, other=0.0)
+    q = q.index(PART)
+    nothing = gl.zeros([HALF, BLOCK], gl.int32, MMA)
+
+    mbarrier.wait(q_ready, 0)
+    mbarrier.wait(k_ready.index(0), 0)
+    ahead = warpgroup_mma(q, k_ring.index(0).permute((1, 0)), nothing, use_acc=False, is_async=True)
+    scores = _as_float(warpgroup_mma_wait(0, deps=(ahead,)))
+    mbarrier.arrive(k_free.index(0))
+    token = last * BLOCK + gl.arange(0, BLOCK, gl.SliceLayout(0, MMA))
+    scores = gl.where((token < length)[None, :], scores, float("-inf"))
+    largest = gl.full([HALF], -1e30, gl.float32, gl.SliceLayout(1, MMA))
+    total = gl.zeros([HALF], gl.float32, gl.SliceLayout(1, MMA))
+    result = gl.zeros([HALF, WIDTH], gl.float32, MMA)
+
+    pairs = (count - 1) // 2
+    for pair in range(pairs):
+        step = 2 * pair
+        slot = (step + 1) % STAGES
+        mbarrier.wait(k_ready.index(slot), ((step + 1) // STAGES) & 1)
+        ahead = warpgroup_mma(q, k_ring.index(slot).permute((1, 0)), nothing, use_acc=False, is_async=True)
+        left, shrink, largest, total = _soften(scores, factor, largest, total, MMA)
+        result = result * shrink[:, None]
+        before = step % STAGES
+        mbarrier.wait(v_ready.index(before), (step // STAGES) & 1)
+        behind = warpgroup_mma(left, v_ring.index(before).permute((1, 0)), result, is_async=True)
+        others = _as_float(warpgroup_mma_wait(1, deps=(ahead,)))
+        mbarrier.arrive(k_free.index(slot))
+        result = warpgroup_mma_wait(0, deps=(behind,))
+        mbarrier.arrive(v_free.index(before))
+
+        after = (step + 2) % STAGES
+        mbarrier.wait(k_ready.index(after), ((step + 2) // STAGES) & 1)
+        ahead = warpgroup_mma(q, k_ring.index(after).permute((1, 0)), nothing, use_acc=False, is_async=True)
+        left, shrink, largest, total = _soften(others, factor, largest, total, MMA)
+        result = result * shrink[:, None]
+        mbarrier.wait(v_ready.index(slot), ((step + 1) // STAGES) & 1)
+        behind = warpgroup_mma(left, v_ring.index(slot).permute((1, 0)), result, is_async=True)
+        scores = _as_float(warpgroup_mma_wait(1, deps=(ahead,)))
+        mbarrier.arrive(k_free.index(after))
+        result = warpgroup_mma_wait(0, deps=(behind,))
+        mbarrier.arrive(v_free.index(slot))
+
+    for step in range(2 * pairs, count - 1):  # none or one
+        slot = (step + 1) % STAGES
+        mbarrier.wait(k_ready.index(slot), ((step + 1) // STAGES) & 1)
+        ahead = warpgroup_mma(q, k_ring.index(slot).permute((1, 0)), nothing, use_acc=False, is_async=True)
+        left, shrink, largest, total = _soften(scores, factor, largest, total, MMA)
+        result = result * shrink[:, None]
+        before = step % STAGES
+        mbarrier.wait(v_ready.index(before), (step // STAGES) & 1)
+        behind = warpgroup_mma(left, v_ring.index(before).permute((1, 0)), result, is_async=True)
+        scores = _as_float(warpgroup_mma_wait(1, deps=(ahead,)))
+        result = warpgroup_mma_wait(0, deps=(behind,))
+
+    left, shrink, largest, total = _soften(scores, factor, largest, total, MMA)
+    result = result * shrink[:, None]
+    slot = (count - 1) % STAGES
+    mbarrier.wait(v_ready.index(slot), ((count - 1) // STAGES) & 1)
+    behind = warpgroup_mma(left, v_ring.index(slot).permute((1, 0)), result, is_async=True)
+    result = warpgroup_mma_wait(0, deps=(behind,))
+    channel = gl.arange(0, WIDTH, gl.SliceLayout(0, MMA))
+    result = result * (1.0 / total)[:, None] * gl.load(v_scale + channel)[None, :] + gl.load(v_mean + channel)[None, :]
+    place = row.to(gl.int64)[:, None] * out_row + channel[None, :]
+    gl.store(out + place, result.to(out.dtype.element_ty), (row < length)[:, None])
+
+
+@gluon.jit
+def _fetch(maps, memory, ready, free, blocks, sizes, STAGES: gl.constexpr, SPARSE: gl.constexpr):
+    q_map, k_map, v_map = maps
+    q, k_ring, v_ring = memory
+    row, column, batch_row, v_row, count = sizes
+    q_ready, k_ready, v_ready = ready
+    k_free, v_free = free
+    HALF: gl.constexpr = q.shape[1]
+    BLOCK: gl.constexpr = k_ring.shape[1]
+    mbarrier.expect(q_ready, 2 * q_map.block_type.nbytes)
+    for part in gl.static_range(2):
+        tma.async_copy_global_to_shared(q_map, [batch_row + row + part * HALF, column], q_ready, q.index(part))
+    for step in range(count):
+        block = count - 1 - step
+        if SPARSE:
+            block = gl.load(blocks + block)
+        slot = step % STAGES
+        phase = ((step // STAGES) & 1) ^ 1
+        mbarrier.wait(k_free.index(slot), phase)
+        mbarrier.expect(k_ready.index(slot), k_map.block_type.nbytes)
+        tma.async_copy_global_to_shared(
+            k_map, [batch_row + block * BLOCK, column], k_ready.index(slot), k_ring.index(slot)
+        )
+        mbarrier.wait(v_free.index(slot), phase)
+        mbarrier.expect(v_ready.index(slot), v_map.block_type.nbytes)
+        place = [v_row, block * BLOCK]
+        tma.async_copy_global_to_shared(v_map, place, v_ready.index(slot), v_ring.index(slot))
+
+
+@gluon.jit
+def _attend_kernel(
+    q_map, k_map, v_map, out, factor, v_scale, v_mean, blocks, length, count, heads,
+    STAGES: gl.constexpr, SPARSE: gl.constexpr,
+):  # fmt: skip
+    HALF: gl.constexpr = q_map.block_shape[0]
+    BLOCK: gl.constexpr = k_map.block_shape[0]
+    WIDTH: gl.constexpr = v_map.block_shape[0]
+    row = gl.program_id(0) * (2 * HALF)
+    head = gl.program_id(1)
+    batch = gl.program_id(2)
+    line = batch * heads + head
+    out += batch.to(gl.int64) * length * (heads * WIDTH) + head * WIDTH
+    factor += line.to(gl.int64) * length
+    v_scale += line * WIDTH
+    v_mean += line * WIDTH
+    last = count - 1
+    if SPARSE:
+        blocks += (line.to(gl.int64) * gl.num_programs(0) + gl.program_id(0)) * count
+        last = gl.load(blocks + last)
+
+    q = gl.allocate_shared_memory(gl.int8, [2, HALF, WIDTH], q_map.layout)
+    k_ring = gl.allocate_shared_memory(gl.int8, [STAGES, BLOCK, WIDTH], k_map.layout)
+    v_ring = gl.allocate_shared_memory(gl.float8e4nv, [STAGES, WIDTH, BLOCK], v_map.layout)
+    q_ready = gl.allocate_shared_memory(gl.int64, [1], mbarrier.MBarrierLayout())
+    k_ready = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
+    v_ready = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
+    k_free = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
+    v_free = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
+    mbarrier.init(q_ready, count=1)
+    for slot in gl.static_range(STAGES):
+        mbarrier.init(k_ready.index(slot), count=1)
+        mbarrier.init(v_ready.index(slot), count=1)
+        mbarrier.init(k_free.index(slot), count=2)
+        mbarrier.init(v_free.index(slot), count=2)
+    fence_async_shared()
+    ready = (q_ready, k_ready, v_ready)
+    free = (k_free, v_free)
+    memory = (q, k_ring, v_ring)
+    tensors = (factor, v_scale, v_mean, out)
+    sizes = (last, row, heads * WIDTH, length, count)
+    maps = (q_map, k_map, v_map)
+    places = (row, head * WIDTH, batch * length, line * WIDTH, count)
+    # 240 registers a thread for those that multiply, 24 for the one that fetches: 65,536 in all.
+    gl.warp_specialize(
+        [
+            (_multiply, (gl.constexpr(0), memory, ready, free, tensors, sizes, STAGES)),
+            (_multiply, (gl.constexpr(1), memory, ready, free, tensors, sizes, STAGES)),
+            (_fetch, (maps, memory, ready, free, blocks, places, STAGES, SPARSE)),
+        ],
+        [4, 1],
+        [240, 24],
+    )
+
+
+def attend_rounded(x: RoundedAttention, dtype: torch.dtype, blocks: Tensor | None = None) -> Tensor:
+    """Attention of what is rounded, (B, L, H, E).
+
+    Args:
+        blocks: the blocks of keys that each block of queries sees, int32 (B, H, N, M), ascending; None for all.
+    """
+    batch, length, heads, width = x.q.shape
+    out = torch.empty(x.q.shape, dtype=dtype, device=x.q.device)
+    q = _tiles(x.q.view(batch * length, heads * width), HALF)
+    k = _tiles(x.k.view(batch * length, heads * width), BLOCK)
+    v = _tiles(x.v.view(batch * heads * width, -1), WIDTH)
+    count = -(-length // BLOCK)
+    read = count if blocks is None else blocks.shape[-1]
+    with torch.cuda.device_of(out):
+        _attend_kernel[(count, heads, batch)](
+            q, k, v, out, x.factor, x.v_scale, x.v_mean, x.factor if blocks is None else blocks, length, read, heads,
+            STAGES=STAGES, SPARSE=blocks is not None, num_warps=4,
+        )  # fmt: skip
+    return out
+
+
+def _tiles(x: Tensor, rows: int) -> TensorDescriptor:
+    shape = [rows, 128]
+    dtype = gl.int8 if x.dtype is torch.int8 else gl.float8e4nv
+    return TensorDescriptor.from_tensor(x, shape, gl.NVMMASharedLayout.get_default_for(shape, dtype))
+
+
+def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    """:data:`swiftwan.ops.attention.Attend` in 8 bits, for heads of 128."""
+    return attend_rounded(round_attention(q, k, v), q.dtype)
+
+
+def attend_sparse(q: Tensor, k: Tensor, v: Tensor, keep: float) -> Tensor:
+    """The same over a share ``keep`` of the blocks (:mod:`swiftwan.ops.sparse`), pooled where they are rounded."""
+    rounded, q_means, k_means = round_and_pool(q, k, v)
+    return attend_rounded(rounded, q.dtype, choose_blocks(q_means, k_means, keep))

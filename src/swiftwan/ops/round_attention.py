@@ -1,0 +1,179 @@
+# mypy: disable-error-code="no-untyped-def"
+"""Triton kernels that make :class:`swiftwan.ops.attention_fp8.RoundedAttention`: two passes over k and v, one over q.
+
+The first pass takes sums and largest numbers over all tokens, the second rounds. Sums are of fixed parts in a fixed
+order, without atomics, so that the same input gives the same bits.
+"""
+
+from __future__ import annotations
+
+import functools
+import math
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from swiftwan.ops.attention_fp8 import BLOCK, WIDTH, RoundedAttention
+
+PART = 512
+"""Tokens that one program of the first pass reads: 768 programs for 32,760 tokens of 12 heads."""
+
+
+@triton.jit
+def _statistics_kernel(
+    k, v, parts, length, k_batch, k_row, v_batch, v_row,
+    PART: tl.constexpr, ROWS: tl.constexpr, WIDTH: tl.constexpr,
+):  # fmt: skip
+    part, head, batch = tl.program_id(0), tl.program_id(1), tl.program_id(2)
+    line = (batch * tl.num_programs(1) + head) * tl.num_programs(0) + part
+    offset = head * WIDTH
+    parts += line * 6 * WIDTH
+    _statistics(k + batch.to(tl.int64) * k_batch + offset, parts, part * PART, length, k_row, PART, ROWS, WIDTH)
+    v_parts = parts + 3 * WIDTH
+    _statistics(v + batch.to(tl.int64) * v_batch + offset, v_parts, part * PART, length, v_row, PART, ROWS, WIDTH)
+
+
+@triton.jit
+def _statistics(x, parts, start, length, stride, PART: tl.constexpr, ROWS: tl.constexpr, WIDTH: tl.constexpr):
+    """Sum, least and largest of each channel over one part; each thread keeps its own, and they meet at the end."""
+    channel = tl.arange(0, WIDTH)
+    total = tl.zeros((ROWS, WIDTH), tl.float32)
+    least = tl.full((ROWS, WIDTH), float("inf"), tl.float32)
+    largest = tl.full((ROWS, WIDTH), float("-inf"), tl.float32)
+    for first in range(0, PART, ROWS):
+        token = start + first + tl.arange(0, ROWS)
+        inside = (token < length)[:, None]
+        value = tl.load(x + token.to(tl.int64)[:, None] * stride + channel[None, :], inside, other=0.0).to(tl.float32)
+        total += value
+        least = tl.minimum(least, tl.where(inside, value, float("inf")))
+        largest = tl.maximum(largest, tl.where(inside, value, float("-inf")))
+    tl.store(parts + channel, tl.sum(total, 0))
+    tl.store(parts + WIDTH + channel, tl.min(least, 0))
+    tl.store(parts + 2 * WIDTH + channel, tl.max(largest, 0))
+
+
+@triton.jit
+def _finish_kernel(
+    parts, k_mean, v_mean, k_scale, v_scale, count, length, PARTS: tl.constexpr, WIDTH: tl.constexpr
+):  # fmt: skip
+    line = tl.program_id(0)
+    channel = tl.arange(0, WIDTH)
+    parts += line * count * 6 * WIDTH
+    mean, furthest = _finish(parts, count, length, PARTS, WIDTH)
+    tl.store(k_mean + line * WIDTH + channel, mean)
+    tl.store(k_scale + line, tl.maximum(tl.max(furthest, 0), 1e-12) / 127.0)
+    mean, furthest = _finish(parts + 3 * WIDTH, count, length, PARTS, WIDTH)
+    tl.store(v_mean + line * WIDTH + channel, mean)
+    tl.store(v_scale + line * WIDTH + channel, tl.maximum(furthest, 1e-12) / 448.0)
+
+
+@triton.jit
+def _finish(parts, count, length, PARTS: tl.constexpr, WIDTH: tl.constexpr):
+    """Each channel's mean, and how far from it its numbers lie at most."""
+    part = tl.arange(0, PARTS)[:, None]
+    place = parts + part * 6 * WIDTH + tl.arange(0, WIDTH)[None, :]
+    mean = tl.sum(tl.load(place, part < count, other=0.0), 0) / length
+    least = tl.min(tl.load(place + WIDTH, part < count, other=float("inf")), 0)
+    largest = tl.max(tl.load(place + 2 * WIDTH, part < count, other=float("-inf")), 0)
+    return mean, tl.maximum(largest - mean, mean - least)
+
+
+@triton.jit
+def _to_int8(x):
+    """The nearest integer: adding 1.5 * 2**23 leaves it in the last bits of a float32."""
+    return ((x + 12582912.0).to(tl.int32, bitcast=True) - 0x4B400000).to(tl.int8)
+
+
+@triton.jit
+def _round_kernel(
+    q, k, v, k_mean, v_mean, k_scale, v_scale, q_out, k_out, v_out, factor, q_pooled, k_pooled,
+    length, q_batch, q_row, k_batch, k_row, v_batch, v_row, out_row, v_out_row, softmax_scale,
+    BLOCK: tl.constexpr, WIDTH: tl.constexpr, MEANS: tl.constexpr,
+):  # fmt: skip
+    block, head, batch = tl.program_id(0), tl.program_id(1), tl.program_id(2)
+    heads = tl.num_programs(1)
+    line = batch * heads + head
+    place = tl.arange(0, BLOCK)
+    channel = tl.arange(0, WIDTH)
+    token = block * BLOCK + place
+    inside = (token < length)[:, None]
+    row = token.to(tl.int64)[:, None]
+    column = head * WIDTH + channel[None, :]
+    out = (batch.to(tl.int64) * length + row) * out_row + column
+
+    key_scale = tl.load(k_scale + line)
+    query = tl.load(q + batch.to(tl.int64) * q_batch + row * q_row + column, inside, other=0.0).to(tl.float32)
+    scale = tl.maximum(tl.max(tl.abs(query), 1), 1e-12) / 127.0
+    tl.store(q_out + out, _to_int8(query * (1.0 / scale)[:, None]), inside)
+    tl.store(factor + line.to(tl.int64) * length + token, scale * key_scale * softmax_scale, token < length)
+
+    key = tl.load(k + batch.to(tl.int64) * k_batch + row * k_row + column, inside, other=0.0).to(tl.float32)
+    centred = key - tl.load(k_mean + line * WIDTH + channel)[None, :]
+    tl.store(k_out + out, _to_int8(centred * (1.0 / key_scale)), inside)
+    if MEANS:
+        count = tl.minimum(length - block * BLOCK, BLOCK)
+        mean_place = (line * tl.num_programs(0) + block) * WIDTH + channel
+        tl.store(q_pooled + mean_place, tl.sum(query, 0) / count)
+        tl.store(k_pooled + mean_place, tl.sum(key, 0) / count)
+
+    # See kernel_order: which token stands at each place.
+    moved = (place // 16) * 16 + ((place >> 1) & 1) * 8 + ((place >> 2) & 3) * 2 + (place & 1)
+    source = block * BLOCK + moved
+    value = tl.load(
+        v + batch.to(tl.int64) * v_batch + source.to(tl.int64)[:, None] * v_row + column,
+        (source < length)[:, None],
+        other=0.0,
+    ).to(tl.float32)
+    value -= tl.load(v_mean + line * WIDTH + channel)[None, :]
+    value *= (1.0 / tl.load(v_scale + line * WIDTH + channel))[None, :]
+    value = tl.where((source < length)[:, None], value, 0.0)
+    turned = tl.trans(value.to(tl.float8e4nv))
+    target = (line * WIDTH + channel).to(tl.int64)[:, None] * v_out_row + (block * BLOCK + place)[None, :]
+    tl.store(v_out + target, turned)
+
+
+def round_attention(q: Tensor, k: Tensor, v: Tensor) -> RoundedAttention:
+    """:func:`swiftwan.ops.attention_fp8.round_attention` for heads of 128, whose channels lie together."""
+    return _round_attention(q, k, v, means=False)[0]
+
+
+def round_and_pool(q: Tensor, k: Tensor, v: Tensor) -> tuple[RoundedAttention, Tensor, Tensor]:
+    """Also the means of each block of 128 queries and keys, float32 (B, H, N, E)."""
+    return _round_attention(q, k, v, means=True)
+
+
+def _round_attention(q: Tensor, k: Tensor, v: Tensor, means: bool) -> tuple[RoundedAttention, Tensor, Tensor]:
+    batch, length, heads, width = q.shape
+    assert width == WIDTH
+    assert all(x.stride(3) == 1 and x.stride(2) == WIDTH for x in (q, k, v))
+    blocks, parts = triton.cdiv(length, BLOCK), triton.cdiv(length, PART)
+    empty = functools.partial(torch.empty, device=q.device, dtype=torch.float32)
+    sums = empty(batch, heads, parts, 6, WIDTH)
+    k_mean, v_mean, v_scale = (empty(batch, heads, WIDTH) for _ in range(3))
+    k_scale = empty(batch, heads)
+    rounded = RoundedAttention(
+        empty(batch, length, heads, WIDTH, dtype=torch.int8),
+        empty(batch, length, heads, WIDTH, dtype=torch.int8),
+        empty(batch, heads, length),
+        empty(batch, heads, WIDTH, blocks * BLOCK, dtype=torch.float8_e4m3fn),
+        v_scale,
+        v_mean,
+    )
+    pooled = [empty(batch, heads, blocks if means else 0, WIDTH) for _ in range(2)]
+    _statistics_kernel[(parts, heads, batch)](
+        k, v, sums, length, k.stride(0), k.stride(1), v.stride(0), v.stride(1),
+        PART=PART, ROWS=32, WIDTH=WIDTH, num_warps=8,
+    )  # fmt: skip
+    _finish_kernel[(batch * heads,)](
+        sums, k_mean, v_mean, k_scale, v_scale, parts, length,
+        PARTS=triton.next_power_of_2(parts), WIDTH=WIDTH, num_warps=8,
+    )  # fmt: skip
+    _round_kernel[(blocks, heads, batch)](
+        q, k, v, k_mean, v_mean, k_scale, v_scale, rounded.q, rounded.k, rounded.v, rounded.factor, *pooled,
+        length, q.stride(0), q.stride(1), k.stride(0), k.stride(1), v.stride(0), v.stride(1),
+        heads * WIDTH, blocks * BLOCK, WIDTH**-0.5 * math.log2(math.e),
+        BLOCK=BLOCK, WIDTH=WIDTH, MEANS=means, num_warps=8,
+    )  # fmt: skip
+    return rounded, pooled[0], pooled[1]

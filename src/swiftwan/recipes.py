@@ -1,0 +1,141 @@
+"""Named plans: ``auto`` by what the machine has, and one for each usual size of GPU memory."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Literal, cast, get_args
+
+import torch
+
+from swiftwan.composition import Plan, compose
+from swiftwan.device import Device, parse_dtype
+from swiftwan.errors import PlanError, did_you_mean
+from swiftwan.estimate import Load, estimate
+from swiftwan.facts import Facts, complete
+from swiftwan.ops.attention import kernel
+from swiftwan.pipelines.request import Request, TextToVideo
+from swiftwan.techniques.fused import Fused
+from swiftwan.techniques.quantize import Quantize
+from swiftwan.techniques.vae import FastVae
+
+Quality = Literal["exact", "near", "fast"]
+"""exact: the same maths; near: 8 or 4 bits too; fast: work may be skipped as well."""
+
+SPARE = 0.06
+"""Share of the memory that a plan leaves for what lies between tensors."""
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """A plan for a GPU of so many GB (10^9 bytes), for the largest model and size that it runs well."""
+
+    model: str
+    width: int
+    height: int
+    num_frames: int
+    specs: tuple[str, ...]
+
+
+RECIPES = {
+    "8gb": Recipe("wan2.1-t2v-1.3b", 832, 480, 81, ("offload:model", "text-encoder:cpu")),
+    "12gb": Recipe("wan2.2-ti2v-5b", 1280, 704, 121, ("offload:blocks", "text-encoder:cpu")),
+    "16gb": Recipe("wan2.1-t2v-14b", 832, 480, 81, ("offload:auto:budget=7", "text-encoder:cpu")),
+    "24gb": Recipe("wan2.1-t2v-14b", 1280, 720, 81, ("offload:auto:budget=6", "text-encoder:unload")),
+    "48gb": Recipe("wan2.2-t2v-a14b", 1280, 720, 81, ("offload:model",)),
+    "80gb": Recipe("wan2.2-t2v-a14b", 1280, 720, 81, ("offload:auto:budget=46", "text-encoder:unload")),
+    "141gb": Recipe("wan2.2-t2v-a14b", 1280, 720, 81, ()),
+}
+"""Exact all; each has run under a cap of its memory on random weights (benchmarks/h200_techniques.jsonl)."""
+
+NAMES = ("auto", *(f"auto:{quality}" for quality in get_args(Quality)), "none", *RECIPES)
+
+
+def specs_of(name: str, device: Device, dtype: str | None, facts: Facts | None, request: Request | None) -> list[str]:
+    """The techniques of a named plan on this machine.
+
+    Args:
+        facts: of the model; None leaves memory out of account.
+        request: what ``auto`` shall fit; None takes the model's official size.
+
+    Raises:
+        PlanError: there is no plan of that name.
+    """
+    if name not in NAMES:
+        raise PlanError(f"unknown plan '{name}'." + did_you_mean(name, NAMES))
+    if name == "none":
+        return []
+    fast = _kernels(device, parse_dtype(dtype) if dtype else device.dtype)
+    if name in RECIPES:
+        return [*RECIPES[name].specs, *fast]
+    quality = cast(Quality, name.partition(":")[2] or "exact")
+    if facts is None or device.capability is None:
+        return fast
+    return _fitting(quality, fast, device, dtype, facts, request)
+
+
+def _kernels(device: Device, dtype: torch.dtype) -> list[str]:
+    """The fastest exact kernels that this machine has; what is measured is in benchmarks/h200_forward.jsonl.
+
+    Left out because they depend on the request's size: ``cuda-graphs`` and ``batched-cfg``, which pay for pictures and
+    short clips.
+    """
+    specs = [] if Fused().missing_on(device) else ["fused"]
+    # cuDNN's attention is the faster one from Hopper on; before that torch's own choice, FlashAttention-2, is.
+    if dtype is not torch.float32 and device.capability is not None and device.capability >= (9, 0):
+        names = (name for name in ("flash4", "cudnn") if not kernel(name).missing_on(device.capability))
+        specs += [f"attention:{name}" for name in list(names)[:1]]
+    if not FastVae("fast").missing_on(device):
+        specs.append("vae:fast")
+    return specs
+
+
+def _fitting(
+    quality: Quality, fast: list[str], device: Device, dtype: str | None, facts: Facts, request: Request | None
+) -> list[str]:
+    """The first of the candidates that fits; the last, which takes least, where none does."""
+    specs = fast
+    for specs in _candidates(quality, fast, device):
+        plan = compose(specs, device, dtype, facts.known)
+        load = _load(plan, device, facts, request)
+        room = (1 - SPARE) * device.free_bytes - load.peak_bytes
+        if room < 0:
+            continue
+        streamed = [spec for spec in specs if spec == "offload:blocks"]
+        return _with_budget(specs, load, room) if streamed else specs
+    return specs
+
+
+def _candidates(quality: Quality, fast: list[str], device: Device) -> Iterator[list[str]]:
+    """From the fastest to the one that takes least memory."""
+    skipping = ["step-cache", "cfg-skip"] if quality == "fast" else []
+    eight = not Quantize("fp8").missing_on(device)
+    lighter: tuple[Sequence[str], ...] = ((),)
+    if quality != "exact":
+        lighter = (("quantize:fp8",),) if eight else ((), ("quantize:int4",))
+    homes: tuple[Sequence[str], ...] = ((), ("text-encoder:unload",), ("offload:model",))
+    for linear in lighter:
+        for home in homes:
+            yield [*linear, *home, *fast, *skipping]
+    linear = lighter[-1]
+    for place in ("unload", "cpu"):
+        yield [*linear, "offload:blocks", f"text-encoder:{place}", *fast, *skipping]
+    if quality == "fast":
+        yield [*linear, "offload:blocks", "text-encoder:cpu", *fast, *skipping, "vae:tiling"]
+
+
+def _with_budget(specs: list[str], load: Load, room: float) -> list[str]:
+    """Streamed blocks with as many resident as the room holds."""
+    denoise = next(phase for phase in load.phases if phase.name == "denoise")
+    budget = int((denoise.weight_bytes + room) / 1e8) / 10
+    return [f"offload:auto:budget={budget:g}" if spec == "offload:blocks" else spec for spec in specs]
+
+
+def _load(plan: Plan, device: Device, facts: Facts, request: Request | None) -> Load:
+    facts = plan.adapt(facts)
+    if request is None:
+        # Every model can be asked for its own size; what it begins with takes no memory that counts.
+        request = TextToVideo("").completed(facts.known.defaults)
+    else:
+        request = complete(request, facts)
+    return estimate(request, facts, plan, device.total_bytes)

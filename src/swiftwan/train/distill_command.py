@@ -1,0 +1,128 @@
+"""``swiftwan train distill``: its words, and what they come to for a model."""
+
+from __future__ import annotations
+
+import json
+import random
+from dataclasses import replace
+from pathlib import Path
+from typing import Annotated, Literal, cast
+
+import typer
+
+from swiftwan.errors import RequestError
+from swiftwan.models.config import POCKET, KnownModel
+
+WORLD_PROMPTS = 4096
+"""Prompts that the embedded model's own world gives where no file does."""
+
+
+def distill(
+    out: Annotated[Path, typer.Option(help="The run's folder; a run in it is continued.")],
+    prompts: Annotated[
+        Path | None,
+        typer.Argument(help="A text file, a prompt a line; unset: the embedded model's own world.", show_default=False),
+    ] = None,
+    model: Annotated[str, typer.Option(help="The teacher: name, hub id, folder or random:NAME.")] = "pocket",
+    steps: Annotated[int, typer.Option(help="Of the student.")] = 4,
+    walk: Annotated[int, typer.Option(help="The teacher's steps, a multiple of the student's.")] = 48,
+    guidance: Annotated[float | None, typer.Option(help="That the student learns. Unset: the model's own.")] = None,
+    shift: Annotated[float | None, typer.Option(help="Flow shift. Unset: the model's own.")] = None,
+    rank: Annotated[int, typer.Option(help="Of the LoRA.")] = 10,
+    batch: Annotated[int, typer.Option(help="Clips of an update.")] = 128,
+    regression: Annotated[int, typer.Option(help="Updates on the teacher's walks.")] = 2000,
+    consistency: Annotated[int, typer.Option(help="Updates of consistency distillation.")] = 2000,
+    matching: Annotated[int, typer.Option(help="Updates of distribution matching at the end.")] = 0,
+    learning_rate: Annotated[float, typer.Option(help="Highest.")] = 3e-3,
+    start: Annotated[Path | None, typer.Option(help="A LoRA that this wrote, to go on from.")] = None,
+    expert: Annotated[str, typer.Option(help="Of a two-expert model: high or low; one run each.")] = "",
+    width: Annotated[int | None, typer.Option(help="Pixels. Unset: the model's own.")] = None,
+    height: Annotated[int | None, typer.Option(help="Pixels. Unset: the model's own.")] = None,
+    frames: Annotated[int | None, typer.Option(help="4k + 1. Unset: the model's own.")] = None,
+    seed: int = 51,
+    device: str | None = None,
+) -> None:
+    """Make a few-step student of a text-to-video model; writes OUT/few_step_STEPS.safetensors."""
+    from swiftwan.engine import Engine
+    from swiftwan.pipelines.request import TextToVideo
+    from swiftwan.plan import complete, describe
+    from swiftwan.train import distill_run
+    from swiftwan.train.distill_settings import Settings
+
+    facts = describe(model)
+    refuse_unfit(facts.known, expert)
+    asked = TextToVideo(
+        "", width=width, height=height, num_frames=frames, guidance_scale=guidance, flow_shift=shift, seed=seed
+    )
+    lines = read_prompts(prompts, facts.known, seed)
+    request = complete(replace(asked, prompt=lines[0]), facts)
+    assert request.flow_shift is not None
+    assert request.guidance_scale is not None
+    settings = Settings(
+        steps=steps,
+        flow_shift=request.flow_shift,
+        guidance_scale=request.guidance_scale,
+        walk=walk,
+        rank=rank,
+        batch=batch,
+        regression=regression,
+        consistency=consistency,
+        matching=matching,
+        learning_rate=learning_rate,
+        seed=seed,
+        expert=cast('Literal["", "high", "low"]', expert),
+        boundary=facts.known.boundary_ratio or 0.0,
+        guidance_scale_2=request.guidance_scale_2 or request.guidance_scale,
+    )
+    # A small model's weights are rounded for nothing; a large one's would not fit beside its activations.
+    dtype = "fp32" if distill_run.is_small(facts.known.transformer) else None
+    engine = Engine.load(model, plan=[], device=device, dtype=dtype)
+    path = distill_run.run(
+        out,
+        engine.parts,
+        lines,
+        request.negative_prompt or "",
+        engine.latent_shape(request)[1:],
+        settings,
+        base=facts.name,
+        start=start,
+        say=lambda line: typer.echo(line, err=True),
+    )
+    typer.echo(json.dumps({"lora": str(path), "bytes": path.stat().st_size}))
+
+
+def refuse_unfit(model: KnownModel, expert: str) -> None:
+    """Raise RequestError for a model that this cannot distill, before anything loads."""
+    wanted = ("high", "low") if model.boundary_ratio else ("",)
+    if expert not in wanted and model.boundary_ratio:
+        raise RequestError(f"'{model.name}' has two transformers: give --expert high, and in another run --expert low.")
+    if expert not in wanted:
+        raise RequestError(f"--expert is '{expert}', and '{model.name}' has one transformer: leave it out.")
+    if model.image_start == "channels":
+        raise RequestError(
+            f"'{model.name}' makes videos from images, and train distill has prompts alone; take a text-to-video one, "
+            "for example wan2.1-t2v-1.3b."
+        )
+
+
+def read_prompts(path: Path | None, model: KnownModel, seed: int) -> list[str]:
+    """The lines of a file that are not empty; without one, captions of the embedded model's world.
+
+    Raises:
+        RequestError: there is no file and the model is another one; or the file cannot be read, or is empty.
+    """
+    if path is None:
+        if model.transformer != POCKET.transformer:
+            raise RequestError(f"train distill needs prompts for '{model.name}': give a text file, a prompt a line.")
+        from swiftwan.train.pocket_dit import caption, training_scenes
+
+        rng = random.Random(seed)
+        scenes = training_scenes(WORLD_PROMPTS, seed, two_things=0.6, twins=0.2)
+        return [caption(scene, rng) for scene in scenes]
+    try:
+        lines = [line.strip() for line in path.read_text(encoding="utf-8").splitlines()]
+    except (OSError, UnicodeDecodeError) as problem:
+        raise RequestError(f"'{path}' cannot be read as text: {problem}; give a file with a prompt a line.") from None
+    if not (found := [line for line in lines if line]):
+        raise RequestError(f"'{path}' holds no prompt; write one a line.")
+    return found

@@ -1,0 +1,87 @@
+"""Who learns, by which optimizer, with which attention."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+
+from swiftwan.device import Device
+from swiftwan.engine import Engine
+from swiftwan.errors import RequestError, UnavailableError
+from swiftwan.models.dit import WanTransformer
+from swiftwan.ops.attention import Attend, kernel, sdpa
+from swiftwan.ops.flash4_training import flash4
+from swiftwan.train import flow
+from swiftwan.train.settings import Settings
+from swiftwan.weights.lora import Expert
+
+
+@dataclass(frozen=True)
+class Trainee:
+    """A transformer that learns, and the noise levels that are its own.
+
+    Attributes:
+        expert: high, low, or None for a model's only transformer.
+        share: which part of all batches is drawn for it.
+    """
+
+    expert: Expert | None
+    transformer: WanTransformer
+    levels: flow.Levels
+    share: float = 1.0
+
+
+def trainees(engine: Engine, settings: Settings) -> list[Trainee]:
+    """Who learns at which noise levels, the low-noise expert first.
+
+    Raises:
+        RequestError: one of two experts is asked for, and the model has one transformer.
+    """
+    known, parts = engine.facts.known, engine.parts
+    shift = settings.shift or min(5.0, known.defaults.flow_shift)
+    whole = flow.Levels(settings.timesteps, shift)
+    if parts.transformer_2 is None or parts.boundary_ratio is None:
+        if settings.experts in ("high", "low"):
+            raise RequestError(f"'{known.name}' has one transformer; leave out --experts {settings.experts}.")
+        return [Trainee(None, parts.transformer, whole)]
+    boundary = parts.boundary_ratio
+    below = whole.share_below(boundary)
+    low = flow.Levels(settings.timesteps, shift, high=boundary)
+    high = flow.Levels(settings.timesteps, shift, low=boundary)
+    if settings.experts == "low":
+        return [Trainee("low", parts.transformer_2, low)]
+    if settings.experts == "high":
+        return [Trainee("high", parts.transformer, high)]
+    return [Trainee("low", parts.transformer_2, low, below), Trainee("high", parts.transformer, high, 1 - below)]
+
+
+def attention(device: Device) -> Attend:
+    """The fastest attention here that has a backward pass. 12 x 32,760 x 128 in bf16 on an H200, forward and backward:
+    FlashAttention-4 34 ms, cuDNN 41, torch's own choice 71 (benchmarks/h200_train_attention.jsonl)."""
+    capability = device.capability
+    if not kernel("flash4").missing_on(capability):
+        kernel("flash4").load()  # sets where it keeps what it compiles
+        return flash4
+    return kernel("cudnn").load() if capability and capability >= (9, 0) else sdpa
+
+
+def make_optimizer(settings: Settings, parameters: list[nn.Parameter]) -> torch.optim.Optimizer:
+    """AdamW, or bitsandbytes' with its state in 8 bits.
+
+    Raises:
+        UnavailableError: bitsandbytes is not installed.
+    """
+    options: dict[str, Any] = {"lr": 0.0, "betas": (0.9, 0.99), "weight_decay": settings.weight_decay}
+    if settings.optimizer == "adamw":
+        return torch.optim.AdamW(parameters, fused=parameters[0].is_cuda, **options)
+    try:
+        from bitsandbytes.optim import AdamW8bit
+    except ImportError:
+        raise UnavailableError(
+            "adamw8bit needs the package 'bitsandbytes': pip install 'swiftwan[quantize]'."
+        ) from None
+    optimizer: torch.optim.Optimizer = AdamW8bit(parameters, **options)
+    return optimizer

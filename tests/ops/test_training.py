@@ -1,0 +1,148 @@
+"""Kernels with a backward pass, against plain float32."""
+
+import sys
+from types import SimpleNamespace
+
+import pytest
+import torch
+from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from swiftwan.models.config import POCKET
+from swiftwan.models.dit import WanTransformer
+from swiftwan.ops import flash4_training
+from swiftwan.ops.attention import kernel, sdpa
+from swiftwan.ops.fp8 import quantize_rows
+from swiftwan.train import adapter, memory
+
+gpu = pytest.mark.gpu
+needs_cuda = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+
+
+def relative(got, expected):
+    return ((got.float() - expected.float()).norm() / expected.float().norm()).item()
+
+
+@gpu
+@needs_cuda
+@pytest.mark.parametrize("compiled", [False, True])
+@pytest.mark.parametrize("length", [512, 1000])
+def test_flash4_has_the_gradients_of_the_reference(length, compiled):
+    if missing := kernel("flash4").missing_on(torch.cuda.get_device_capability()):
+        pytest.skip(missing)
+    from swiftwan.ops.flash4_training import flash4
+
+    attend = torch.compile(flash4) if compiled else flash4
+    q, k, v, grad = torch.randn(4, 2, length, 3, 128, device="cuda", dtype=torch.bfloat16)
+    inputs = [x.requires_grad_() for x in (q, k, v)]
+    wide = [x.detach().float().requires_grad_() for x in inputs]
+    out, expected = attend(*inputs), sdpa(*wide)
+    pairs = zip(
+        (out, *torch.autograd.grad(out, inputs, grad)),
+        (expected, *torch.autograd.grad(expected, wide, grad.float())),
+        strict=True,
+    )
+    for got, wanted in pairs:
+        assert relative(got, wanted) < 0.006
+
+
+@gpu
+@needs_cuda
+@pytest.mark.parametrize("compiled", [False, True])
+def test_the_frozen_8_bit_layer_s_output_and_input_gradient(compiled):
+    if torch.cuda.get_device_capability() < (8, 9):
+        pytest.skip("8-bit float products need compute capability 8.9")
+    from swiftwan.ops.fp8_training import Fp8FrozenLinear
+
+    plain = nn.Linear(1536, 8960, device="cuda", dtype=torch.bfloat16).requires_grad_(False)
+    layer = Fp8FrozenLinear(plain)
+    run = torch.compile(layer) if compiled else layer
+    x = torch.randn(2, 300, 1536, device="cuda", dtype=torch.bfloat16, requires_grad=True)
+    grad = torch.randn(2, 300, 8960, device="cuda", dtype=torch.bfloat16)
+    out, expected = run(x), plain(x)
+    assert relative(out, expected) < 0.05
+    assert relative(*(torch.autograd.grad(y, x, grad)[0] for y in (out, expected))) < 0.05
+
+
+def test_both_copies_of_an_8_bit_weight_are_the_weight():
+    from swiftwan.ops.fp8_training import Fp8FrozenLinear
+
+    plain = nn.Linear(64, 48, dtype=torch.bfloat16).requires_grad_(False)
+    layer = Fp8FrozenLinear(plain)
+    forth = layer.weight.float() * layer.scale.T
+    back = (layer.transposed.float() * layer.transposed_scale.T).T
+    for copy in (forth, back):
+        assert relative(copy, plain.weight) < 0.04
+    assert torch.equal(layer.weight, quantize_rows(plain.weight)[0])
+
+
+def test_flash4_s_shapes_are_known_without_a_gpu():
+    from torch._subclasses.fake_tensor import FakeTensorMode
+
+    from swiftwan.ops.flash4_training import flash4_backward, flash4_forward
+
+    with FakeTensorMode():
+        q = torch.empty(2, 40, 3, 128, dtype=torch.bfloat16)
+        out, lse = flash4_forward(q, q, q)
+        assert (out.shape, lse.shape, lse.dtype) == (q.shape, (2, 3, 40), torch.float32)
+        assert [grad.shape for grad in flash4_backward(q, q, q, q, out, lse)] == [q.shape] * 3
+
+
+@pytest.fixture
+def pretended_flash4(monkeypatch):
+    """FlashAttention-4's two functions in plain torch, under its module's name."""
+
+    def forward(q, k, v, return_lse):
+        scores = torch.einsum("blhe,bshe->bhls", q, k) / q.shape[-1] ** 0.5
+        return torch.einsum("bhls,bshe->blhe", scores.softmax(-1), v), scores.logsumexp(-1), None
+
+    def backward(q, k, v, out, grad, lse):
+        scores = torch.einsum("blhe,bshe->bhls", q, k) / q.shape[-1] ** 0.5
+        weights = (scores - lse[..., None]).exp()
+        d_weights = torch.einsum("blhe,bshe->bhls", grad, v)
+        d_scores = weights * (d_weights - (grad * out).sum(-1).transpose(1, 2)[..., None]) / q.shape[-1] ** 0.5
+        return (
+            torch.einsum("bhls,bshe->blhe", d_scores, k),
+            torch.einsum("bhls,blhe->bshe", d_scores, q),
+            torch.einsum("bhls,blhe->bshe", weights, grad),
+            None,
+        )
+
+    module = SimpleNamespace(_flash_attn_fwd=forward, _flash_attn_bwd=backward)
+    monkeypatch.setitem(sys.modules, "flash_attn.cute.interface", module)
+    monkeypatch.setitem(sys.modules, "flash_attn.cute", SimpleNamespace(interface=module))
+    monkeypatch.setitem(sys.modules, "flash_attn", SimpleNamespace())
+
+
+@pytest.mark.usefixtures("pretended_flash4")
+def test_the_operators_are_wired_as_the_reference_is():
+    from swiftwan.ops.flash4_training import flash4
+
+    inputs = [torch.randn(2, 20, 3, 8, requires_grad=True) for _ in range(3)]
+    out, expected = flash4(*inputs), sdpa(*inputs)
+    torch.testing.assert_close(out, expected)
+    grad = torch.randn_like(out)
+    for got, wanted in zip(*(torch.autograd.grad(y, inputs, grad) for y in (out, expected)), strict=True):
+        torch.testing.assert_close(got, wanted, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.usefixtures("pretended_flash4")
+def test_checkpointing_keeps_what_flash4_returns():
+    torch.manual_seed(0)
+    model = WanTransformer(POCKET.transformer).requires_grad_(False)
+    factors = adapter.inject(model, 2, 2.0, adapter.chosen_targets(("all",)), seed=2)
+    for block in model.blocks:
+        block.attn1.attend = flash4_training.flash4
+    memory.keep_in_blocks(model, ["attention"] * 7)
+    latents, text = torch.randn(1, 16, 2, 4, 4), torch.randn(1, 6, 192)
+    calls = []
+
+    class Count(TorchDispatchMode):
+        def __torch_dispatch__(self, op, types, args=(), kwargs=None):
+            calls.append(op is torch.ops.swiftwan.flash4_forward.default)
+            return op(*args, **(kwargs or {}))
+
+    with Count():
+        out = model(latents, torch.tensor([300.0]), model.condition(text, latents.shape))
+        torch.autograd.grad(out.square().sum(), list(factors.values()))
+    assert sum(calls) == 7
