@@ -184,26 +184,26 @@ def _inputs(page: Page) -> tuple[Form, Any]:
             label="An .mp4 or .png that swiftwan wrote", file_types=[".mp4", ".png"], height=110, elem_classes="drop"
         )
 
-    components = Inputs(
-        kind=kind,
-        prompt=prompt,
-        negative=negative,
-        resolution=resolution,
-        width=width,
-        height=height,
-        frames=frames,
-        fps=fps,
-        steps=steps,
-        guidance=guidance,
-        scheduler=scheduler,
-        seed=seed,
-        model=model,
-        creativity=creativity,
-        weights=weights,
-        plan=plan,
-        techniques=line,
-    )
-    form = Form(list(vars(components).values()), files)
+    components: dict[str, Any] = {
+        "kind": kind,
+        "prompt": prompt,
+        "negative": negative,
+        "resolution": resolution,
+        "width": width,
+        "height": height,
+        "frames": frames,
+        "fps": fps,
+        "steps": steps,
+        "guidance": guidance,
+        "scheduler": scheduler,
+        "seed": seed,
+        "model": model,
+        "creativity": creativity,
+        "weights": weights,
+        "plan": plan,
+        "techniques": line,
+    }
+    form = Form([components[name] for name in NAMES], files)
     quietly: dict[str, Any] = {"show_progress": "hidden", "queue": False}
     kind.change(_for_kind, kind, [*files.values(), creativity, weights, frames], **quietly)
     plan.change(lambda chosen: gr.Column(visible=chosen == CHOSEN), plan, checklist, **quietly)
