@@ -116,8 +116,8 @@ def picture(tmp_path: Path) -> Callable[..., None]:
     def picture(page: Any, name: str) -> None:
         page.evaluate("scrollTo(0, 0)")
         page.wait_for_timeout(400)
-        page.screenshot(path=folder / f"{name}.png")
-        assert (folder / f"{name}.png").stat().st_size > 10_000
+        page.screenshot(path=folder / f"{name}.jpg", type="jpeg", quality=88)
+        assert (folder / f"{name}.jpg").stat().st_size > 10_000
 
     return picture
 
@@ -195,6 +195,7 @@ def test_conflicts_are_shown_before_the_click(open_page: Open, picture: Any) -> 
     page.locator("#explained .wrong").get_by_text("both decide").wait_for()
     line = page.get_by_label("With their options").input_value()
     assert line.split()[:2] == ["step-cache:threshold=0.2", "tf32"]
+    page.set_viewport_size({"width": 1440, "height": 1560})
     picture(page, "page-techniques")
 
 
@@ -214,7 +215,7 @@ def test_two_results_play_in_step_and_settings_come_back(
     page.get_by_role("button", name="Refresh the lists").click()
     videos = page.locator(".pair video")
     page.wait_for_function("document.querySelectorAll('.pair video').length == 2")
-    page.get_by_text("PSNR, right to left").wait_for()
+    page.get_by_text("PSNR, right to left").wait_for(timeout=3 * PATIENCE_MS)  # by a process that waits for others
     page.get_by_role("button", name="Play", exact=True).click()
     page.wait_for_timeout(1200)
     one, other = (videos.nth(i).evaluate("v => [v.currentTime, v.paused]") for i in range(2))
