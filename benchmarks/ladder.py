@@ -77,8 +77,8 @@ def page(rows: Sequence[Row], figures: Sequence[str] = ()) -> str:
         parts += [f"- {name(row)}: {row['status']}: {row.get('reason', '')}" for row in failed]
     parts.append("## As the work grows")
     parts += [f"![{figure.removesuffix('.svg').replace('-', ': ', 1)}]({figure})" for figure in figures] or [
-        "Not measured yet: `benchmarks/h200_growth.py` makes rows and figures of time against frames, resolution, batch "
-        "and steps, with the FLOP line in them."
+        "Not measured yet: `benchmarks/h200_growth.py` makes rows and figures of time against frames, resolution, "
+        "batch and steps, with the FLOP line in them."
     ]
     return "\n\n".join(parts) + "\n"
 
