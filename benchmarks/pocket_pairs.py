@@ -1,7 +1,7 @@
 """Every pair of techniques on the embedded model: which combine, and what the others say; the table of the docs.
 
     python benchmarks/pocket_pairs.py [--device cuda] [--out benchmarks/pocket_pairs.jsonl]
-    python benchmarks/pocket_pairs.py --write        # the table into docs/techniques.md, from the rows
+    python benchmarks/pocket_pairs.py --write        # the table into docs/plans.md, from the rows
 
 A pair whose plan is refused is a row with the reason. One that is accepted runs, and its row says how far the latents
 are from the plain run's: nothing may fail that was accepted.
@@ -29,7 +29,7 @@ from swiftwan.techniques import TECHNIQUES
 from swiftwan.techniques.base import RELOAD
 
 HERE = Path(__file__).parent
-ROWS, PAGE = HERE / "pocket_pairs.jsonl", HERE.parent / "docs" / "techniques.md"
+ROWS, PAGE = HERE / "pocket_pairs.jsonl", HERE.parent / "docs" / "plans.md"
 REQUEST = sw.TextToVideo("a red circle moves left over a blue background", seed=1, num_inference_steps=4, num_frames=9)
 PROOF = (
     "attention:cudnn", "attention:flash4", "attention:sdpa", "batched-cfg", "cfg-interval", "cfg-skip:first=1",

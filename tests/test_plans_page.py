@@ -1,4 +1,4 @@
-"""What docs/techniques.md says is what techniques say, and what was run."""
+"""What docs/plans.md says is what techniques say, and what was run."""
 
 import importlib.util
 import itertools
