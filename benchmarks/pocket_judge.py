@@ -14,12 +14,12 @@ from collections import Counter
 from collections.abc import Iterator
 from concurrent.futures import ProcessPoolExecutor
 from functools import partial
-from importlib.metadata import PackageNotFoundError, version
 from multiprocessing import get_context
 
 import torch
 
 import swiftwan as sw
+from swiftwan.device import versions
 from swiftwan.pocket.judge import judge
 from swiftwan.pocket.world import Scene, sample_scenes
 
@@ -102,21 +102,10 @@ def main() -> None:
         "prompts": len(every),
         "percent_right": percent,
         **results[0][2],
-        "versions": versions("swiftwan", "torch", "diffusers", "transformers"),
+        "versions": versions(),
         "date": datetime.date.today().isoformat(),
     }
     print(json.dumps(row))
-
-
-def versions(*names: str) -> dict[str, str]:
-    """Of installed packages; from a source tree, swiftwan has none."""
-    found = {}
-    for name in names:
-        try:
-            found[name] = version(name)
-        except PackageNotFoundError:
-            continue
-    return found
 
 
 if __name__ == "__main__":

@@ -14,10 +14,10 @@ import datetime
 import json
 import math
 import sys
-from importlib.metadata import version
 from statistics import mean
 
 import swiftwan as sw
+from swiftwan.device import versions
 from swiftwan.pocket.judge import judge
 from swiftwan.pocket.world import sample_scenes
 from swiftwan.sampling import SCHEDULERS
@@ -78,7 +78,7 @@ def emit(scheduler: str, steps: int, rows: list[dict[str, float]], device: str) 
         "judge_percent": round(100 * mean(r["right"] for r in rows), 1),
         "reference": f"{REFERENCE[0]}, {REFERENCE[1]} steps, same noise",
         "device": device,
-        "versions": {name: version(name) for name in ("swiftwan", "torch", "diffusers")},
+        "versions": versions(),
         "date": datetime.date.today().isoformat(),
         "rows": rows,
     }

@@ -3,9 +3,10 @@ from html.parser import HTMLParser
 
 import pytest
 
-from swiftwan.bench.report import EMBEDDED_BYTES, Report, beside_baseline, markdown, page, write
+from swiftwan.bench.report import EMBEDDED_BYTES, Report, markdown, page, write
 from swiftwan.bench.run import lines_of, run_matrix
 from swiftwan.bench.summary import rows_of
+from swiftwan.bench.tables import beside_baseline
 
 EMPTY_ELEMENTS = {"meta", "img", "input", "br"}
 

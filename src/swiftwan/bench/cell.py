@@ -11,11 +11,13 @@ import os
 import sys
 import threading
 import time
+from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from swiftwan.bench.matrix import BenchPlan, Cell
+from swiftwan.bench.rows import ITSELF, write_text
 from swiftwan.errors import MemoryLimitError, OutputError, PlanError, RequestError, SwiftwanError, WeightsError
 
 if TYPE_CHECKING:
@@ -94,8 +96,9 @@ def measure(job: Job) -> dict[str, Any]:
     request = complete(_request(cell), facts)
     _check_room(job, request)
 
+    load_model = _loader(cell, device)
     started = time.perf_counter()
-    contestant = _load(cell, device)
+    contestant = load_model()
     load_seconds = time.perf_counter() - started
 
     # Another prompt, so that nothing about the timed one is in any cache.
@@ -158,7 +161,8 @@ def _planned(cell: Cell, device: Device) -> tuple[Facts, Plan]:
     return plan.adapt(facts), plan
 
 
-def _load(cell: Cell, device: Device) -> Contestant:
+def _loader(cell: Cell, device: Device) -> Callable[[], Contestant]:
+    """What loads the cell's model; what that imports is imported here, since it is no part of the load time."""
     from swiftwan.device import parse_dtype
 
     plan = cell.plan
@@ -166,15 +170,20 @@ def _load(cell: Cell, device: Device) -> Contestant:
         from swiftwan.bench.peers import DiffusersPeer
 
         name = plan.dtype or str(device.dtype)
-        return Contestant(DiffusersPeer(cell.model, device, name, compile=plan.compile), parse_dtype(name))
+        return lambda: Contestant(DiffusersPeer(cell.model, device, name, compile=plan.compile), parse_dtype(name))
+    from transformers import UMT5EncoderModel  # noqa: F401 - the engine does so late
+
     from swiftwan.engine import Engine
 
-    engine = Engine.load(cell.model, plan=expanded(plan), device=cell.device, dtype=plan.dtype)
-    if not any(spec.startswith("prompt-cache") for spec in engine.plan.specs):
-        # The peers encode their text in every run; a prompt kept from the round before would win for nothing.
-        engine.parts.text.cache = None
-    kinds = tuple(technique.kind for technique in engine.plan.techniques)
-    return Contestant(engine, engine.plan.settings.dtype, engine.plan.specs, kinds)
+    def load() -> Contestant:
+        engine = Engine.load(cell.model, plan=expanded(plan), device=cell.device, dtype=plan.dtype)
+        if not any(spec.startswith("prompt-cache") for spec in engine.plan.specs):
+            # The peers encode their text in every run; a prompt kept from the round before would win for nothing.
+            engine.parts.text.cache = None
+        kinds = tuple(technique.kind for technique in engine.plan.techniques)
+        return Contestant(engine, engine.plan.settings.dtype, engine.plan.specs, kinds)
+
+    return load
 
 
 def expanded(plan: BenchPlan) -> str | list[str]:
@@ -235,12 +244,14 @@ def _look(job: Job, frames: Tensor, latents: Tensor, request: Request) -> dict[s
         fps=request.fps,
         record={"model": cell.model, "request": request.to_json(), "plan": cell.plan.told},
     )
-    save_seconds = time.perf_counter() - started
+    encode_seconds = time.perf_counter() - started
+    if cell.model.startswith("random:"):
+        path.unlink()  # its time is known, and random weights paint noise: megabytes of it
     reference: Tensor | Missing
     error: float | Missing
     if cell.is_baseline:
         save_file({"frames": frames.contiguous(), "latents": latents.contiguous()}, job.reference)
-        reference = error = Missing("it is the baseline")
+        reference = error = Missing(ITSELF)
     else:
         try:
             kept = load_file(job.reference)
@@ -257,8 +268,8 @@ def _look(job: Job, frames: Tensor, latents: Tensor, request: Request) -> dict[s
     there = reference if isinstance(reference, Missing) else reference.to(on)
     quality = score(Material(frames.to(on), request.prompt, there, on), cell.metrics)
     return {
-        "save_seconds": save_seconds,
-        "video": path.relative_to(job.folder).as_posix(),
+        "encode_seconds": encode_seconds,
+        "video": path.relative_to(job.folder).as_posix() if path.exists() else None,
         "error": to_json(error),
         "quality": {name: to_json(value) for name, value in quality.items()},
     }
@@ -270,8 +281,6 @@ def _line(problem: BaseException) -> str:
 
 def main(arguments: list[str]) -> None:
     """Run the job in a file and write its result to another."""
-    from swiftwan.bench.rows import write_text
-
     threading.Thread(target=_end_with_the_benchmark, daemon=True).start()
     job = Job.from_json(json.loads(Path(arguments[0]).read_text(encoding="utf-8")))
     write_text(Path(arguments[1]), json.dumps(attempt(job)))
@@ -279,7 +288,8 @@ def main(arguments: list[str]) -> None:
 
 def _end_with_the_benchmark() -> None:
     """Standard input closes when the process that started this one is gone, even by kill -9: leave nothing running."""
-    sys.stdin.buffer.read()
+    while os.read(0, 1):  # not sys.stdin: a reader that waits holds its lock, and Python cannot end
+        pass
     os._exit(1)
 
 

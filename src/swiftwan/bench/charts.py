@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from html import escape
 
 WIDTH, HEIGHT = 640, 300
-_LEFT, _RIGHT, _TOP, _BOTTOM = 84, 18, 16, 50
+_LEFT, _RIGHT, _TOP, _BOTTOM = 100, 18, 16, 50
 COLOURS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#8c6d31", "#444444")
 """Told apart by colour-blind readers too (Okabe and Ito); from the ninth line on dashes differ."""
 

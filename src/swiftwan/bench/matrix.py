@@ -28,6 +28,7 @@ class BenchPlan:
         peer: run this package's own pipeline in place of swiftwan.
         dtype: None is the device's.
         compile: of a peer: its transformer by torch.compile.
+        runs: timed runs in each process; unset: the matrix's.
         rung: how exact it is said to be; unset: told by its techniques' kinds.
         request: fields that this plan runs otherwise, such as the scheduler.
     """
@@ -37,6 +38,7 @@ class BenchPlan:
     peer: str | None = None
     dtype: str | None = None
     compile: bool = False
+    runs: int | None = None
     rung: str | None = None
     request: Mapping[str, Any] = field(default_factory=dict)
 
@@ -119,7 +121,7 @@ class Matrix:
                 request={**request, **plan.request},
                 plan=plan,
                 baseline=self.baseline,
-                runs=self.runs,
+                runs=plan.runs or self.runs,
                 warm_up_steps=self.warm_up_steps,
                 metrics=self.metrics,
                 device=self.device,
@@ -213,7 +215,7 @@ _TYPES: dict[str, tuple[type, ...]] = {
 def _plan(name: str, told: Any) -> BenchPlan:
     if not isinstance(told, dict):
         raise RequestError(f"plan '{name}' is {told!r}; it must be a table.")
-    _known(f"plan '{name}'", told, {"with", "peer", "dtype", "compile", "rung", "request"})
+    _known(f"plan '{name}'", told, {"with", "peer", "dtype", "compile", "runs", "rung", "request"})
     specs = told.get("with", ())
     if told.get("peer") is not None and told["peer"] not in PEERS:
         raise RequestError(f"plan '{name}': peer is '{told['peer']}'." + did_you_mean(str(told["peer"]), PEERS))
@@ -221,6 +223,8 @@ def _plan(name: str, told: Any) -> BenchPlan:
         raise RequestError(f"plan '{name}' has both a peer and techniques ('with'); swiftwan's are not for others.")
     if told.get("compile") and not told.get("peer"):
         raise RequestError(f"plan '{name}': 'compile' is of peers; for swiftwan say with = [\"compile\"].")
+    if not isinstance(told.get("runs", 1), int) or told.get("runs", 1) < 1:
+        raise RequestError(f"plan '{name}': runs is {told['runs']!r}; it must be a whole number, 1 or more.")
     if told.get("dtype") not in (None, *DTYPES):
         raise RequestError(f"plan '{name}': dtype is '{told['dtype']}'." + did_you_mean(str(told["dtype"]), DTYPES))
     if not isinstance(specs, str) and not all(isinstance(spec, str) for spec in specs):
@@ -231,6 +235,7 @@ def _plan(name: str, told: Any) -> BenchPlan:
         peer=told.get("peer"),
         dtype=told.get("dtype"),
         compile=bool(told.get("compile")),
+        runs=told.get("runs"),
         rung=told.get("rung"),
         request=_request(name, {"prompt": "of the request", **told.get("request", {})}, partial=True),
     )

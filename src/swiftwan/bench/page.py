@@ -18,7 +18,9 @@ figcaption { font-weight: 600; margin-bottom: .3rem; }
 .scroll { overflow-x: auto; }
 table { border-collapse: collapse; font-size: .9rem; font-variant-numeric: tabular-nums; width: 100%; }
 th, td { border-bottom: 1px solid var(--line); padding: .35rem .6rem; text-align: right; white-space: nowrap; }
-thead th { background: var(--soft); }
+thead th { background: var(--soft); white-space: normal; vertical-align: bottom; }
+.scroll th:first-child { position: sticky; left: 0; background: var(--back); }
+.scroll thead th:first-child { background: var(--soft); }
 th:first-child, td.reason { text-align: left; }
 td.reason, .wrap td { white-space: normal; overflow-wrap: anywhere; text-align: left; }
 .wrap th { white-space: normal; text-align: left; vertical-align: top; }
@@ -38,6 +40,7 @@ td.reason { color: #b3261e; }
 .controls input { flex: 1; min-width: 140px; min-height: 44px; }
 @media (max-width: 600px) {
   th, td { padding: .3rem .35rem; } table { font-size: .78rem; } .chart text { font-size: 18px; }
+  .videos { grid-template-columns: 1fr 1fr; gap: .6rem; }
 }
 @media print {
   :root { color-scheme: light; --line: #bbb; --soft: #eee; --text: #000; --back: #fff; --mute: #444; }

@@ -11,7 +11,9 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import torch
+from diffusers import AutoencoderKLWan, UniPCMultistepScheduler, WanPipeline, WanTransformer3DModel
 from torch import Tensor
+from transformers import AutoTokenizer, UMT5Config, UMT5EncoderModel
 
 from swiftwan.device import Device, parse_dtype, peak_bytes
 from swiftwan.errors import RequestError
@@ -50,8 +52,6 @@ class DiffusersPeer:
     """
 
     def __init__(self, model: str, device: Device, dtype: str, *, compile: bool) -> None:
-        from diffusers import WanPipeline
-
         self.device = device
         self.torch_device = torch.device(device.torch_device)
         source = locate(model)
@@ -139,14 +139,12 @@ def _event(phase: Any, step: int, steps: int) -> Any:
 
 def _random_pipeline(known: KnownModel, device: torch.device, dtype: torch.dtype) -> Any:
     """diffusers' classes around the tensors that ``random:`` gives swiftwan: same names, same values."""
-    import diffusers
-    from transformers import AutoTokenizer, UMT5Config, UMT5EncoderModel
 
     def transformer(seed: int) -> Any:
         with torch.device("meta"):
             ours = WanTransformer(known.transformer)
         randomize(ours, device=device, dtype=dtype, keep_fp32=KEEP_FP32, seed=seed)
-        model = _take_over(diffusers.WanTransformer3DModel, known.transformer, ours.state_dict())
+        model = _take_over(WanTransformer3DModel, known.transformer, ours.state_dict())
         # Its tables are computed when it is made, and are not among the weights.
         config = known.transformer
         model.rope = type(model.rope)(config.attention_head_dim, config.patch_size, config.rope_max_seq_len).to(device)
@@ -160,11 +158,11 @@ def _random_pipeline(known: KnownModel, device: torch.device, dtype: torch.dtype
     randomize(encoder, device=device, dtype=dtype)
     pocket = locate("pocket")
     assert isinstance(pocket, Folder)
-    return diffusers.WanPipeline(
+    return WanPipeline(
         tokenizer=AutoTokenizer.from_pretrained(pocket.path / "tokenizer", local_files_only=True),
         text_encoder=encoder,
-        vae=_take_over(diffusers.AutoencoderKLWan, known.vae, vae.state_dict()),
-        scheduler=diffusers.UniPCMultistepScheduler(prediction_type="flow_prediction", use_flow_sigmas=True),
+        vae=_take_over(AutoencoderKLWan, known.vae, vae.state_dict()),
+        scheduler=UniPCMultistepScheduler(prediction_type="flow_prediction", use_flow_sigmas=True),
         transformer=transformer(0),
         transformer_2=transformer(1) if known.boundary_ratio else None,
         boundary_ratio=known.boundary_ratio,

@@ -7,9 +7,7 @@ escaped wherever it stands.
 from __future__ import annotations
 
 import base64
-import json
-import shlex
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from html import escape
 from itertools import groupby
@@ -20,55 +18,11 @@ from swiftwan.bench import charts
 from swiftwan.bench.charts import Series
 from swiftwan.bench.page import CONTROLS, SCRIPT, STYLE
 from swiftwan.bench.rows import Row
-from swiftwan.bench.summary import conclusion, frontier, group, number, why_missing
+from swiftwan.bench.summary import conclusion, frontier, group, number
+from swiftwan.bench.tables import QUALITY_FIGURES, beside_baseline, facts, hardware, missing_values, overview, quality
 
 EMBEDDED_BYTES = 4 * 2**20
 """A video up to this size goes into the page itself; a larger one stays beside it, and the page says so."""
-
-
-@dataclass(frozen=True)
-class Figure:
-    """A value of a row as tables show it."""
-
-    name: str
-    field: str
-    form: Callable[[float], str]
-    better: str | None = None
-    factor: bool = True
-
-
-def _gib(count: float) -> str:
-    return f"{count / 2**30:.2f} GiB"
-
-
-def _s(seconds: float) -> str:
-    return f"{seconds:.3f} s" if seconds < 100 else f"{seconds:.1f} s"
-
-
-SEED_FIGURES = (
-    Figure("Load time", "load_seconds", _s, "less"),
-    Figure("Warm-up time", "warm_up_seconds", _s, "less"),
-    Figure("Max VRAM", "peak_bytes", _gib, "less"),
-    Figure("CLIP score", "clip_score", "{:.3f}".format),
-    Figure("Temporal LPIPS", "temporal_lpips", "{:.3f}".format),
-    Figure("Throughput", "throughput_frames_per_second", "{:.3f} frames/s".format, "more"),
-    Figure("Frame-wise latency", "frame_latency_seconds", _s, "less"),
-    Figure("Clip-wise latency", "clip_latency_seconds", _s, "less"),
-)
-"""The eight figures of the report this project began with, in its order."""
-
-QUALITY_FIGURES = (
-    Figure("PSNR", "psnr_db", "{:.2f} dB".format),
-    Figure("SSIM", "ssim", "{:.4f}".format),
-    Figure("LPIPS", "lpips", "{:.4f}".format),
-    Figure("Temporal LPIPS", "temporal_lpips", "{:.3f}".format),
-    Figure("CLIP score", "clip_score", "{:.3f}".format),
-    Figure("Judge", "judge_percent", "{:.0f} %".format),
-    Figure("Pocket CLIP score", "pocket_clip_score", "{:.3f}".format),
-    Figure("Pocket perceptual distance", "pocket_perceptual", "{:.4f}".format),
-    Figure("Pocket temporal distance", "pocket_temporal_perceptual", "{:.4f}".format),
-    Figure("Latent error", "error", "{:.2e}".format),
-)
 
 
 @dataclass(frozen=True)
@@ -82,121 +36,6 @@ class Report:
 
     def groups(self) -> list[tuple[tuple[str, str], list[Row]]]:
         return [(key, list(rows)) for key, rows in groupby(self.rows, key=group)]
-
-
-# Tables, as rows of text
-
-
-def overview(rows: Sequence[Row]) -> list[list[str]]:
-    """A line a plan: what it is, how fast, how much memory."""
-    table = [["Plan", "Rung", "Clip", "Spread", "Ratio", "Step", "Decode", "Peak", "Of ceiling", "Runs"]]
-    for row in rows:
-        if row["seconds"] is None:
-            table.append([row["plan_name"], row["rung"] or "-", _status(row), *[""] * 7])
-            continue
-        low, high = row["spread"]
-        table.append(
-            [
-                row["plan_name"] + (" (baseline)" if row["is_baseline"] else ""),
-                row["rung"],
-                _s(row["seconds"]) if row["status"] == "ok" else _status(row),
-                f"{low:.3g} to {high:.3g} s",
-                f"{row['ratio']:.2f}x" if row["ratio"] else "",
-                f"{1000 * row['step_median_seconds']:.0f} ms",
-                _s(row["phase_seconds"].get("decode", 0.0)),
-                _gib(row["peak_bytes"]),
-                f"{100 * row['ceiling_fraction']:.0f} %",
-                str(row["repeats"]),
-            ]
-        )
-    return table
-
-
-def quality(rows: Sequence[Row]) -> list[list[str]]:
-    """A line a plan, a column for each metric that any plan has."""
-    figures = [f for f in QUALITY_FIGURES if any(number(row, f.field) is not None for row in rows)]
-    done = [row for row in rows if row["seconds"] is not None]
-    return [
-        ["Plan", *(f.name for f in figures)],
-        *[[row["plan_name"], *(_value(row, f) for f in figures)] for row in done],
-    ]
-
-
-def hardware(rows: Sequence[Row]) -> list[list[str]]:
-    """A line a plan and device: what the sampler saw in its first run."""
-    table = [["Plan", "Utilisation", "Temperature", "Power", "Energy", "SM clock", "Held back", "Sampler"]]
-    for row in rows:
-        for seen in (row.get("hardware") or {}).get("devices", []):
-            held = seen["clocks_held_back_percent"]
-            table.append(
-                [
-                    row["plan_name"],
-                    _or_dash(seen["utilisation_mean_percent"], "{:.0f} %"),
-                    _or_dash(seen["temperature_peak_celsius"], "{:.0f} C"),
-                    _or_dash(seen["power_mean_watts"], "{:.0f} W"),
-                    _or_dash(seen["energy_joules"], "{:.0f} J"),
-                    _or_dash(seen["sm_clock_mean_mhz"], "{:.0f} MHz"),
-                    _or_dash(held, "{:.0f} %"),
-                    f"{row['hardware']['cost_percent']:.2f} %",
-                ]
-            )
-    return table
-
-
-def beside_baseline(row: Row, baseline: Row) -> list[list[str]]:
-    """The eight figures of one plan beside the baseline's."""
-    table = [["Metric", f"{baseline['plan_name']} (baseline)", row["plan_name"], "Ratio"]]
-    for figure in SEED_FIGURES:
-        ours, theirs = number(row, figure.field), number(baseline, figure.field)
-        ratio = ""
-        if ours and theirs and figure.better:
-            ratio = f"{theirs / ours if figure.better == 'less' else ours / theirs:.2f}x"
-        elif ours is not None and theirs is not None:
-            ratio = f"{ours - theirs:+.3f}"
-        table.append([figure.name, _value(baseline, figure), _value(row, figure), ratio])
-    return table
-
-
-def missing_values(rows: Sequence[Row]) -> list[str]:
-    """Why metrics have no value: each reason once, with what it keeps from being known."""
-    reasons: dict[str, list[str]] = {}
-    for figure in QUALITY_FIGURES:
-        for row in rows:
-            if (reason := why_missing(row, figure.field)) and reason != "it is the baseline":
-                names = reasons.setdefault(reason, [])
-                if figure.name not in names:
-                    names.append(figure.name)
-    return [f"{', '.join(names)}: {reason}" for reason, names in reasons.items()]
-
-
-def _value(row: Row, figure: Figure) -> str:
-    value = number(row, figure.field)
-    return "-" if value is None else figure.form(value)
-
-
-def _or_dash(value: float | None, form: str) -> str:
-    return "-" if value is None else form.format(value)
-
-
-def _status(row: Row) -> str:
-    return f"{row['status']}: {row['reason']}"
-
-
-def facts(report: Report, rows: Sequence[Row]) -> list[list[str]]:
-    """What must be known to repeat it."""
-    row = next((row for row in rows if row["seconds"] is not None), rows[0])
-    versions = ", ".join(f"{name} {version}" for name, version in row["versions"].items())
-    return [
-        ["What", "Value"],
-        ["Model", row["model"]],
-        ["Device", row["device"]],
-        ["Request", json.dumps(row["request"], ensure_ascii=False)],
-        ["Versions", versions],
-        ["Commit", row["commit"] or "not a clone"],
-        ["Date", row["date"]],
-        ["Command", shlex.join(report.command)],
-        *[[f"Plan {r['plan_name']}", " ".join(r["plan"]) if r["plan"] else r["told"]] for r in rows],
-    ]
 
 
 # Markdown
@@ -215,7 +54,7 @@ def markdown(report: Report) -> str:
         for row in rows:
             if baseline and row is not baseline and row["seconds"] and baseline["seconds"]:
                 parts += [f"### {_md(row['plan_name'])}", _md_table(beside_baseline(row, baseline))]
-        parts += ["### To repeat it", _md_table(facts(report, rows))]
+        parts += ["### To repeat it", _md_table(facts(rows, report.command))]
     return "\n\n".join(part for part in parts if part) + "\n"
 
 
@@ -266,7 +105,7 @@ def _section(report: Report, title: str, rows: Sequence[Row]) -> str:
         parts.append("<h3>Each plan beside the baseline</h3><div class='pairs'>")
         parts += [_html_table(row["plan_name"], beside_baseline(row, baseline)) for row in others]
         parts.append("</div>")
-    parts.append(_html_table("To repeat it", facts(report, rows), wrap=True))
+    parts.append(_html_table("To repeat it", facts(rows, report.command), wrap=True))
     return f"<section>{''.join(parts)}</section>"
 
 
@@ -276,15 +115,10 @@ def _html_table(title: str, table: list[list[str]], *, wrap: bool = False) -> st
     head = "".join(f"<th scope='col'>{escape(cell)}</th>" for cell in table[0])
     body = ""
     for name, *cells in table[1:]:
-        # A cell that did not run has its reason in one place, over the columns of its numbers.
-        spans = bool(cells) and not wrap and any(cells) and not any(cells[2:]) and len(cells) > 3
-        told = cells[:1] + [cells[1]] if spans else cells
-        inner = "".join(
-            f"<td colspan='{len(cells) - 1}' class='reason'>{escape(cell)}</td>"
-            if spans and i == 1
-            else f"<td>{escape(cell)}</td>"
-            for i, cell in enumerate(told)
-        )
+        if len(cells) > 2 and not any(cells[1:]):  # did not run: its reason over the columns of its numbers
+            inner = f"<td colspan='{len(cells)}' class='reason'>{escape(cells[0])}</td>"
+        else:
+            inner = "".join(f"<td>{escape(cell)}</td>" for cell in cells)
         body += f"<tr><th scope='row'>{escape(name)}</th>{inner}</tr>"
     kind = "table wrap" if wrap else "table"
     return (

@@ -13,6 +13,9 @@ from swiftwan.errors import OutputError, RequestError
 
 Row = dict[str, Any]
 
+ITSELF = "it is the baseline"
+"""Why a baseline has no value beside the baseline."""
+
 
 class Journal:
     """Rows in a file that only grows. A process that is killed while writing leaves half a line: it is dropped."""

@@ -14,8 +14,8 @@ RUNGS = {"exact": "exact", "near": "near", "approximate": "approximate", "retrai
 
 
 def rows_of(matrix: Matrix, lines: Sequence[Row]) -> list[Row]:
-    """One row a cell that has lines, in the matrix's order."""
-    rows = [_row(cell, mine) for cell in matrix.cells() if (mine := [line for line in lines if _is_of(line, cell)])]
+    """One row a cell, in the matrix's order; a cell without lines is a row that says so."""
+    rows = [_row(cell, [line for line in lines if _is_of(line, cell)], lines[-1]) for cell in matrix.cells() if lines]
     for row in rows:
         _relate(row, next((r for r in rows if r["is_baseline"] and group(r) == group(row)), None))
     return rows
@@ -30,10 +30,12 @@ def _is_of(line: Row, cell: Cell) -> bool:
     return (line["model"], line["request_name"], line["plan_name"]) == (cell.model, cell.request_name, cell.plan.name)
 
 
-def _row(cell: Cell, lines: list[Row]) -> Row:
+NOT_RUN: Row = {"status": "not run", "reason": "the benchmark ended before its turn"}
+
+
+def _row(cell: Cell, lines: list[Row], last: Row) -> Row:
     done = [line for line in lines if line["status"] == "ok"]
-    bad = next((line for line in lines if line["status"] != "ok"), None)
-    last = lines[-1]
+    bad = next((line for line in lines or [NOT_RUN] if line["status"] != "ok"), None)
     row: Row = {
         "case": cell.case,
         "model": cell.model,
@@ -66,6 +68,7 @@ def _numbers(lines: list[Row]) -> Row:
     ceiling = max(line["ceiling_tflop_per_second"] for line in lines)
     rate = lines[0]["tflop"] / denoise
     clip = median(run["clip_latency_seconds"] for run in runs)
+    frames = round(middle["clip_latency_seconds"] / middle["frame_latency_seconds"])
     return {
         "dtype": lines[0]["dtype"],
         "repeats": len(runs),
@@ -75,14 +78,14 @@ def _numbers(lines: list[Row]) -> Row:
         "warm_up_seconds": warm_up,
         "first_output_seconds": load + warm_up,
         "clip_latency_seconds": clip,
-        "frame_latency_seconds": median(run["frame_latency_seconds"] for run in runs),
-        "throughput_frames_per_second": median(run["throughput_frames_per_second"] for run in runs),
+        "frame_latency_seconds": clip / frames,
+        "throughput_frames_per_second": frames / clip,
         "phase_seconds": {
             phase: median(run["phase_seconds"][phase] for run in runs) for phase in middle["phase_seconds"]
         },
         "step_median_seconds": median(run["step_median_seconds"] for run in runs),
         "step_seconds": middle["step_seconds"],
-        "save_seconds": first and first["save_seconds"],
+        "encode_seconds": first and first["encode_seconds"],
         "peak_bytes": max(line["peak_bytes"] for line in lines),
         "denoise_tflop_per_second": rate,
         "ceiling_tflop_per_second": ceiling,
@@ -154,9 +157,10 @@ def conclusion(rows: Sequence[Row]) -> list[str]:
 
     single, batch = min(done, key=cold), min(done, key=lambda row: row["seconds"])
     small = min(done, key=lambda row: row["peak_bytes"])
+    alike = [row["plan_name"] for row in done if row is not batch and row["spread"][0] <= batch["spread"][1]]
     said = [
         f"Single prompts: {told(single, f'{cold(single):.1f} s with load and warm-up')}.",
-        f"Batches: {told(batch, each(batch))}.",
+        f"Batches: {told(batch, each(batch))}." + (f" Within its spread: {', '.join(alike)}." if alike else ""),
         f"Little memory: {told(small, f'{gib(small):.2f} GiB at its peak')}.",
     ]
     exact = [row for row in done if row["rung"] == "exact" and not row["is_baseline"]]

@@ -173,7 +173,7 @@ def _warn_of_pillow() -> None:
 
     if int(PIL.__version__.partition(".")[0]) < 13:
         echo(
-            f"Pillow {PIL.__version__} has a fault in its JPEG decoder (CVE-2026-112403), which reads what clients send; "
+            f"Pillow {PIL.__version__} has a fault in its JPEG decoder (CVE-2026-112403), and reads what clients send; "
             "run 'pip install \"pillow>=13\"' (pip will say that gradio wants an older one: it works with this one)",
             err=True,
         )

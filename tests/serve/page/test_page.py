@@ -330,5 +330,11 @@ def test_a_report_is_shown_and_nothing_beside_its_folder(served: TestClient, des
     assert 'src="/benchmarks/pocket/report.html"' in reports.frame("pocket")
     answer = served.get("/benchmarks/pocket/report.html")
     assert (answer.text, answer.headers["X-Frame-Options"]) == ("<p>a report</p>", "SAMEORIGIN")
-    for path in ("pocket/rows.jsonl", "pocket/away.html", "..%2f/jobs.sqlite3", "pocket/..%2f..%2fjobs.sqlite3", "x/y.html"):
+    for path in (
+        "pocket/rows.jsonl",
+        "pocket/away.html",
+        "..%2f/jobs.sqlite3",
+        "pocket/..%2f..%2fjobs.sqlite3",
+        "x/y.html",
+    ):
         assert served.get(f"/benchmarks/{path}").status_code == 404

@@ -24,5 +24,7 @@ def test_ticks_add_and_remove_and_what_was_typed_stays(ticked: list[str], line: 
 
 
 def test_a_typed_line_ticks_its_boxes() -> None:
-    groups = dict(zip((kind for kind, _ in techniques.by_kind()), techniques.ticks_of("fused tf32 lora:x"), strict=True))
+    groups = dict(
+        zip((kind for kind, _ in techniques.by_kind()), techniques.ticks_of("fused tf32 lora:x"), strict=True)
+    )
     assert groups == {"exact": ["fused"], "near": ["tf32"], "approximate": []}

@@ -71,7 +71,7 @@ def refused_beside(line: str, admission: Admission) -> dict[str, str]:
         if head(spec) in taken:
             continue
         try:
-            make_plan([*chosen, spec], admission.device, admission.dtype, admission.facts.known)
+            make_plan([*chosen, spec], admission.device, admission.dtype, admission.facts)
         except SwiftwanError as problem:
             reasons[head(spec)] = str(problem)
     return reasons
