@@ -152,7 +152,7 @@ def write_rows(arguments: argparse.Namespace, request: Any, taken: Any, seen: An
     for name in (*taken, *failures):
         row: dict[str, Any] = {
             "case": f"video-{arguments.case}-{arguments.width}x{arguments.height}x{arguments.frames}",
-            "rung": "exact",
+            "rung": "exact" if name in PEERS else arguments.rung,
             "plan": [] if name in PEERS else plan_of(name, device),
             "steps": request.num_inference_steps,
         }
@@ -289,6 +289,7 @@ def main() -> None:
     parser.add_argument("--repeats", type=int, default=1)
     parser.add_argument("--plans", nargs="+", default=["auto"])
     parser.add_argument("--peers", nargs="*", default=list(PEERS))
+    parser.add_argument("--rung", default="exact", help="of the plans")
     parser.add_argument("--device")
     parser.add_argument("--out", default="-")
     parser.add_argument("--limit", type=float, default=180, help="seconds a cold process may take")

@@ -36,6 +36,8 @@ Made from the rows in `benchmarks/` by `python benchmarks/ladder.py`; do not edi
 architectures, ours and the peer by turns in one process. *Ratio* is the peer's time over ours. *Of ceiling* is the time
 that the same matrix products and dense attention would take at the highest bf16 rates measured, over ours: rungs that
 skip work, or compute in 8 bits, may pass 100 %. *Error* is the relative distance to the run that the row names.
+*Sustained* is a run repeated for seconds without a pause: at the chip's limit of 700 W clocks fall from 1980 MHz until
+the power fits, so that time follows energy.
 """
 
 
@@ -90,7 +92,8 @@ def name(row: Row) -> str:
 
 
 def table(rows: Sequence[Row]) -> str:
-    lines = ["| rung | plan | time | spread, repeats | peer | ratio | of ceiling | peak | error |", "|" + "---|" * 9]
+    head = ("rung", "plan", "time", "spread, repeats", "peer", "ratio", "of ceiling", "peak", "error", "sustained")
+    lines = ["| " + " | ".join(head) + " |", "|" + "---|" * len(head)]
     for row in rows:
         spread = row.get("spread")
         cells = (
@@ -103,9 +106,18 @@ def table(rows: Sequence[Row]) -> str:
             f"{100 * row['ceiling_fraction']:.0f} %" if row.get("ceiling_fraction") else "",
             f"{row['peak_bytes'] / 1e9:.1f} GB" if row.get("peak_bytes") else "",
             f"{row['error']:.2g}" if isinstance(row.get("error"), float) else "",
+            sustained(row.get("steady") or {}),
         )
         lines.append("| " + " | ".join(cells) + " |")
     return "\n".join(lines)
+
+
+def sustained(steady: Row) -> str:
+    """What a run without a pause took of time, power and clock."""
+    if not steady.get("power_mean_watts"):
+        return ""
+    watts, clock = steady["power_mean_watts"], steady["sm_clock_mean_mhz"]
+    return f"{seconds(steady['seconds'])}, {watts:.0f} W, {clock:.0f} MHz, {steady['joules_a_run']:.3g} J"
 
 
 def seconds(value: float) -> str:

@@ -126,8 +126,7 @@ def _candidates(quality: Quality, fast: list[str], device: Device) -> Iterator[l
 
 def _with_budget(specs: list[str], load: Load, room: float) -> list[str]:
     """Streamed blocks with as many resident as the room holds."""
-    denoise = next(phase for phase in load.phases if phase.name == "denoise")
-    budget = int((denoise.weight_bytes + room) / 1e8) / 10
+    budget = int((load.transformer_bytes + room) / 1e8) / 10
     return [f"offload:auto:budget={budget:g}" if spec == "offload:blocks" else spec for spec in specs]
 
 

@@ -204,3 +204,23 @@ def test_only_the_last_samples_are_kept_where_that_is_asked() -> None:
     (seen,) = sampler.seen()
     assert len(seen) == 2
     assert seen[0].seconds < seen[1].seconds
+
+
+def test_several_gpus_are_read_by_their_uuids_whatever_their_order(monkeypatch) -> None:
+    """NVML's first GPU may be CUDA's second."""
+    values = {"GPU-aaaa": 10, "GPU-bbbb": 77}
+    nvml = fake_nvml()
+    nvml.nvmlInit = lambda: None
+    nvml.nvmlDeviceGetHandleByUUID = lambda uuid: uuid
+    nvml.nvmlDeviceGetMemoryInfo = lambda gpu: SimpleNamespace(used=values[gpu], free=100 - values[gpu])
+    uuids = {"cuda:0": "bbbb", "cuda:1": "aaaa"}
+    monkeypatch.setitem(sys.modules, "pynvml", nvml)
+    monkeypatch.setattr("torch.cuda.get_device_properties", lambda name: SimpleNamespace(uuid=uuids[name]))
+
+    found = readers(["cuda:0", "cuda:1"])
+    assert isinstance(found, list)
+    with HardwareSampler(found, interval_seconds=1000) as sampler:
+        pass
+
+    seen = {trace.device: trace.summary()["memory_used_peak_bytes"] for trace in sampler.trace().devices}
+    assert seen == {"GPU-bbbb": 77, "GPU-aaaa": 10}

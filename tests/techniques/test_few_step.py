@@ -11,8 +11,8 @@ from safetensors.torch import save_file
 import swiftwan as sw
 from swiftwan.device import pick_device
 from swiftwan.errors import PlanError
-from swiftwan.models.config import KNOWN_MODELS, POCKET
-from swiftwan.plan import make_plan, parse
+from swiftwan.models.config import POCKET
+from swiftwan.plan import describe, make_plan, parse
 from swiftwan.sampling import FewStep
 from swiftwan.techniques.few_step import METADATA_KEY, RECIPES, shipped, to_metadata
 
@@ -122,12 +122,12 @@ def test_a_wrong_spec_says_the_way_out(spec, told):
 def test_it_refuses_what_needs_guidance_or_many_steps():
     for other in ("batched-cfg", "cfg-interval", "cfg-skip"):
         with pytest.raises(PlanError, match="runs without guidance"):
-            make_plan(["few-step", other], CPU, model=POCKET)
+            make_plan(["few-step", other], CPU, facts=describe("pocket"))
     for other in ("step-cache", "deepcache:block-num=2"):
         with pytest.raises(PlanError, match="differ too much"):
-            make_plan(["few-step", other], CPU, model=POCKET)
+            make_plan(["few-step", other], CPU, facts=describe("pocket"))
     with pytest.raises(PlanError, match="two schedules"):
-        make_plan(["few-step", "few-step:recipe=rcm"], CPU, model=POCKET)
+        make_plan(["few-step", "few-step:recipe=rcm"], CPU, facts=describe("pocket"))
 
 
 def test_each_expert_may_have_a_file_of_its_own(lora):
@@ -139,7 +139,7 @@ def test_each_expert_may_have_a_file_of_its_own(lora):
 
 def test_the_shipped_students_are_for_the_embedded_model():
     with pytest.raises(PlanError, match=r"no few-step LoRA for 'wan2.1-t2v-1.3b' comes with swiftwan"):
-        make_plan(["few-step"], CPU, model=KNOWN_MODELS["wan2.1-t2v-1.3b"])
+        make_plan(["few-step"], CPU, facts=describe("wan2.1-t2v-1.3b"))
 
 
 # What it changes
@@ -150,13 +150,13 @@ def test_what_the_request_says_stands_above_the_recipe():
         return sw.explain("pocket", sw.TextToVideo(PROMPT, **asked), plan=["few-step"], device="cpu")
 
     own = explained().request
-    assert (own.num_inference_steps, own.scheduler, own.guidance_scale, own.flow_shift) == (4, "euler", 1.0, 3.0)
-    asked = explained(num_inference_steps=6, guidance_scale=2.0, scheduler="unipc", flow_shift=5.0)
+    assert (own.num_inference_steps, own.scheduler, own.guidance_scale, own.flow_shift) == (4, "euler", 1.0, 5.0)
+    asked = explained(num_inference_steps=6, guidance_scale=2.0, scheduler="unipc", flow_shift=3.0)
     assert (asked.request.num_inference_steps, asked.request.guidance_scale) == (6, 2.0)
-    assert (asked.request.scheduler, asked.request.flow_shift) == ("unipc", 5.0)
+    assert (asked.request.scheduler, asked.request.flow_shift) == ("unipc", 3.0)
     assert "scheduler and steps and guidance and shift as asked for" in "\n".join(asked.lines())
     told = "\n".join(explained().lines())
-    assert "sets 4 steps of euler at timesteps 1000, 900, 750, 500, no guidance (from the file's header)" in told
+    assert "sets 4 steps of euler at timesteps 1000, 938, 833, 625, no guidance (from the file's header)" in told
     assert "as asked for" not in told
 
 
@@ -176,11 +176,11 @@ def test_a_run_calls_the_student_once_a_step_at_its_own_levels(monkeypatch):
 
     monkeypatch.setattr(engine.parts.transformer, "forward", counted)
     result = engine.run(sw.TextToVideo(PROMPT, seed=1, num_frames=5, width=64, height=64))
-    assert seen == pytest.approx([1000, 900, 750, 500])
+    assert seen == pytest.approx([1000, 937.5, 833.333, 625])
     assert result.request.num_inference_steps == 4
     seen.clear()
     engine.run(sw.TextToVideo(PROMPT, seed=1, num_frames=5, width=64, height=64, num_inference_steps=2))
-    assert seen == pytest.approx([1000, 750])
+    assert seen == pytest.approx([1000, 833.333])
 
 
 def test_a_run_begins_with_as_much_noise_as_its_first_level(monkeypatch):

@@ -6,6 +6,7 @@ import math
 
 import pytest
 import torch
+from PIL import Image
 from safetensors import safe_open
 from safetensors.torch import load_file
 
@@ -15,10 +16,12 @@ from swiftwan.errors import RequestError
 from swiftwan.models.config import KNOWN_MODELS, POCKET, TransformerConfig
 from swiftwan.models.dit import WanTransformer
 from swiftwan.plan import parse
-from swiftwan.train import distill, distill_run, distill_stages
+from swiftwan.pocket.world import draw
+from swiftwan.train import distill, distill_run, distill_stages, distill_world
 from swiftwan.train.distill import Phases, Roles
 from swiftwan.train.distill_command import read_prompts, refuse_unfit
 from swiftwan.train.distill_settings import Settings
+from swiftwan.train.distill_world import drawn, world
 
 TINY = TransformerConfig(
     num_attention_heads=2, attention_head_dim=32, text_dim=20, freq_dim=32, ffn_dim=56, num_layers=2
@@ -152,7 +155,7 @@ def test_a_critic_that_knows_the_flow_is_not_criticised():
 
 def settings(**changes):
     values = {
-        "steps": 2, "flow_shift": 3.0, "guidance_scale": 2.0, "walk": 4, "rank": 2, "batch": 2,
+        "steps": 2, "flow_shift": 3.0, "guidance_scale": 2.0, "walk": 4, "rank": 2, "batch": 2, "walks": 0,
         "regression": 2, "consistency": 2, "matching": 1, "learning_rate": 1e-3, "seed": 3,
     }  # fmt: skip
     return Settings(**values | changes)
@@ -164,7 +167,7 @@ def distilled(monkeypatch):
     monkeypatch.setattr(distill_stages, "LOG_EVERY", 1)
     monkeypatch.setattr(distill_stages, "SAVE_EVERY", 1)
 
-    def run(folder, dies=None, prompts=PROMPTS[:4], start=None, two=False, **changes):
+    def run(folder, dies=None, prompts=PROMPTS[:4], start=None, clips=None, two=False, **changes):
         engine = sw.Engine.load("pocket", plan=["prompt-cache:off"], device="cpu", dtype="fp32")
         if two:
             engine.parts.transformer_2 = copy.deepcopy(engine.parts.transformer)
@@ -177,7 +180,16 @@ def distilled(monkeypatch):
 
         shape = (16, 2, 4, 4)
         return distill_run.run(
-            folder, engine.parts, prompts, "", shape, settings(**changes), base="pocket", start=start, say=say
+            folder,
+            engine.parts,
+            prompts,
+            "",
+            shape,
+            settings(**changes),
+            base="pocket",
+            clips=clips,
+            start=start,
+            say=say,
         ), said
 
     return run
@@ -195,8 +207,8 @@ def test_a_run_leaves_a_lora_that_the_few_step_technique_reads(tmp_path, distill
     assert any(factors[name].any() for name in factors if "lora_B" in name)
     with safe_open(path, framework="pt") as file:
         header = file.metadata()
-    assert header["swiftwan.base"] == "pocket"
-    assert json.loads(header["swiftwan.settings"])["guidance_scale"] == 2.0
+    assert header["base_model"] == "pocket"
+    assert json.loads(header["settings"])["guidance_scale"] == 2.0
     told = sw.explain("pocket", sw.TextToVideo("a red circle"), plan=[f"few-step:{path}"], device="cpu").request
     assert (told.num_inference_steps, told.scheduler, told.guidance_scale, told.flow_shift) == (2, "euler", 1.0, 3.0)
     gaps = [json.loads(row)["gap"] for row in (path.parent / "regression" / "log.jsonl").read_text().splitlines()[1::2]]
@@ -230,6 +242,27 @@ def test_a_run_may_start_from_a_student(tmp_path, distilled):
     assert all(torch.equal(one[name], other[name]) for name in one.keys() | other.keys())
     with pytest.raises(RequestError, match=r"not a student of this model with rank 3.* 0 fit"):
         distilled(tmp_path / "other", start=first, rank=3)
+
+
+def test_clips_may_be_given_beside_the_walks(tmp_path, distilled):
+    clips = torch.randn(4, 16, 2, 4, 4)
+    path, said = distilled(tmp_path / "clips", regression=0, matching=0, walks=2, clips=clips)
+    assert said[0] == "walks: 2 of 2"
+    assert len(list((tmp_path / "clips" / "walks").iterdir())) == 1
+    other, _ = distilled(tmp_path / "none", regression=0, matching=0, walks=2)
+    name = "transformer.blocks.0.attn1.to_q.lora_B.weight"
+    assert not torch.equal(load_file(path)[name], load_file(other)[name])
+
+
+def test_the_world_draws_a_clip_for_each_prompt(monkeypatch):
+    monkeypatch.setattr(distill_world, "WORLD_CLIPS", 3)
+    scenes = world(POCKET, 1)
+    vae = sw.Engine.load("pocket", plan=[], device="cpu", dtype="fp32").parts.vae
+    request = sw.TextToVideo("a", num_frames=5, width=128, height=128)
+    latents = drawn(vae, scenes, request, 7, batch=2)
+    assert latents.shape == (3, 16, 2, 16, 16)
+    video = draw(scenes[2:], 9, num_frames=5, device=torch.device("cpu"))
+    assert torch.allclose(latents[2:].float(), vae.encode(video), atol=0.02)
 
 
 def test_another_run_in_the_folder_is_refused(tmp_path, distilled):
@@ -306,16 +339,35 @@ def test_an_expert_is_distilled_beside_the_other(tmp_path, distilled, expert):
 def test_prompts_come_from_a_file_or_the_world(tmp_path):
     file = tmp_path / "prompts.txt"
     file.write_text("one\n\n  two \n")
-    assert read_prompts(file, POCKET, 1) == ["one", "two"]
-    assert len(read_prompts(None, POCKET, 1)) > 1000
+    assert read_prompts(file) == ["one", "two"]
     with pytest.raises(RequestError, match="needs prompts"):
-        read_prompts(None, KNOWN_MODELS["wan2.1-t2v-1.3b"], 1)
+        world(KNOWN_MODELS["wan2.1-t2v-1.3b"], 1)
     file.write_text("\n")
     with pytest.raises(RequestError, match="holds no prompt"):
-        read_prompts(file, POCKET, 1)
+        read_prompts(file)
     file.write_bytes(b"\xff\xfe\xff")
     with pytest.raises(RequestError, match="cannot be read as text"):
-        read_prompts(file, POCKET, 1)
+        read_prompts(file)
+
+
+def test_prompts_may_be_the_captions_of_clips(tmp_path):
+    for number, caption in enumerate(("a cat", "a dog")):
+        Image.new("RGB", (64, 64), (number, 0, 0)).save(tmp_path / f"{number}.png")
+        (tmp_path / f"{number}.txt").write_text(caption)
+    assert read_prompts(tmp_path) == ["a cat", "a dog"]
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(RequestError, match="nothing in"):
+        read_prompts(tmp_path / "empty")
+
+
+def test_the_file_may_have_other_programs_names(tmp_path, distilled):
+    plain, _ = distilled(tmp_path / "plain", regression=1, consistency=0, matching=0)
+    path, _ = distilled(tmp_path / "comfyui", regression=1, consistency=0, matching=0, format="comfyui")
+    name = "diffusion_model.blocks.0.self_attn.q.lora_B.weight"
+    assert torch.equal(load_file(path)[name], load_file(plain)["transformer.blocks.0.attn1.to_q.lora_B.weight"])
+    assert parse(f"few-step:{path}").schedule()[0] == parse(f"few-step:{plain}").schedule()[0]
+    with pytest.raises(RequestError, match="format is 'a1111'"):
+        settings(format="a1111")
 
 
 def test_the_command_tells_a_users_mistake_in_a_line(tmp_path, capsys):

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import random
 from dataclasses import replace
 from pathlib import Path
 from typing import Annotated, Literal, cast
@@ -11,17 +10,18 @@ from typing import Annotated, Literal, cast
 import typer
 
 from swiftwan.errors import RequestError
-from swiftwan.models.config import POCKET, KnownModel
-
-WORLD_PROMPTS = 4096
-"""Prompts that the embedded model's own world gives where no file does."""
+from swiftwan.models.config import KnownModel
 
 
 def distill(
     out: Annotated[Path, typer.Option(help="The run's folder; a run in it is continued.")],
     prompts: Annotated[
         Path | None,
-        typer.Argument(help="A text file, a prompt a line; unset: the embedded model's own world.", show_default=False),
+        typer.Argument(
+            help="A text file, a prompt a line, or clips with captions as train lora takes them, of which only the "
+            "captions are read. Unset: the embedded model's own world.",
+            show_default=False,
+        ),
     ] = None,
     model: Annotated[str, typer.Option(help="The teacher: name, hub id, folder or random:NAME.")] = "pocket",
     steps: Annotated[int, typer.Option(help="Of the student.")] = 4,
@@ -30,6 +30,7 @@ def distill(
     shift: Annotated[float | None, typer.Option(help="Flow shift. Unset: the model's own.")] = None,
     rank: Annotated[int, typer.Option(help="Of the LoRA.")] = 10,
     batch: Annotated[int, typer.Option(help="Clips of an update.")] = 128,
+    walks: Annotated[int, typer.Option(help="So many prompts the teacher walks for; 0: all.")] = 4096,
     regression: Annotated[int, typer.Option(help="Updates on the teacher's walks.")] = 2000,
     consistency: Annotated[int, typer.Option(help="Updates of consistency distillation.")] = 2000,
     matching: Annotated[int, typer.Option(help="Updates of distribution matching at the end.")] = 0,
@@ -39,6 +40,7 @@ def distill(
     width: Annotated[int | None, typer.Option(help="Pixels. Unset: the model's own.")] = None,
     height: Annotated[int | None, typer.Option(help="Pixels. Unset: the model's own.")] = None,
     frames: Annotated[int | None, typer.Option(help="4k + 1. Unset: the model's own.")] = None,
+    form: Annotated[str, typer.Option("--format", help="diffusers, comfyui or kohya.")] = "diffusers",
     seed: int = 51,
     device: str | None = None,
 ) -> None:
@@ -48,13 +50,15 @@ def distill(
     from swiftwan.plan import complete, describe
     from swiftwan.train import distill_run
     from swiftwan.train.distill_settings import Settings
+    from swiftwan.train.distill_world import drawn, world
 
     facts = describe(model)
     refuse_unfit(facts.known, expert)
     asked = TextToVideo(
         "", width=width, height=height, num_frames=frames, guidance_scale=guidance, flow_shift=shift, seed=seed
     )
-    lines = read_prompts(prompts, facts.known, seed)
+    scenes = world(facts.known, seed) if prompts is None else []
+    lines = [scene.prompt for scene in scenes] if prompts is None else read_prompts(prompts)
     request = complete(replace(asked, prompt=lines[0]), facts)
     assert request.flow_shift is not None
     assert request.guidance_scale is not None
@@ -65,6 +69,7 @@ def distill(
         walk=walk,
         rank=rank,
         batch=batch,
+        walks=walks,
         regression=regression,
         consistency=consistency,
         matching=matching,
@@ -73,6 +78,7 @@ def distill(
         expert=cast('Literal["", "high", "low"]', expert),
         boundary=facts.known.boundary_ratio or 0.0,
         guidance_scale_2=request.guidance_scale_2 or request.guidance_scale,
+        format=form,
     )
     # A small model's weights are rounded for nothing; a large one's would not fit beside its activations.
     dtype = "fp32" if distill_run.is_small(facts.known.transformer) else None
@@ -85,6 +91,7 @@ def distill(
         engine.latent_shape(request)[1:],
         settings,
         base=facts.name,
+        clips=drawn(engine.parts.vae, scenes, request, seed) if scenes else None,
         start=start,
         say=lambda line: typer.echo(line, err=True),
     )
@@ -105,20 +112,16 @@ def refuse_unfit(model: KnownModel, expert: str) -> None:
         )
 
 
-def read_prompts(path: Path | None, model: KnownModel, seed: int) -> list[str]:
-    """The lines of a file that are not empty; without one, captions of the embedded model's world.
+def read_prompts(path: Path) -> list[str]:
+    """The lines of a file that are not empty, or the captions of clips.
 
     Raises:
-        RequestError: there is no file and the model is another one; or the file cannot be read, or is empty.
+        RequestError: it cannot be read, or is empty.
     """
-    if path is None:
-        if model.transformer != POCKET.transformer:
-            raise RequestError(f"train distill needs prompts for '{model.name}': give a text file, a prompt a line.")
-        from swiftwan.train.pocket_dit import caption, training_scenes
+    if path.is_dir() or path.suffix.lower() in (".csv", ".jsonl"):
+        from swiftwan.train.data import find
 
-        rng = random.Random(seed)
-        scenes = training_scenes(WORLD_PROMPTS, seed, two_things=0.6, twins=0.2)
-        return [caption(scene, rng) for scene in scenes]
+        return [clip.caption for clip in find(str(path), lambda caption: None).clips]
     try:
         lines = [line.strip() for line in path.read_text(encoding="utf-8").splitlines()]
     except (OSError, UnicodeDecodeError) as problem:

@@ -1,8 +1,8 @@
 """A distillation from prompts to a LoRA file: ``swiftwan train distill``.
 
-Needs no videos: the teacher walks once from noise to a video for each prompt, and what it passed on its way is all the
-training data. Everything a step draws follows from (seed, step), each stage keeps its state on disk, and a run
-that is started again with the same words goes on where it was.
+Needs no videos: the teacher walks once from noise to a video for each prompt, and what it passed on its way is the
+training data; clips for the prompts may be given beside. Everything a step draws follows from (seed, step), each stage
+keeps its state on disk, and a run that is started again with the same words goes on where it was.
 """
 
 from __future__ import annotations
@@ -30,10 +30,11 @@ from swiftwan.techniques.few_step import METADATA_KEY, to_metadata
 from swiftwan.train import distill
 from swiftwan.train.distill import Expert, Roles
 from swiftwan.train.distill_settings import Settings
-from swiftwan.train.distill_stages import Say, Trainer, Walks, autocast
+from swiftwan.train.distill_stages import Clips, Say, Trainer, Walks, autocast
 from swiftwan.train.loop import seed_of
 from swiftwan.weights.build import Parts, parameter_count
 from swiftwan.weights.check import check_file, write_json
+from swiftwan.weights.lora_write import write_lora
 from swiftwan.weights.write import sync
 
 SMALL = 200_000_000
@@ -55,6 +56,7 @@ def run(
     settings: Settings,
     *,
     base: str,
+    clips: Tensor | None = None,
     start: Path | None = None,
     say: Say,
 ) -> Path:
@@ -64,6 +66,7 @@ def run(
         parts: the teacher's, on the device where all is computed. Its transformer is the student's from now on.
         latent_shape: (C, f, h, w) of a clip.
         base: the teacher's name, for the file's header.
+        clips: latents of one for each prompt, for ``consistency``; without them it takes what the teacher makes.
         start: a LoRA that this wrote, to go on from with other settings.
         say: is told how far it is.
 
@@ -91,14 +94,15 @@ def run(
         for block in transformer.blocks:
             block.compile(dynamic=False)
     walks = walked(folder / "walks", roles, text, latent_shape, settings, say)
-    trainer = Trainer(folder, roles, walks, settings, recorded=small and on_gpu, say=say)
+    trained = slice(0, walks.count)
+    source = Clips(walks.places[trained, -1], walks.text[trained]) if clips is None else Clips(clips, text[:-1])
+    trainer = Trainer(folder, roles, walks, source, settings, recorded=small and on_gpu, say=say)
     trainer.learn("regression", settings.regression)
     trainer.learn("consistency", settings.consistency)
     trainer.match(settings.matching)
     name = f"few_step_{settings.steps}" + (f"_{settings.expert}_noise" if settings.expert else "")
     path = folder / f"{name}.safetensors"
-    write_lora(path, roles, settings, base)
-    return path
+    return deliver(path, roles, settings, base)[0]
 
 
 def cast(parts: Parts, settings: Settings) -> Roles:
@@ -166,7 +170,7 @@ def walked(
     Args:
         text: of all prompts, and the negative one behind them.
     """
-    text, negative = text[:-1], text[-1:]
+    text, negative = text[:-1][-settings.walks :], text[-1:]
     folder.mkdir(exist_ok=True)
     places = []
     for start in range(0, len(text), settings.batch):
@@ -176,7 +180,7 @@ def walked(
             noise = torch.randn((len(part), *latent_shape), generator=generator).to(part.device)
             with autocast(part.device):
                 passed = distill.walk(roles, settings.phases, noise, part, negative.expand_as(part))
-            _save({"places": passed.transpose(0, 1).half()}, path, {})
+            _save({"places": passed.transpose(0, 1).half()}, path)
             say(f"walks: {start + len(part)} of {len(text)}")
         with safe_open(path, framework="pt") as file:
             places.append(file.get_tensor("places"))
@@ -189,32 +193,35 @@ def walked(
 # Files
 
 
-def write_lora(path: Path, roles: Roles, settings: Settings, base: str) -> None:
-    """The student as diffusers and peft read it, float16; its header has the base, the settings and the schedule."""
+def deliver(path: Path, roles: Roles, settings: Settings, base: str) -> list[Path]:
+    """Write the student in float16; the header has the base, the settings and the schedule."""
     from peft import get_peft_model_state_dict
 
-    factors = get_peft_model_state_dict(roles.transformer, adapter_name="student")
-    adapter = {"r": settings.rank, "lora_alpha": settings.rank, "target_modules": distill.TARGETS}
-    header = {
-        "format": "pt",
-        "lora_adapter_metadata": json.dumps({f"transformer.{key}": value for key, value in adapter.items()}),
-        "swiftwan.base": base,
-        "swiftwan.settings": json.dumps(asdict(settings)),
-        METADATA_KEY: to_metadata(settings.few_step),
-    }
-    _save({f"transformer.{name}": factor.half() for name, factor in factors.items()}, path, header)
+    return write_lora(
+        path,
+        {settings.expert or None: get_peft_model_state_dict(roles.transformer, adapter_name="student")},
+        peft_config={"r": settings.rank, "lora_alpha": settings.rank, "target_modules": distill.TARGETS},
+        metadata={
+            "base_model": base,
+            "settings": json.dumps(asdict(settings)),
+            METADATA_KEY: to_metadata(settings.few_step),
+        },
+        form=settings.format,
+        dtype=torch.float16,
+    )
 
 
 @torch.no_grad()
 def read_lora(path: Path, roles: Roles) -> None:
-    """Make a LoRA that :func:`write_lora` wrote the student.
+    """Make a LoRA that :func:`deliver` wrote, in diffusers' form, the student.
 
     Raises:
         WeightsError: it is missing or damaged.
         RequestError: it is not of this rank, or not of these layers.
     """
     shapes = check_file(path)
-    wanted = {"transformer." + name.replace(".student.", "."): p for name, p in roles.parameters("student").items()}
+    prefix = "transformer_2." if any(name.startswith("transformer_2.") for name in shapes) else "transformer."
+    wanted = {prefix + name.replace(".student.", "."): p for name, p in roles.parameters("student").items()}
     if {name: tuple(p.shape) for name, p in wanted.items()} != shapes:
         raise RequestError(
             f"{path} is not a student of this model with rank {roles.config.r}: it has {len(shapes)} tensors, of which "
@@ -224,11 +231,11 @@ def read_lora(path: Path, roles: Roles) -> None:
         wanted[name].copy_(factor)
 
 
-def _save(tensors: Mapping[str, Tensor], path: Path, metadata: dict[str, str]) -> None:
+def _save(tensors: Mapping[str, Tensor], path: Path) -> None:
     """Whole or not at all."""
     partial = path.with_suffix(".tmp")
     try:
-        save_file({name: t.detach().cpu().contiguous() for name, t in tensors.items()}, partial, metadata=metadata)
+        save_file({name: t.detach().cpu().contiguous() for name, t in tensors.items()}, partial)
         sync(partial)
         os.replace(partial, path)
     except (OSError, SafetensorError) as problem:

@@ -8,6 +8,7 @@ from typing import Literal
 from swiftwan.errors import RequestError
 from swiftwan.sampling import FewStep
 from swiftwan.train.distill import Phases
+from swiftwan.weights.lora_write import check_form
 
 
 @dataclass(frozen=True)
@@ -20,11 +21,13 @@ class Settings:
         walk: the teacher's steps, a multiple of the student's.
         rank: of the LoRA.
         batch: clips of a step.
+        walks: so many prompts the teacher walks for, the last ones; 0 is all.
         regression, consistency, matching: updates of each stage.
         learning_rate: of the first two stages; ``matching`` takes a tenth.
         expert: which transformer of a two-expert model learns; it owns the phases that begin at its levels.
         boundary: the lowest level of the high-noise expert.
         guidance_scale_2: of the low-noise expert.
+        format: of the file, as ``weights.lora_write`` has them.
     """
 
     steps: int
@@ -33,6 +36,7 @@ class Settings:
     walk: int
     rank: int
     batch: int
+    walks: int
     regression: int
     consistency: int
     matching: int
@@ -41,14 +45,17 @@ class Settings:
     expert: Literal["", "high", "low"] = ""
     boundary: float = 0.0
     guidance_scale_2: float = 1.0
+    format: str = "diffusers"
 
     def __post_init__(self) -> None:
+        check_form(self.format)
         for name in ("steps", "rank", "batch"):
             if (value := getattr(self, name)) < 1:
                 raise RequestError(f"{name} is {value}; it must be at least 1.")
-        for name in ("regression", "consistency", "matching"):
+        for name in ("regression", "consistency", "matching", "walks"):
             if (value := getattr(self, name)) < 0:
-                raise RequestError(f"{name} is {value}; it is a number of updates, 0 or more.")
+                what = "walks" if name == "walks" else "updates"
+                raise RequestError(f"{name} is {value}; it is a number of {what}, 0 or more.")
         if self.walk < self.steps or self.walk % self.steps:
             near = max(1, round(self.walk / self.steps)) * self.steps
             raise RequestError(f"walk is {self.walk}; it must be a multiple of steps, {self.steps}: take {near}.")

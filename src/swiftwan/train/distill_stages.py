@@ -43,6 +43,14 @@ class Walks:
         return self.places.shape[2:]
 
 
+@dataclass(frozen=True)
+class Clips:
+    """What ``consistency`` noises: latents (N, C, f, h, w), and their text (N, S, D)."""
+
+    latents: Tensor
+    text: Tensor
+
+
 def autocast(device: torch.device) -> torch.autocast:
     return torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda")
 
@@ -55,9 +63,9 @@ class Trainer:
     """
 
     def __init__(
-        self, folder: Path, roles: Roles, walks: Walks, settings: Settings, *, recorded: bool, say: Say
+        self, folder: Path, roles: Roles, walks: Walks, clips: Clips, settings: Settings, *, recorded: bool, say: Say
     ) -> None:
-        self.folder, self.roles, self.walks, self.settings = folder, roles, walks, settings
+        self.folder, self.roles, self.walks, self.clips, self.settings = folder, roles, walks, clips, settings
         self.recorded, self.say = recorded, say
         self.device = walks.text.device
         self.own = settings.own
@@ -113,14 +121,14 @@ class Trainer:
         """Arguments of :func:`distill.consistency`; a fifth of the levels are those that a sampler visits."""
         generator = self._generator(2, step)
         stride, batch = self.settings.phases.stride, self.settings.batch
-        index, place = self._draw(self.walks.count, generator), self._draw(len(self.own) * stride, generator)
+        index, place = self._draw(len(self.clips.latents), generator), self._draw(len(self.own) * stride, generator)
         place = place + self.own.start * stride
         visited = torch.rand(batch, generator=generator) < 0.2
         place = torch.where(visited, place // stride * stride, place)
-        end = torch.full((batch,), self.settings.steps)
         here, near, edge = self.levels[torch.stack((place, place + 1, (place // stride + 1) * stride)).to(self.device)]
-        noise, text = self._noise(2, step, 1)[0], self._text(index)
-        return self._place(index, end), noise, text, self.walks.negative.expand_as(text), here, near, edge
+        clips = self.clips.latents[index.to(self.clips.latents.device)].to(self.device).float()
+        noise, text = self._noise(2, step, 1)[0], self.clips.text[index.to(self.device)]
+        return clips, noise, text, self.walks.negative.expand_as(text), here, near, edge
 
     def _generator(self, stage: int, step: int) -> torch.Generator:
         return torch.Generator("cpu").manual_seed(seed_of(self.settings.seed + stage, step))

@@ -98,7 +98,7 @@ class Run:
                 adapter.tie(transformer, self.trainees[0].transformer)
             else:
                 parameters |= {f"{trainee.expert or 'model'}.{name}": parameter for name, parameter in found.items()}
-            attend = attention(self.engine.device)
+            attend = attention(self.engine.device, transformer.dtype)
             for block in each_block(transformer):
                 block.attn1.attend = attend
             if settings.base == "fp8":
@@ -120,6 +120,7 @@ class Run:
             return ["all"] * config.num_layers
         shapes = self.data.shapes
         tokens = max(max(shapes.tokens(item.bucket) for item in self.data.train), self.settings.batch_tokens)
+        torch.cuda.empty_cache()
         free, _ = torch.cuda.mem_get_info(self.device)
         return memory.choose(config, tokens, int(0.9 * free), transformer.dtype.itemsize)
 
