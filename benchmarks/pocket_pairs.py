@@ -151,19 +151,20 @@ def table(found: dict[frozenset[str], dict[str, Any]]) -> str:
             cells.append(_mark(row, reasons))
         cells += [""] * (len(names) - number)
         lines.append(f"| {number} | `{one}` | {parse(one).kind} | " + " | ".join(cells) + " |")
-    lines += ["", "`+` ran together; `-` cannot run where this was tried; a letter is a refusal:", ""]
+    lines += ["", "`+` ran together, `o` is accepted but needs what was not there; a letter is a refusal:", ""]
     lines += [f"- `{letter}`: {reason}" for reason, letter in reasons.items()]
     return "\n".join(lines)
 
 
 def _mark(row: dict[str, Any] | None, reasons: dict[str, str]) -> str:
-    if row is None or row["status"] == "missing":
-        return "-"
-    if row["status"] == "ok":
-        return "+"
-    if row["status"] == "failed":
-        return "failed"
-    reason = row["reason"].partition(": ")[2].rstrip(".")
+    if row is None:
+        return "?"
+    if row["status"] in ("ok", "failed"):
+        return {"ok": "+", "failed": "failed"}[row["status"]]
+    one, other = (parse(spec) for spec in row["plan"])
+    reason = "" if one == other else one.conflict(other)
+    if not reason:
+        return "o"
     return reasons.setdefault(reason, _letter(len(reasons)))
 
 
