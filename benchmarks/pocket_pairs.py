@@ -143,33 +143,24 @@ def best_rows(path: Path) -> dict[frozenset[str], dict[str, Any]]:
 
 
 def table(found: dict[frozenset[str], dict[str, Any]]) -> str:
-    """A square of marks and the reasons under it."""
-    names = sorted({spec for pair in found for spec in pair})
+    """A square of marks and the reasons under it; refusals are the plan's own, of today."""
+    names = specs()
     reasons: dict[str, str] = {}
     lines = ["| | technique | kind | " + " | ".join(str(n) for n in range(1, len(names) + 1)) + " |"]
     lines.append("|--|--|--|" + "--|" * len(names))
     for number, one in enumerate(names, 1):
-        cells = []
-        for other in names[:number]:
-            row = found.get(frozenset((one, other)))
-            cells.append(_mark(row, reasons))
+        cells = [_mark(one, other, found.get(frozenset((one, other))), reasons) for other in names[:number]]
         cells += [""] * (len(names) - number)
         lines.append(f"| {number} | `{one}` | {parse(one).kind} | " + " | ".join(cells) + " |")
-    lines += ["", "`+` ran together, `o` is accepted but needs what was not there; a letter is a refusal:", ""]
+    lines += ["", "`+` ran together, `o` is accepted and has not run; a letter is a refusal:", ""]
     lines += [f"- `{letter}`: {reason}" for reason, letter in reasons.items()]
     return "\n".join(lines)
 
 
-def _mark(row: dict[str, Any] | None, reasons: dict[str, str]) -> str:
-    if row is None:
-        return "?"
-    if row["status"] in ("ok", "failed"):
-        return {"ok": "+", "failed": "failed"}[row["status"]]
-    one, other = (parse(spec) for spec in row["plan"])
-    reason = "" if one == other else one.conflict(other)
-    if not reason:
-        return "o"
-    return reasons.setdefault(reason, _letter(len(reasons)))
+def _mark(one: str, other: str, row: dict[str, Any] | None, reasons: dict[str, str]) -> str:
+    if one != other and (reason := parse(one).conflict(parse(other))):
+        return reasons.setdefault(reason, _letter(len(reasons)))
+    return {"ok": "+", "failed": "failed"}.get(row["status"] if row else "", "o")
 
 
 def _letter(number: int) -> str:
