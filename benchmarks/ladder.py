@@ -59,7 +59,8 @@ def variant(row: Row) -> str:
     return json.dumps([row.get(key) for key in ("variant", "steps", "dtype", "peer")])
 
 
-def page(rows: Sequence[Row]) -> str:
+def page(rows: Sequence[Row], figures: Sequence[str] = ()) -> str:
+    """The page; ``figures`` are files beside it, of time against frames, resolution, batch and steps."""
     rows = [row for row in latest(rows) if not str(row["case"]).startswith("growth-")]
     order = {case: place for place, case in enumerate(dict.fromkeys(row["case"] for row in rows))}
     parts = [INTRO]
@@ -74,6 +75,11 @@ def page(rows: Sequence[Row]) -> str:
         if done:
             parts.append(table(sorted(done, key=place)))
         parts += [f"- {name(row)}: {row['status']}: {row.get('reason', '')}" for row in failed]
+    parts.append("## As the work grows")
+    parts += [f"![{figure.removesuffix('.svg').replace('-', ': ', 1)}]({figure})" for figure in figures] or [
+        "Not measured yet: `benchmarks/h200_growth.py` makes rows and figures of time against frames, resolution, "
+        "batch and steps, with the FLOP line in them."
+    ]
     return "\n\n".join(parts) + "\n"
 
 
@@ -129,7 +135,8 @@ def main() -> None:
     parser.add_argument("rows", nargs="*", type=Path, default=sorted(HERE.glob("*.jsonl")))
     parser.add_argument("--out", type=Path, default=HERE.parent / "docs" / "ladder.md")
     arguments = parser.parse_args()
-    arguments.out.write_text(page(read(arguments.rows)))
+    figures = sorted(path.name for path in arguments.out.parent.glob("growth-*.svg"))
+    arguments.out.write_text(page(read(arguments.rows), figures))
 
 
 if __name__ == "__main__":
