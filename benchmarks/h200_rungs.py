@@ -15,6 +15,7 @@ import argparse
 import datetime
 import functools
 import json
+import math
 import statistics
 import subprocess
 import time
@@ -28,6 +29,7 @@ import torch
 from torch import Tensor
 
 from swiftwan.device import versions
+from swiftwan.plan import make_plan
 
 VIDEO, LARGE, IMAGE = "forward-1.3b-832x480x81", "forward-1.3b-1280x720x97", "image-1.3b-832x480x1"
 EXACT = "fused attention:flash4"
@@ -53,6 +55,7 @@ CELLS: dict[str, tuple[str, str, str]] = {  # name: case, rung, plan
 CEILINGS = {"exact": (782, 708), "near": (1379, 871), "sparse25": (1379, 626), "sparse12": (1379, 580)}
 KEPT = {"sparse25": 0.25, "sparse12": 0.125}
 DEPTHS = (1, 5, 10, 15, 20, 25, 30)
+SHIFT = 5.0
 
 
 class Bench(exact.Bench):
@@ -68,6 +71,20 @@ class Bench(exact.Bench):
         for depth in DEPTHS:
             model.blocks[depth - 1].register_forward_hook(keep)
         model(self.latents, self.timestep, condition)
+        return seen
+
+    def by_step(self, specs: list[str], steps: int) -> list[Tensor]:
+        """Latents behind each step of a guided run: Euler, shift 5."""
+        even = torch.linspace(1, 0, steps + 1, dtype=torch.float64)
+        sigmas = (SHIFT * even / (1 + (SHIFT - 1) * even)).tolist()
+        model, plan = self.model(specs), make_plan(specs, self.where)
+        timesteps = [1000 * sigma for sigma in sigmas[:-1]]
+        guide = plan.guide.guidance(model, self.text, self.case.latent_shape, exact.GUIDANCE, timesteps)
+        latents, seen = self.latents, []
+        for timestep, sigma, following in zip(timesteps, sigmas, sigmas[1:], strict=False):
+            flow = guide(latents, torch.tensor([timestep], device=self.device))
+            latents = latents + (following - sigma) * flow
+            seen.append(latents)
         return seen
 
 
@@ -148,6 +165,23 @@ def measure(case_name: str, names: list[str], arguments: argparse.Namespace) -> 
             rows[name]["error_by_depth"] = dict(zip(map(str, DEPTHS), errors, strict=True))
             print(name, rows[name]["error_by_depth"], flush=True)
             yield list(rows.values())
+        del states
+    if case_name == VIDEO and arguments.steps:
+        walk = bench.by_step(EXACT.split(), arguments.steps)
+        for name in [name for name in names if name in runs and "cuda-graphs" not in CELLS[name][2]]:
+            ours = bench.by_step(CELLS[name][2].split(), arguments.steps)
+            rows[name]["error_by_step"] = [
+                round(exact.relative_error(a, b), 5) for a, b in zip(ours, walk, strict=True)
+            ]
+            rows[name]["latents_psnr_db"] = round(psnr_db(ours[-1], walk[-1]), 2)
+            print(name, rows[name]["latents_psnr_db"], rows[name]["error_by_step"], flush=True)
+            yield list(rows.values())
+
+
+def psnr_db(got: Tensor, expected: Tensor) -> float:
+    """Of latents, whose peak is the range that the exact ones span."""
+    peak = (expected.max() - expected.min()).item()
+    return 10 * math.log10(peak**2 / (got - expected).square().mean().item())
 
 
 def times(label: str, seconds: dict[str, list[float]], floor: float) -> dict[str, Any]:
@@ -177,6 +211,7 @@ def main() -> None:
     parser.add_argument("--out", default="rungs.jsonl")
     parser.add_argument("--profile")
     parser.add_argument("--depth", action="store_true", help="also errors by depth")
+    parser.add_argument("--steps", type=int, default=0, help="also errors by step of a guided run of so many")
     parser.add_argument("--commit", default="")
     arguments = parser.parse_args()
     if not arguments.commit:

@@ -152,7 +152,7 @@ def write_rows(arguments: argparse.Namespace, request: Any, taken: Any, seen: An
     for name in (*taken, *failures):
         row: dict[str, Any] = {
             "case": f"video-{arguments.case}-{arguments.width}x{arguments.height}x{arguments.frames}",
-            "rung": "exact",
+            "rung": "exact" if name in PEERS else arguments.rung,
             "plan": [] if name in PEERS else plan_of(name, device),
             "steps": request.num_inference_steps,
         }
@@ -232,7 +232,7 @@ def cold(arguments: argparse.Namespace) -> None:
             gc.collect()
             torch.cuda.empty_cache()
         medians: dict[str, float] = {}
-        for runner in (*arguments.plans, *(name for name in PEERS if name in arguments.peers)):
+        for runner in (*(name for name in PEERS if name in arguments.peers), *arguments.plans):
             told = [once(arguments, path, runner) for _ in range(arguments.repeats + 1)]
             row: dict[str, Any] = {"case": f"cold-{arguments.case}", "rung": "exact"}
             row |= {"plan": [] if runner in PEERS else plan_of(runner, device), "runner": runner}
@@ -248,6 +248,10 @@ def cold(arguments: argparse.Namespace) -> None:
                     "marks": {key: round(value, 2) for key, value in told[-1].items()},
                     "size": f"{arguments.width}x{arguments.height}x{arguments.frames}",
                 }
+                best = min((name for name in medians if name in PEERS), key=medians.__getitem__, default=None)
+                if best is not None:
+                    row |= {"peer": best, "peer_seconds": round(medians[best], 2)}
+                    row |= {"ratio": round(medians[best] / medians[runner], 3)}
             else:
                 row |= {"status": "failed", "reason": told[-1].get("problem", "no first step")}
             emit(row | common(arguments, device), arguments.out)
@@ -289,6 +293,7 @@ def main() -> None:
     parser.add_argument("--repeats", type=int, default=1)
     parser.add_argument("--plans", nargs="+", default=["auto"])
     parser.add_argument("--peers", nargs="*", default=list(PEERS))
+    parser.add_argument("--rung", default="exact", help="of the plans")
     parser.add_argument("--device")
     parser.add_argument("--out", default="-")
     parser.add_argument("--limit", type=float, default=180, help="seconds a cold process may take")

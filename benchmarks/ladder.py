@@ -36,6 +36,8 @@ Made from the rows in `benchmarks/` by `python benchmarks/ladder.py`; do not edi
 architectures, ours and the peer by turns in one process. *Ratio* is the peer's time over ours. *Of ceiling* is the time
 that the same matrix products and dense attention would take at the highest bf16 rates measured, over ours: rungs that
 skip work, or compute in 8 bits, may pass 100 %. *Error* is the relative distance to the run that the row names.
+*Sustained* is a run repeated for seconds without a pause: at the chip's limit of 700 W clocks fall from 1980 MHz until
+the power fits, so that time follows energy.
 """
 
 
@@ -57,7 +59,8 @@ def variant(row: Row) -> str:
     return json.dumps([row.get(key) for key in ("variant", "steps", "dtype", "peer")])
 
 
-def page(rows: Sequence[Row]) -> str:
+def page(rows: Sequence[Row], figures: Sequence[str] = ()) -> str:
+    """The page; ``figures`` are files beside it, of time against frames, resolution, batch and steps."""
     rows = [row for row in latest(rows) if not str(row["case"]).startswith("growth-")]
     order = {case: place for place, case in enumerate(dict.fromkeys(row["case"] for row in rows))}
     parts = [INTRO]
@@ -72,6 +75,11 @@ def page(rows: Sequence[Row]) -> str:
         if done:
             parts.append(table(sorted(done, key=place)))
         parts += [f"- {name(row)}: {row['status']}: {row.get('reason', '')}" for row in failed]
+    parts.append("## As the work grows")
+    parts += [f"![{figure.removesuffix('.svg').replace('-', ': ', 1)}]({figure})" for figure in figures] or [
+        "Not measured yet: `benchmarks/h200_growth.py` makes rows and figures of time against frames, resolution, "
+        "batch and steps, with the FLOP line in them."
+    ]
     return "\n\n".join(parts) + "\n"
 
 
@@ -90,7 +98,8 @@ def name(row: Row) -> str:
 
 
 def table(rows: Sequence[Row]) -> str:
-    lines = ["| rung | plan | time | spread, repeats | peer | ratio | of ceiling | peak | error |", "|" + "---|" * 9]
+    head = ("rung", "plan", "time", "spread, repeats", "peer", "ratio", "of ceiling", "peak", "error", "sustained")
+    lines = ["| " + " | ".join(head) + " |", "|" + "---|" * len(head)]
     for row in rows:
         spread = row.get("spread")
         cells = (
@@ -103,9 +112,18 @@ def table(rows: Sequence[Row]) -> str:
             f"{100 * row['ceiling_fraction']:.0f} %" if row.get("ceiling_fraction") else "",
             f"{row['peak_bytes'] / 1e9:.1f} GB" if row.get("peak_bytes") else "",
             f"{row['error']:.2g}" if isinstance(row.get("error"), float) else "",
+            sustained(row.get("steady") or {}),
         )
         lines.append("| " + " | ".join(cells) + " |")
     return "\n".join(lines)
+
+
+def sustained(steady: Row) -> str:
+    """What a run without a pause took of time, power and clock."""
+    if not steady.get("power_mean_watts"):
+        return ""
+    watts, clock = steady["power_mean_watts"], steady["sm_clock_mean_mhz"]
+    return f"{seconds(steady['seconds'])}, {watts:.0f} W, {clock:.0f} MHz, {steady['joules_a_run']:.3g} J"
 
 
 def seconds(value: float) -> str:
@@ -117,7 +135,8 @@ def main() -> None:
     parser.add_argument("rows", nargs="*", type=Path, default=sorted(HERE.glob("*.jsonl")))
     parser.add_argument("--out", type=Path, default=HERE.parent / "docs" / "ladder.md")
     arguments = parser.parse_args()
-    arguments.out.write_text(page(read(arguments.rows)))
+    figures = sorted(path.name for path in arguments.out.parent.glob("growth-*.svg"))
+    arguments.out.write_text(page(read(arguments.rows), figures))
 
 
 if __name__ == "__main__":

@@ -1,7 +1,7 @@
 """Every pair of techniques on the embedded model: which combine, and what the others say; the table of the docs.
 
     python benchmarks/pocket_pairs.py [--device cuda] [--out benchmarks/pocket_pairs.jsonl]
-    python benchmarks/pocket_pairs.py --write        # the table into docs/techniques.md, from the rows
+    python benchmarks/pocket_pairs.py --write        # the table into docs/plans.md, from the rows
 
 A pair whose plan is refused is a row with the reason. One that is accepted runs, and its row says how far the latents
 are from the plain run's: nothing may fail that was accepted.
@@ -23,20 +23,21 @@ from torch import Tensor
 
 import swiftwan as sw
 from swiftwan.device import Device, pick_device, versions
-from swiftwan.errors import PlanError, SwiftwanError
+from swiftwan.errors import PlanError
 from swiftwan.plan import describe, make_plan, parse
 from swiftwan.techniques import TECHNIQUES
 from swiftwan.techniques.base import RELOAD
 
 HERE = Path(__file__).parent
-ROWS, PAGE = HERE / "pocket_pairs.jsonl", HERE.parent / "docs" / "techniques.md"
-REQUEST = sw.TextToVideo("a red circle moves left over a blue background", seed=1, num_inference_steps=6, num_frames=9)
+ROWS, PAGE = HERE / "pocket_pairs.jsonl", HERE.parent / "docs" / "plans.md"
+REQUEST = sw.TextToVideo("a red circle moves left over a blue background", seed=1, num_inference_steps=4, num_frames=9)
 PROOF = (
     "attention:cudnn", "attention:flash4", "attention:sdpa", "batched-cfg", "cfg-interval", "cfg-skip:first=1",
     "compile", "cuda-graphs", "deepcache:block-num=3", "dtype:bf16", "few-step", "fused", "offload:auto:budget=0.02",
     "offload:blocks", "offload:model", "prompt-cache:off", "quantize:fp8", "quantize:int4", "quantize:int8",
     "quantize:nf4", "quantize:int4:on=text", "sparse-attention:keep=0.5", "step-cache:first=1,last=1",
-    "text-encoder:cpu", "text-encoder:unload", "tf32", "vae:fast", "vae:tiling:sample=64,stride=48",
+    "text-encoder:cpu", "text-encoder:unload", "tf32", "vae:bf16", "vae:fast",
+    "vae:tiling:sample=64,stride=48",
 )  # fmt: skip
 """One spec of each technique, and more where its values are different things."""
 
@@ -74,11 +75,14 @@ class Runner:
         return self.engines[fixed].run(REQUEST).latents
 
 
-def rows(device: Device) -> Iterator[dict[str, Any]]:
+def rows(device: Device, of: Sequence[str] = (), without: Sequence[str] = ()) -> Iterator[dict[str, Any]]:
     runner = Runner(device)
     plain = runner.latents([])
     single = {spec: refusal([spec], device) for spec in specs()}
-    pairs = [(one, other) for one, other in itertools.combinations_with_replacement(specs(), 2)]
+    pairs = list(itertools.combinations_with_replacement(specs(), 2))
+    if of:
+        pairs = [pair for pair in pairs if set(pair) & set(of)]
+    pairs = [pair for pair in pairs if not set(pair) & set(without)]
     # Pairs that load alike stand together, and those that compile for seconds come last.
     pairs.sort(key=lambda pair: ("compile" in pair, [spec for spec in pair if parse(spec).switch == RELOAD]))
     for one, other in pairs:
@@ -94,8 +98,8 @@ def rows(device: Device) -> Iterator[dict[str, Any]]:
         else:
             try:
                 latents = runner.latents((one, other))
-            except (SwiftwanError, RuntimeError) as problem:
-                yield row | {"status": "failed", "reason": str(problem).partition("\n")[0]}
+            except Exception as problem:
+                yield row | {"status": "failed", "reason": f"{type(problem).__name__}: {problem}".partition("\n")[0]}
                 continue
             error = ((latents - plain).norm() / plain.norm()).item()
             yield row | {"status": "ok" if latents.isfinite().all() else "failed", "error": error}
@@ -105,13 +109,14 @@ def measure(arguments: argparse.Namespace) -> None:
     device = pick_device(arguments.device)
     commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True).stdout.strip()
     about = {
+        "steps": REQUEST.num_inference_steps,
         "device": device.name,
         "versions": versions(device),
         "commit": arguments.commit or commit,
         "date": datetime.date.today().isoformat(),
     }
     with arguments.out.open("a") as out:
-        for row in rows(device):
+        for row in rows(device, arguments.of, arguments.without):
             out.write(json.dumps(row | about) + "\n")
             out.flush()
             if row["status"] == "failed":
@@ -146,19 +151,20 @@ def table(found: dict[frozenset[str], dict[str, Any]]) -> str:
             cells.append(_mark(row, reasons))
         cells += [""] * (len(names) - number)
         lines.append(f"| {number} | `{one}` | {parse(one).kind} | " + " | ".join(cells) + " |")
-    lines += ["", "`+` ran together; `-` cannot run where this was tried; a letter is a refusal:", ""]
+    lines += ["", "`+` ran together, `o` is accepted but needs what was not there; a letter is a refusal:", ""]
     lines += [f"- `{letter}`: {reason}" for reason, letter in reasons.items()]
     return "\n".join(lines)
 
 
 def _mark(row: dict[str, Any] | None, reasons: dict[str, str]) -> str:
-    if row is None or row["status"] == "missing":
-        return "-"
-    if row["status"] == "ok":
-        return "+"
-    if row["status"] == "failed":
-        return "failed"
-    reason = row["reason"].partition(": ")[2].rstrip(".")
+    if row is None:
+        return "?"
+    if row["status"] in ("ok", "failed"):
+        return {"ok": "+", "failed": "failed"}[row["status"]]
+    one, other = (parse(spec) for spec in row["plan"])
+    reason = "" if one == other else one.conflict(other)
+    if not reason:
+        return "o"
     return reasons.setdefault(reason, _letter(len(reasons)))
 
 
@@ -166,24 +172,46 @@ def _letter(number: int) -> str:
     return chr(ord("a") + number) if number < 26 else _letter(number // 26 - 1) + _letter(number % 26)
 
 
-def write(page: Path, path: Path) -> None:
-    """Put the table between its marks in the page."""
-    before, mark, rest = page.read_text().partition("<!-- pairs -->\n")
-    _, end, after = rest.partition("<!-- /pairs -->")
-    assert mark, f"{page} has no place for the table"
-    assert end, f"{page} has no place for the table"
-    page.write_text(f"{before}{mark}{table(best_rows(path))}\n{end}{after}")
+def listing() -> str:
+    """Every technique with its kind, its reason, and what a switch costs."""
+    lines = ["| technique | kind | why it may | on a loaded engine |", "|--|--|--|--|"]
+    told = [parse(spec) for spec in specs()]
+    seen: set[tuple[str, str, str]] = set()
+    for technique in told:
+        value = getattr(technique, "value", "")
+        name = f"{technique.name}:{value}" if value else technique.spec.partition(":")[0]
+        cells = (name, technique.kind, technique.reason)
+        if cells not in seen:
+            seen.add(cells)
+            lines.append(f"| `{name}` | {technique.kind} | {technique.reason} | {technique.switch} |")
+    return "\n".join(lines)
+
+
+def between(text: str, mark: str, new: str) -> str:
+    """The page with ``new`` between ``<!-- mark -->`` and ``<!-- /mark -->``."""
+    before, start, rest = text.partition(f"<!-- {mark} -->\n")
+    _, end, after = rest.partition(f"<!-- /{mark} -->")
+    assert start, f"the page has no place for {mark}"
+    assert end, f"the page has no end for {mark}"
+    return f"{before}{start}\n{new}\n\n{end}{after}"
+
+
+def page_of(text: str, path: Path) -> str:
+    """The page with its generated parts made anew."""
+    return between(between(text, "techniques", listing()), "pairs", table(best_rows(path)))
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--device")
     parser.add_argument("--out", type=Path, default=ROWS)
+    parser.add_argument("--of", nargs="*", default=(), help="only pairs with one of these specs")
+    parser.add_argument("--without", nargs="*", default=(), help="no pairs with one of these specs")
     parser.add_argument("--commit")
     parser.add_argument("--write", action="store_true")
     arguments = parser.parse_args()
     if arguments.write:
-        write(PAGE, arguments.out)
+        PAGE.write_text(page_of(PAGE.read_text(), arguments.out))
     else:
         torch.manual_seed(0)
         measure(arguments)

@@ -41,6 +41,9 @@ EXACT = [
     "dtype:fp32",
     "dtype:fp16",
     "attention:sdpa",
+    "attention-slicing:size=100",
+    "vae:fp32",
+    "channels-last",
     "batched-cfg",
     "prompt-cache:memory",
     "text-encoder:unload",
@@ -70,25 +73,26 @@ NEAR = [
 ]
 APPROXIMATE = [
     "step-cache",
-    "deepcache:block-num=2",
+    "deepcache",
     "cfg-skip",
     "cfg-interval",
     "sparse-attention",
     "vae:tiling:sample=96,stride=64",
+    "progressive-resolution",
     "step-cache cfg-skip",
 ]
 SWEEP = [
     *(f"step-cache:threshold={t}" for t in (0.03, 0.05, 0.2)),
     *(f"cfg-skip:every={every},first={first}" for every, first in ((2, 10), (3, 4), (3, 10), (5, 10))),
     *(f"cfg-interval:from={low},to={high}" for low, high in ((0, 0.9), (0.3, 1), (0.5, 1), (0.1, 1), (0.1, 0.95))),
-    *(f"sparse-attention:keep={k}" for k in (0.75, 0.5)),
-    "sparse-attention:keep=0.25,dense-steps=10",
-    "sparse-attention:keep=0.25,dense-layers=1",
+    *(f"sparse-attention:keep={k}" for k in (0.25, 0.75)),
+    "sparse-attention:keep=0.5,dense-steps=5",
+    "sparse-attention:keep=0.25,dense-steps=10,dense-layers=1",
+    "sparse-attention:keep=0.25,dense-steps=20",
     "deepcache:interval=2,block-num=3",
-    "deepcache:interval=2,block-num=5",
     "deepcache:interval=3,block-num=2",
-    "deepcache:interval=5,block-num=2",
-    "step-cache:threshold=0.1,first=10",
+    *(f"progressive-resolution:until={u}" for u in (0.95, 0.9, 0.85, 0.75)),
+    *(f"progressive-resolution:scale=0.75,until={u}" for u in (0.9, 0.8, 0.6)),
 ]
 PARTS = {"exact": EXACT, "near": NEAR, "approximate": APPROXIMATE, "sweep": SWEEP}
 BESIDE: dict[Plan, Plan] = {("dtype:fp32", "tf32"): ("dtype:fp32",)}

@@ -1,6 +1,7 @@
 import torch
 
 from swiftwan import ceilings
+from swiftwan.ops.attention import KERNELS
 
 
 def test_the_ceiling_counts_two_operations_a_multiply_add(monkeypatch) -> None:
@@ -16,3 +17,7 @@ def test_the_ceiling_counts_two_operations_a_multiply_add(monkeypatch) -> None:
 def test_a_rate_is_measured_on_this_machine(monkeypatch) -> None:
     monkeypatch.setattr(ceilings, "CPU_SIZE", 64)
     assert ceilings.product_tflop_per_second(torch.device("cpu"), torch.float32) > 0
+
+
+def test_every_attention_kernel_has_a_rate() -> None:
+    assert {kernel.name for kernel in KERNELS} <= ceilings.H200.attention.keys()

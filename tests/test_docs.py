@@ -1,12 +1,14 @@
 """What the documents name is there: files, functions and make targets."""
 
 import ast
+import importlib.util
 import re
 from pathlib import Path
 
 import pytest
 
 import swiftwan
+from swiftwan.techniques import TECHNIQUES
 
 ROOT = Path(__file__).parents[1]
 DOCUMENTS = sorted(ROOT.glob("*.md")) + sorted((ROOT / "docs").rglob("*.md"))
@@ -108,3 +110,18 @@ def test_decisions_are_numbered_and_have_their_four_parts() -> None:
         assert text.startswith(f"# {path.name[:4]}: "), path.name
         parts = re.findall(r"^## (.+)$", text, re.MULTILINE)
         assert parts == ["Context", "Choice", "Cost", "Revisit when"], path.name
+
+
+def test_techniques_are_told_and_their_tables_are_those_of_their_rows() -> None:
+    text = (ROOT / "docs" / "techniques.md").read_text(encoding="utf-8")
+    assert [name for name in TECHNIQUES if f"| `{name}" not in text] == []
+    spec = importlib.util.spec_from_file_location("page", ROOT / "benchmarks" / "pocket_techniques_page.py")
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    rows = module.ROWS.read_text(encoding="utf-8").splitlines()
+    assert module.page(text, rows) == text, "run python benchmarks/pocket_techniques_page.py"
+    assert {"exact", "near", "approximate"} <= set(module.tables(rows))
+    for table in module.tables(rows).values():
+        assert table in text

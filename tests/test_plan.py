@@ -50,6 +50,7 @@ def test_an_empty_plan_is_the_plain_run():
         (["vae:tiling:sample=x"], "sample is 'x'; it must be int"),
         (["vae:tiling:sample=64,stride=96"], "the stride must be 1 to sample"),
         (["vae"], "needs a value"),
+        (["quantize"], "needs a value"),
         (["batched-cfg:3"], "takes no value '3'"),
         (["dtype:int7"], "dtype is 'int7'"),
         (["dtype:bf16", "dtype:fp16"], "both decide weights of"),

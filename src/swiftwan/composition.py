@@ -84,7 +84,8 @@ def compose(specs: Sequence[str], device: Device, dtype: str | None = None, mode
     runnable: list[Technique] = []
     for technique in techniques:
         if missing := technique.missing_on(device):
-            problems.append(f"'{technique.name}' cannot run on {device.name}: {missing}")
+            here = _available(technique, device)
+            problems.append(f"'{technique.name}' cannot run on {device.name}: {missing}{here}")
         elif model and (unfit := technique.unfit_for(model)):
             problems.append(f"{technique.name}: {unfit}")
         else:
@@ -99,6 +100,13 @@ def compose(specs: Sequence[str], device: Device, dtype: str | None = None, mode
         told = "; ".join(problem.rstrip(".") for problem in problems)
         raise PlanError(told if told.endswith("?") else f"{told}.")
     return Plan(tuple(techniques), settings)
+
+
+def _available(technique: Technique, device: Device) -> str:
+    """What could stand in its place on this device, in words."""
+    names = [f"{technique.name}:{value}" for value in technique.values]
+    here = [name for name in names if not parse(name).missing_on(device)]
+    return f"; here there are {', '.join(here)}" if here else ""
 
 
 def _conflicts(techniques: Sequence[Technique]) -> list[str]:

@@ -63,8 +63,7 @@ class Engine:
         where = pick_device(device)
         facts = describe(model)
         chosen = make_plan(plan, where, dtype, facts, request)
-        torch.backends.cuda.matmul.allow_tf32 = chosen.settings.tf32
-        torch.backends.cudnn.allow_tf32 = chosen.settings.tf32
+        _allow_tf32(chosen)
         if where.torch_device.startswith("cuda"):
             torch.cuda.set_device(where.torch_device)  # Triton launches on the current device
         try:
@@ -87,7 +86,7 @@ class Engine:
             _free_memory()
             raise MemoryLimitError(
                 f"{where.name} has {where.free_bytes / 1e9:.1f} GB free, too little for the weights of '{model}' in "
-                f"{_name(chosen.settings.dtype)}; take a smaller model or a 16-bit --dtype."
+                f"{_name(chosen.settings.dtype)}; take --plan auto, a smaller model or a 16-bit --dtype."
             )
         return cls(chosen.adapt(facts), parts, chosen, where)
 
@@ -144,6 +143,7 @@ class Engine:
         chosen = make_plan(plan, self.device, self.dtype_name, self.facts)
         switch(self.parts, self.plan.techniques, chosen.techniques)
         self.parts.text.cache = _prompt_cache(chosen.settings.prompt_cache)
+        _allow_tf32(chosen)
         self.plan = chosen
 
     def run(self, request: Request, *, on_step: OnStep | None = None) -> Result:
@@ -176,6 +176,7 @@ class Engine:
     def _memory_advice(self, request: Request) -> str:
         total = self.device.total_bytes
         need = estimate(request, self.facts, self.plan, total)
+        budget = pick_device(self.device.torch_device).free_bytes
         told = (
             f"{self.device.name} ran out of memory at {request.width}x{request.height}, {request.num_frames} frames, "
             f"which takes about {need.activation_bytes / 1e9:.1f} GB beside {need.weight_bytes / 1e9:.1f} GB of weights"
@@ -183,9 +184,14 @@ class Engine:
         step = self.facts.grid.temporal
         for frames in range((request.num_frames or 1) - step, 0, -step):
             smaller = replace(request, num_frames=frames)
-            if estimate(smaller, self.facts, self.plan, total).peak_bytes < 0.9 * min(total, need.peak_bytes):
+            if 1.1 * estimate(smaller, self.facts, self.plan, total).activation_bytes < budget:
                 return f"{told}; {frames} frames should fit, or the same frames at a smaller size, or vae:tiling."
         return f"{told}; free memory on the device, or take a smaller size or model."
+
+
+def _allow_tf32(plan: Plan) -> None:
+    torch.backends.cuda.matmul.allow_tf32 = plan.settings.tf32
+    torch.backends.cudnn.allow_tf32 = plan.settings.tf32
 
 
 def _prompt_cache(place: str) -> PromptCache | None:

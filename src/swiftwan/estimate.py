@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache
 from typing import Literal
 
@@ -24,7 +24,6 @@ from swiftwan.models.vae_tiles import Tiling
 from swiftwan.pipelines.request import Request
 from swiftwan.sampling import warped
 from swiftwan.techniques.costs import Costs
-from swiftwan.techniques.vae import FastVae
 from swiftwan.weights.build import parameter_count, transformer_bytes
 
 TEXT_TOKENS = 512
@@ -35,6 +34,8 @@ PROCESS = 2_000_000_000
 """Bytes of host memory that Python, torch and the CUDA libraries take."""
 PLAIN_PASSES, FUSED_PASSES = 197, 20
 """How often a block's norms, gates, RoPE and GELU read or write a tensor of all tokens."""
+TINY_SHARE = 0.03
+"""Of the decoder's operations, those of ``vae:tiny``: by its convolutions of 64 channels; not timed."""
 EXPANSION = 40
 """Bytes read and written to expand one weight of 4 or 8 bits."""
 
@@ -62,6 +63,7 @@ class Load:
         forwards: predictions in all; two a step with guidance.
         tflop_per_forward: operations of one, if nothing is skipped.
         phases: in the order in which they come; the prompt is taken to be new.
+        transformer_bytes: of the transformers' weights on the device while it denoises.
         step_seconds: of a step that computes both predictions; None where the machine's rates are unknown.
         denoise_seconds, decode_seconds: of the whole phase.
         at_most: steps may be skipped, so that it may be faster than told.
@@ -71,6 +73,7 @@ class Load:
     forwards: int
     tflop_per_forward: float
     phases: tuple[Phase, ...]
+    transformer_bytes: int = 0
     step_seconds: float | None = None
     denoise_seconds: float | None = None
     decode_seconds: float | None = None
@@ -112,23 +115,25 @@ def estimate(request: Request, facts: Facts, plan: Plan, total_bytes: int, ceili
     forwards = sum(steps)
     flop = _linear_flop(costs) + _attention_flop(costs)
     phases = tuple(_phases(request, facts, plan, costs, total_bytes))
-    load = Load(costs.tokens, forwards, flop / 1e12, phases, at_most=costs.skips)
+    resident = int(_transformer_bytes(facts, costs)[0])
+    load = Load(costs.tokens, forwards, flop / 1e12, phases, resident, at_most=costs.skips)
     if ceilings is None:
         return load
     forward = _forward_seconds(costs, ceilings)
-    decode = _decode_seconds(request, facts, plan, ceilings)
+    small = 0.0
+    if (progressive := plan.settings.progressive) is not None:
+        few = progressive.small_steps(levels(request, plan))
+        less = replace(costs, tokens=int(costs.tokens * progressive.scale**2))
+        small = sum(steps[:few]) * (_forward_seconds(less, ceilings) - forward)
+    decode = _decode_seconds(request, facts, plan, costs, ceilings)
     bring = 0.0
     if costs.residency == "one at a time":
         bring = facts.experts * (costs.block_bytes + costs.rest_bytes) / ceilings.bus
-    return Load(
-        costs.tokens,
-        forwards,
-        flop / 1e12,
-        phases,
+    return replace(
+        load,
         step_seconds=max(steps, default=0) * forward,
-        denoise_seconds=forwards * forward + bring,
+        denoise_seconds=forwards * forward + small + bring,
         decode_seconds=decode,
-        at_most=costs.skips,
     )
 
 
@@ -147,7 +152,7 @@ def plain_costs(request: Request, facts: Facts, dtype: torch.dtype) -> Costs:
         block_bytes=blocks,
         rest_bytes=rest,
         text_bytes=facts.text_parameters * dtype.itemsize,
-        text_linear_parameters=facts.text_parameters - facts.text_embedding_parameters,
+        text_linear_parameters=facts.text_parameters - facts.text_kept_parameters,
         product="fp32" if dtype is torch.float32 else "16",
     )
 
@@ -164,19 +169,12 @@ def latent_grid(request: Request, facts: Facts) -> tuple[int, int, int]:
 
 def guided_steps(request: Request, facts: Facts, plan: Plan) -> list[int]:
     """How many predictions each evaluation of the model computes, 1 or 2, in order."""
-    assert request.num_inference_steps
-    assert request.flow_shift
-    steps = request.num_inference_steps
-    few = plan.settings.few_step
-    levels = list(few.levels_for(steps, request.flow_shift)) if few else _levels(steps, request.flow_shift)
-    levels = levels[len(levels) - request.steps_to_run :]
-    if request.scheduler == "heun":  # two evaluations a step, but for the last
-        levels = sorted([*levels, *levels[1:]], reverse=True)
+    noise = levels(request, plan)
     boundary = facts.known.boundary_ratio or 0.0
-    high = [level for level in levels if level >= boundary]
+    high = [level for level in noise if level >= boundary]
     low_scale = request.guidance_scale_2 or request.guidance_scale
     counts: list[int] = []
-    for part, scale in ((high, request.guidance_scale), (levels[len(high) :], low_scale)):
+    for part, scale in ((high, request.guidance_scale), (noise[len(high) :], low_scale)):
         if (scale or 1) <= 1:
             counts += [1] * len(part)
         else:
@@ -185,8 +183,16 @@ def guided_steps(request: Request, facts: Facts, plan: Plan) -> list[int]:
     return counts
 
 
-def _levels(steps: int, shift: float) -> list[float]:
-    return [warped(1 - step / steps, shift) for step in range(steps)]
+def levels(request: Request, plan: Plan) -> list[float]:
+    """The noise levels, timestep / 1000, at which the model is evaluated."""
+    assert request.num_inference_steps
+    assert request.flow_shift
+    steps, shift, few = request.num_inference_steps, request.flow_shift, plan.settings.few_step
+    noise = few.levels_for(steps, shift) if few else [warped(1 - step / steps, shift) for step in range(steps)]
+    noise = list(noise)[len(noise) - request.steps_to_run :]
+    if request.scheduler == "heun":  # two evaluations a step, but for the last
+        noise = sorted([*noise, *noise[1:]], reverse=True)
+    return noise
 
 
 def _linear_flop(costs: Costs) -> float:
@@ -222,7 +228,7 @@ def _forward_seconds(costs: Costs, ceilings: Ceilings) -> float:
     return seconds
 
 
-def _decode_seconds(request: Request, facts: Facts, plan: Plan, ceilings: Ceilings) -> float:
+def _decode_seconds(request: Request, facts: Facts, plan: Plan, costs: Costs, ceilings: Ceilings) -> float:
     frames, rows, columns = latent_grid(request, facts)
     first, following = decoder_flop(facts.known.vae)
     flop: float = rows * columns * (first + (frames - 1) * following)
@@ -230,8 +236,10 @@ def _decode_seconds(request: Request, facts: Facts, plan: Plan, ceilings: Ceilin
         flop *= (plan.tiling.sample / plan.tiling.stride) ** 2
     width = _last_width(facts.known.vae)
     rates = ceilings.decode[min(ceilings.decode, key=lambda known: abs(known - width))]
-    rate = rates[_decodes_fast(plan)]
-    if plan.settings.dtype is torch.float32:
+    rate = rates[costs.decoder == "fast"]
+    if costs.decoder == "tiny":
+        flop *= TINY_SHARE
+    if vae_dtype(plan) is torch.float32:
         rate *= ceilings.products["fp32"] / ceilings.products["16"]
     return flop / rate / 1e12
 
@@ -257,10 +265,10 @@ def decoder_flop(config: VAEConfig) -> tuple[int, int]:
 
 
 def _phases(request: Request, facts: Facts, plan: Plan, costs: Costs, total_bytes: int) -> Iterator[Phase]:
-    size = plan.settings.dtype.itemsize
+    size = vae_dtype(plan).itemsize
     vae = parameter_count(facts.known.vae) * size
     if facts.known.transformer.image_dim is not None:
-        vae += parameter_count(ClipConfig()) * size
+        vae += parameter_count(ClipConfig()) * plan.settings.dtype.itemsize
     transformers, host = _transformer_bytes(facts, costs)
     on_host = PROCESS + host + (costs.text_bytes if costs.text_home == "cpu" else 0)
     text = costs.text_bytes if costs.text_home != "cpu" else 0
@@ -276,7 +284,7 @@ def _phases(request: Request, facts: Facts, plan: Plan, costs: Costs, total_byte
         yield phase("image", vae + around, _encoding(request, facts, size))
     yield phase("text", vae + around + text, TEXT_ACTIVATIONS if text else 0)
     yield phase("denoise", vae + stays + transformers, _denoising(costs))
-    yield phase("decode", vae + stays + around, _decoding(request, facts, plan, total_bytes))
+    yield phase("decode", vae + stays + around, _decoding(request, facts, plan, costs, total_bytes))
 
 
 def _transformer_bytes(facts: Facts, costs: Costs) -> tuple[float, float]:
@@ -317,18 +325,20 @@ def _last_width(vae: VAEConfig) -> int:
     return (vae.decoder_base_dim or vae.base_dim) * vae.dim_mult[0]
 
 
-def _decodes_fast(plan: Plan) -> bool:
-    return any(isinstance(technique, FastVae) for technique in plan.techniques)
+def vae_dtype(plan: Plan) -> torch.dtype:
+    return plan.settings.vae_dtype or plan.settings.dtype
 
 
-def _decoding(request: Request, facts: Facts, plan: Plan, total_bytes: int) -> float:
+def _decoding(request: Request, facts: Facts, plan: Plan, costs: Costs, total_bytes: int) -> float:
     """A chunk at its last level, and what later chunks need of it."""
-    vae, size = facts.known.vae, plan.settings.dtype.itemsize
+    vae, size = facts.known.vae, vae_dtype(plan).itemsize
     _, rows, columns = latent_grid(request, facts)
     width = _last_width(vae)
     patch = vae.patch_size or 1
     pixels: int = rows * columns * (vae.scale_factor_spatial // patch) ** 2
-    if _decodes_fast(plan):
+    if costs.decoder == "tiny":
+        return 64 * 4 * 4 * pixels * size + WORKSPACE  # four frames of 64 channels, a few times
+    if costs.decoder == "fast":
         chunk = latent_frames_at_once(width, rows, columns, size, total_bytes)
         chunk = min(chunk, latent_grid(request, facts)[0])
         return (12.2 * chunk + 7.7) * 4 * pixels * width * size + WORKSPACE

@@ -21,7 +21,7 @@ class Facts:
     name: str
     known: KnownModel
     text_parameters: int
-    text_embedding_parameters: int
+    text_kept_parameters: int
 
     @property
     def grid(self) -> Grid:
@@ -40,7 +40,7 @@ def describe(model: str) -> Facts:
         WeightsError: there is no such model.
     """
     if model == POCKET.name:
-        return Facts(model, POCKET, text_parameters=1_181_184, text_embedding_parameters=73_344)
+        return Facts(model, POCKET, text_parameters=1_181_184, text_kept_parameters=294_528)
     if known := known_model(model):
         return Facts(model, known, *_text_parameters(UMT5_XXL))
     source = locate(model)
@@ -65,7 +65,9 @@ def describe(model: str) -> Facts:
 
 
 def _text_parameters(sizes: dict[str, Any]) -> tuple[int, int]:
-    return text_parameter_count(sizes), sizes["vocab_size"] * sizes["d_model"]
+    """All, and those that quantize leaves as they are: the embedding, and each layer's wo."""
+    kept = sizes["d_model"] * (sizes["vocab_size"] + sizes["num_layers"] * sizes["d_ff"])
+    return text_parameter_count(sizes), kept
 
 
 def _family(boundary_ratio: float | None, expand_timesteps: bool, in_channels: int) -> KnownModel:

@@ -36,7 +36,8 @@ def job(folder: Path, cell: Cell = CELL, number: int = 0) -> Job:
     return Job(cell, number, folder, f"{cell.plan.name}-1", folder / "reference" / "0.safetensors")
 
 
-def test_a_plan_beside_the_peer_on_the_same_weights(tmp_path) -> None:
+def test_a_plan_beside_the_peer_on_the_same_weights(tmp_path, monkeypatch) -> None:
+    monkeypatch.setenv("SWIFTWAN_LPIPS", str(tmp_path / "none.safetensors"))
     peer = replace(CELL, plan=BenchPlan("peer", peer="diffusers", dtype="fp32"))
 
     baseline = attempt(job(tmp_path, peer))

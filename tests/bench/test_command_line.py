@@ -69,6 +69,26 @@ def test_a_killed_benchmark_goes_on_and_compares_itself(tmp_path, capsys) -> Non
     assert "worse: pocket / a / plain: seconds was" in capsys.readouterr().err
 
 
+@pytest.mark.slow
+@pytest.mark.timeout(900)  # six processes; a minute and a half where nothing else runs
+def test_the_pocket_matrix_beside_diffusers(tmp_path) -> None:
+    assert main(["bench", "pocket", "--out", str(tmp_path), "--device", "cpu"]) == 0
+
+    rows = {row["plan_name"]: row for row in read_rows(tmp_path / "rows.jsonl")}
+    assert {name: (row["status"], row["repeats"]) for name, row in rows.items()} == dict.fromkeys(rows, ("ok", 2))
+    for name in ("plain", "batched-cfg"):
+        quality = rows[name]["quality"]
+        assert rows[name]["error"] < 1e-3, "the same maths as diffusers' own pipeline"
+        assert quality["psnr_db"] > 50
+        assert quality["pocket_perceptual"] < 1e-3
+        assert quality["pocket_clip_score"] == pytest.approx(
+            rows["diffusers"]["quality"]["pocket_clip_score"], abs=1e-3
+        )
+    page = (tmp_path / "report.html").read_text()
+    assert page.count("<video ") == 3
+    assert page.count("data:video/mp4;base64,") == 3
+
+
 @pytest.mark.parametrize(
     ("arguments", "told"),
     [

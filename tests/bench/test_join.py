@@ -28,6 +28,16 @@ def test_parts_joined_have_every_cell_and_every_parts_baseline(tmp_path, matrix,
         assert (tmp_path / "all" / "videos" / "fast.mp4").read_bytes() == b"video"
 
 
+def test_what_no_part_ran_is_a_row_that_says_so(tmp_path, matrix, machine, measured) -> None:
+    list(run_matrix(matrix.only(["plain"]), tmp_path / "a", machine, measured))
+    found = join(tmp_path / "all", [tmp_path / "a"])
+    rows = rows_of(matrix, lines_of(matrix, tmp_path / "all", found)[0])
+    assert [row["status"] for row in rows] == ["ok", "ok", "not run", "not run"]
+    assert rows[2]["reason"] == "the benchmark ended before its turn"
+    assert rows[2]["ratio"] is None
+    assert rows_of(matrix, []) == []
+
+
 def test_parts_of_other_machines_or_none_are_refused(tmp_path, matrix, machine, measured) -> None:
     list(run_matrix(matrix, tmp_path / "a", machine, measured))
     list(run_matrix(matrix, tmp_path / "b", replace(machine, device="H200"), measured))

@@ -31,6 +31,10 @@ def test_defaults_are_left_to_the_model() -> None:
     assert run.request == TextToVideo("x")
     assert (run.model, run.plan, run.device, run.dtype) == ("pocket", "auto", None, None)
     assert understand(Asked(prompt="x", plan="none")).plan == []
+    assert understand(Asked(prompt="x", quality="near")).plan == "auto:near"
+    assert understand(Asked(prompt="x", quality="fast", plan="auto")).plan == "auto:fast"
+    with pytest.raises(RequestError, match="--quality near is for --plan auto"):
+        understand(Asked(prompt="x", quality="near", techniques=["fused"]))
 
 
 def test_a_prompt_is_needed() -> None:

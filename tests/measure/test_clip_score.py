@@ -63,4 +63,16 @@ def test_weights_that_are_not_there_are_missing_with_the_reason(tmp_path, monkey
     monkeypatch.setenv("SWIFTWAN_CLIP", str(tmp_path / "nothing"))
     found = load_clip(torch.device("cpu"))
     assert isinstance(found, Missing)
-    assert "CLIP" in found.reason
+    assert "neither here nor to be had" in found.reason
+
+
+def test_a_hub_that_cannot_be_reached_is_asked_once(monkeypatch) -> None:
+    def nothing(*_, **__):
+        raise OSError("cannot be reached")
+
+    monkeypatch.delenv("SWIFTWAN_CLIP", raising=False)
+    asked = []
+    monkeypatch.setattr("transformers.CLIPModel.from_pretrained", lambda *_, **how: asked.append(how) or nothing())
+    monkeypatch.setattr("huggingface_hub.HfApi.model_info", nothing)
+    assert "openai/clip-vit-large-patch14" in load_clip(torch.device("cpu")).reason
+    assert [how["local_files_only"] for how in asked] == [True]

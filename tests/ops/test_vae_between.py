@@ -151,7 +151,7 @@ def test_kernels_equal_their_plain_forms(source, window):
         dtype, limit = draw.choice([(torch.float32, 1e-5), (torch.bfloat16, 3e-3)])
         channels, residual = draw.choice([3, 96, 384]), draw.choice(["none", "same", "repeated"])
         total = random_sum(source, residual, 4, channels, dtype)
-        past = torch.randn(2, 10, 14, channels, device="cuda").to(dtype)
+        past = torch.randn(window.reach, 10, 14, channels, device="cuda").to(dtype)
         gamma = draw.choice([None, torch.randn(channels, 1, 1, 1, device="cuda").to(dtype)])
         past = past if window.reach and draw.random() < 0.5 else None
         step = Step(window, gamma, silu=gamma is not None, keep=draw.random() < 0.5)

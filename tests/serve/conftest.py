@@ -86,6 +86,17 @@ def wait() -> Callable[..., None]:
     return until
 
 
+@pytest.fixture(scope="session", name="until")
+def _until() -> Callable[..., None]:
+    return until
+
+
+@pytest.fixture(scope="session")
+def pretending() -> tuple[str, ...]:
+    """The command of a worker that only pretends."""
+    return PRETENDING
+
+
 @pytest.fixture
 def add_to() -> Callable[..., Job]:
     """Queue the request of these tests, with changes."""

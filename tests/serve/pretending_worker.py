@@ -1,13 +1,16 @@
 """A worker that is real but for its model: it sleeps through its steps and writes its prompt as the result.
 
-It starts in a fraction of a second, so that it can be killed a hundred times.
+It starts in a fraction of a second, so that it can be killed a hundred times. PRETENDED_RESERVE sets the room that
+it leaves on the disk, in bytes.
 """
 
 import hashlib
+import os
 import time
 from typing import Any
 
 from swiftwan.pipelines.result import StepEvent
+from swiftwan.serve.jobs import folder
 from swiftwan.serve.jobs.job import Job
 from swiftwan.serve.jobs.worker import Watch, Worker, main
 
@@ -31,16 +34,20 @@ class PretendingWorker(Worker):
         return None
 
     def make(self, job: Job, watch: Watch) -> tuple[dict[str, str], dict[str, Any]]:
+        self.folder.check_room()
         steps = job.request["num_inference_steps"]
         for step in range(1, steps + 1):
             time.sleep(STEP_S)
             watch.on_step(StepEvent("denoise", step, steps, STEP_S * step))
         watch.begin("save")
         data = job.request["prompt"].encode() * 10_000
-        name = self.folder.result(job, ".mp4")
+        picture = job.request["num_frames"] == 1
+        name = self.folder.result(job, ".png" if picture else ".mp4")
         self.folder.write(name, (data[i : i + 4096] for i in range(0, len(data), 4096)))
-        return {"video": name}, {"sha256": hashlib.sha256(data).hexdigest(), "seconds": {}}
+        files = {"image" if picture else "video": name, "thumbnail": name, "spritesheet": name}
+        return files, {"sha256": hashlib.sha256(data).hexdigest(), "seconds": {}}
 
 
 if __name__ == "__main__":
+    folder.RESERVE_BYTES = int(os.environ.get("PRETENDED_RESERVE", folder.RESERVE_BYTES))
     main(PretendingWorker)

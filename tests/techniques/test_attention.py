@@ -4,9 +4,8 @@ import torch
 import swiftwan as sw
 from swiftwan.device import pick_device
 from swiftwan.errors import PlanError, UnavailableError
-from swiftwan.models.config import KNOWN_MODELS, POCKET
 from swiftwan.ops import attention as kernels
-from swiftwan.plan import make_plan, parse
+from swiftwan.plan import describe, make_plan, parse
 from swiftwan.techniques.attention import Attention
 
 
@@ -100,8 +99,8 @@ def test_the_8_bit_kernel_is_for_hopper_and_its_head_width(gpu, monkeypatch):
     with pytest.raises(PlanError, match=r"tensor cores of GPUs before compute capability 10\.0"):
         make_plan(["attention:fp8"], gpu((10, 0)))
     with pytest.raises(PlanError, match="'fp8' takes heads of 128, those of 'pocket' are 64"):
-        make_plan(["attention:fp8"], gpu((9, 0)), model=POCKET)
-    plan = make_plan(["attention:fp8:keep-steps=2"], gpu((9, 0)), model=KNOWN_MODELS["wan2.1-t2v-1.3b"])
+        make_plan(["attention:fp8"], gpu((9, 0)), facts=describe("pocket"))
+    plan = make_plan(["attention:fp8:keep-steps=2"], gpu((9, 0)), facts=describe("random:wan2.1-t2v-1.3b"))
     assert plan.specs == ("attention:fp8:keep-steps=2",)
     assert plan.techniques[0].kind == "near"
 

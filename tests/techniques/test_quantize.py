@@ -113,3 +113,15 @@ def test_the_text_encoder_of_another_format_has_another_place_in_the_cache(dtype
     one, _ = run()
     other, _ = run("quantize:int8:on=text")
     assert one.parts.text._key("a") != other.parts.text._key("a")
+
+
+@pytest.mark.parametrize("value", ["int4", "nf4", "int8"])
+def test_a_text_encoder_in_few_bits_reads_prompts_nearly_alike(value):
+    prompt = "a red circle moves left over a blue background"
+    plain, small = (
+        sw.Engine.load("pocket", plan=["prompt-cache:off", *more], device="cpu", dtype="fp32").parts.text
+        for more in ([], [f"quantize:{value}:on=text"])
+    )
+    expected = plain.encode(prompt)
+    error = (small.encode(prompt) - expected).norm() / expected.norm()
+    assert 0 < error < 0.3

@@ -4,8 +4,10 @@ import torch
 import swiftwan as sw
 from swiftwan.device import pick_device
 from swiftwan.errors import PlanError
-from swiftwan.ops.sparse import tile_order
-from swiftwan.plan import make_plan
+from swiftwan.ops import attention as kernels
+from swiftwan.ops.sparse import sparse_reference, tile_order
+from swiftwan.plan import describe, make_plan
+from swiftwan.techniques.sparse import best_kernel
 
 REQUEST = sw.TextToVideo("a red circle moves left over a blue background", seed=1, num_inference_steps=3, num_frames=17)
 
@@ -63,8 +65,24 @@ def test_an_order_alone_changes_nothing():
         ("sparse-attention:keep=some", "keep is 'some'; it must be float"),
         ("sparse-attention:dense-steps=-1", "dense-steps is -1"),
         ("sparse-attention:dense-step=1", "Did you mean 'dense-steps'"),
+        ("sparse-attention:bits=4", "bits is 4; it is 16 or 8"),
+        ("sparse-attention:bits=8,block=16", "block is 16; with bits=8 it is 128"),
+        ("sparse-attention:bits=8", "needs an NVIDIA GPU of compute capability 9.0"),
     ],
 )
 def test_bad_options_say_what_and_how(spec, words):
     with pytest.raises(PlanError, match=words):
         make_plan([spec], pick_device("cpu"))
+
+
+def test_eight_bits_take_one_head_width(gpu, monkeypatch):
+    monkeypatch.setattr(kernels, "_installed", lambda package: True)
+    with pytest.raises(PlanError, match="bits=8 takes heads of 128, those of 'pocket' are 64"):
+        make_plan(["sparse-attention:bits=8"], gpu((9, 0)), facts=describe("pocket"))
+    plan = make_plan(["sparse-attention:bits=8"], gpu((9, 0)), facts=describe("random:wan2.1-t2v-1.3b"))
+    assert plan.specs == ("sparse-attention:bits=8",)
+
+
+@pytest.mark.parametrize("device", ["cpu", "cuda"])
+def test_blocks_of_another_size_take_the_reference(device):
+    assert best_kernel(torch.device(device), 16) is sparse_reference

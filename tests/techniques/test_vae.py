@@ -38,7 +38,7 @@ def test_fast_and_tiling_run_at_once(monkeypatch):
     ("spec", "words"),
     [
         ("vae:quick", "vae:quick is not known. Known: bf16, fast"),
-        ("vae", "vae: is not known"),
+        ("vae", "needs a value: fast, tiling, tiny"),
         ("vae:bf61", "Did you mean 'bf16'"),
         ("vae:tiling:sample=8,stride=16", "sample 8 and stride 16"),
         ("vae:fp32:sample=8", "has no option 'sample'"),

@@ -19,13 +19,13 @@ from safetensors.torch import load_file
 
 import swiftwan.pocket
 from swiftwan.engine import Engine
-from swiftwan.errors import OutputError, RequestError, SwiftwanError
+from swiftwan.errors import OutputError, RequestError, SwiftwanError, UnavailableError
 from swiftwan.models.config import POCKET
 from swiftwan.models.dit import WanTransformer
 from swiftwan.pipelines.request import TextToVideo
 from swiftwan.train import adapter, memory
 from swiftwan.train.checkpoint import KEPT, Checkpoints
-from swiftwan.train.lora import train
+from swiftwan.train.lora import trackers, train
 from swiftwan.train.settings import Settings
 from swiftwan.weights.lora import LoraFile
 
@@ -437,3 +437,21 @@ def test_stills_and_clips_train_together_in_batches(clips, tmp_path, engine):
     train(engine, str(data), tmp_path / "out", settings)
     assert "64x64x1: " in (tmp_path / "out" / "data.txt").read_text()
     assert torch.isfinite(torch.tensor([row["loss"] for row in rows(tmp_path / "out") if "loss" in row])).all()
+
+
+# Where the log goes
+
+
+def test_tensorboard_gets_every_row(tmp_path):
+    pytest.importorskip("tensorboard")
+    (tracker,) = trackers(["tensorboard"], tmp_path / "run")
+    tracker.log({"loss": 0.5}, step=3)
+    tracker.finish()
+    (events,) = (tmp_path / "run").rglob("events.out.tfevents.*")
+    assert b"loss" in events.read_bytes()
+
+
+def test_a_tracker_without_its_package_is_refused(tmp_path, monkeypatch):
+    monkeypatch.setattr("accelerate.tracking.get_available_trackers", list)
+    with pytest.raises(UnavailableError, match="logging to wandb needs its package: pip install wandb"):
+        trackers(["wandb"], tmp_path)

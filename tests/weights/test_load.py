@@ -187,6 +187,14 @@ def test_diffusers_reads_what_we_wrote(tmp_path: Path) -> None:
         assert torch.equal(theirs.state_dict()[name], tensor), name
 
 
+def test_random_weights_are_the_same_in_every_dtype() -> None:
+    wide, narrow = on_meta(), on_meta()
+    randomize(wide, device="cpu", dtype=torch.float32)
+    randomize(narrow, device="cpu", dtype=torch.bfloat16)
+    assert torch.equal(narrow.linear.weight, wide.linear.weight.bfloat16())
+    assert wide.linear.weight.std() > 0
+
+
 # --- save
 
 

@@ -3,9 +3,11 @@ import torch
 from safetensors.torch import save_file
 
 import swiftwan as sw
+from swiftwan.device import pick_device
 from swiftwan.errors import PlanError, WeightsError
 from swiftwan.models.vae_blocks import Stream
 from swiftwan.models.vae_tiny import TinyDecoder, TinySizes
+from swiftwan.plan import make_plan
 from swiftwan.weights.tiny import find_tiny, load_tiny
 
 SIZES = TinySizes(16, (8, 6, 4, 4), 1)
@@ -31,7 +33,7 @@ def file(request, tmp_path):
 
 def test_a_file_loads_and_decodes(file):
     path, model = file
-    loaded = load_tiny(str(path), 16, 8, device=CPU, dtype=torch.float32)
+    loaded = load_tiny(path, device=CPU, dtype=torch.float32)
     assert all(
         torch.equal(a, b) for a, b in zip(model.state_dict().values(), loaded.state_dict().values(), strict=True)
     )
@@ -45,26 +47,26 @@ def test_a_file_loads_and_decodes(file):
     assert (result.frames.float() - pixels).abs().max() <= 1
 
 
-def test_a_file_for_another_vae_is_told(file):
+def test_a_file_for_another_vae_is_told_before_anything_loads(file):
     path, _ = file
-    with pytest.raises(WeightsError, match="decodes 16 latent channels to 8 pixels a side.*48 and 16. Take taew2_2"):
-        load_tiny(str(path), 48, 16, device=CPU, dtype=torch.float32)
+    with pytest.raises(PlanError, match="decodes 16 latent channels to 8 pixels a side.*48 and 16; take taew2_2"):
+        sw.explain("wan2.2-ti2v-5b", sw.TextToVideo("a"), plan=[f"vae:tiny={path}"], device="cpu")
+    assert sw.explain("wan2.1-t2v-14b", sw.TextToVideo("a"), plan=[f"vae:tiny={path}"], device="cpu")
 
 
 def test_what_is_missing_is_told_before_anything_loads(tmp_path, monkeypatch):
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     request = sw.TextToVideo("a")
-    with pytest.raises(WeightsError, match="there is no file nowhere.safetensors; give a path, or OWNER/NAME/FILE"):
+    with pytest.raises(PlanError, match="vae: there is no file nowhere.safetensors; give a path, or OWNER/NAME/FILE"):
         sw.explain("pocket", request, plan=["vae:tiny=nowhere.safetensors"], device="cpu")
-    with pytest.raises(PlanError, match="'wan2.2-ti2v-5b' has no tiny decoder of its own; give one: vae:tiny=taew2_2"):
-        sw.explain("wan2.2-ti2v-5b", request, plan=["vae:tiny"], device="cpu")
-    with pytest.raises(PlanError, match="vae:tiny:bf16 is not known; a tiny decoder is given as vae:tiny=FILE"):
-        sw.explain("pocket", request, plan=["vae:tiny:bf16"], device="cpu")
+    for spec in ("vae:tiny", "vae:tiny=", "vae:tiny:bf16"):
+        with pytest.raises(PlanError, match=f"{spec} names no file; a tiny decoder is given as vae:tiny=FILE"):
+            sw.explain("pocket", request, plan=[spec], device="cpu")
     with pytest.raises(PlanError, match=r"both decide blocks of vae\.frame"):
-        sw.explain("pocket", request, plan=["vae:tiny", "vae:tiling"], device="cpu")
+        make_plan(["vae:tiny=a.safetensors", "vae:tiling"], pick_device("cpu"))
     (tmp_path / "broken.safetensors").write_bytes(b"not a file")
     with pytest.raises(WeightsError, match=r"broken\.safetensors"):
-        load_tiny(str(tmp_path / "broken.safetensors"), 16, 8, device=CPU, dtype=torch.float32)
+        load_tiny(tmp_path / "broken.safetensors", device=CPU, dtype=torch.float32)
 
 
 def test_a_file_on_the_hub(monkeypatch, file):

@@ -115,15 +115,10 @@ def _html_table(title: str, table: list[list[str]], *, wrap: bool = False) -> st
     head = "".join(f"<th scope='col'>{escape(cell)}</th>" for cell in table[0])
     body = ""
     for name, *cells in table[1:]:
-        # A cell that did not run has its reason in one place, over the columns of its numbers.
-        spans = bool(cells) and not wrap and any(cells) and not any(cells[2:]) and len(cells) > 3
-        told = cells[:1] + [cells[1]] if spans else cells
-        inner = "".join(
-            f"<td colspan='{len(cells) - 1}' class='reason'>{escape(cell)}</td>"
-            if spans and i == 1
-            else f"<td>{escape(cell)}</td>"
-            for i, cell in enumerate(told)
-        )
+        if len(cells) > 2 and not any(cells[1:]):  # did not run: its reason over the columns of its numbers
+            inner = f"<td colspan='{len(cells)}' class='reason'>{escape(cells[0])}</td>"
+        else:
+            inner = "".join(f"<td>{escape(cell)}</td>" for cell in cells)
         body += f"<tr><th scope='row'>{escape(name)}</th>{inner}</tr>"
     kind = "table wrap" if wrap else "table"
     return (

@@ -14,8 +14,8 @@ RUNGS = {"exact": "exact", "near": "near", "approximate": "approximate", "retrai
 
 
 def rows_of(matrix: Matrix, lines: Sequence[Row]) -> list[Row]:
-    """One row a cell that has lines, in the matrix's order."""
-    rows = [_row(cell, mine) for cell in matrix.cells() if (mine := [line for line in lines if _is_of(line, cell)])]
+    """One row a cell, in the matrix's order; a cell without lines is a row that says so."""
+    rows = [_row(cell, [line for line in lines if _is_of(line, cell)], lines[-1]) for cell in matrix.cells() if lines]
     for row in rows:
         _relate(row, next((r for r in rows if r["is_baseline"] and group(r) == group(row)), None))
     return rows
@@ -30,10 +30,12 @@ def _is_of(line: Row, cell: Cell) -> bool:
     return (line["model"], line["request_name"], line["plan_name"]) == (cell.model, cell.request_name, cell.plan.name)
 
 
-def _row(cell: Cell, lines: list[Row]) -> Row:
+NOT_RUN: Row = {"status": "not run", "reason": "the benchmark ended before its turn"}
+
+
+def _row(cell: Cell, lines: list[Row], last: Row) -> Row:
     done = [line for line in lines if line["status"] == "ok"]
-    bad = next((line for line in lines if line["status"] != "ok"), None)
-    last = lines[-1]
+    bad = next((line for line in lines or [NOT_RUN] if line["status"] != "ok"), None)
     row: Row = {
         "case": cell.case,
         "model": cell.model,

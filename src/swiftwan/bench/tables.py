@@ -61,18 +61,23 @@ QUALITY_FIGURES = (
 )
 
 
+_SHORT = {"float32": "fp32", "float16": "fp16", "bfloat16": "bf16"}
+
+
 def overview(rows: Sequence[Row]) -> list[list[str]]:
-    """A line a plan: what it is, how fast, how much memory."""
-    table = [["Plan", "Rung", "Clip", "Spread", "Ratio", "Text", "Step", "VAE", "Encode", "Peak", "Of ceiling", "Runs"]]
+    """A line a plan: what it is, how fast, how much memory; of one that did not run the reason alone."""
+    names = "Plan, Rung, Dtype, Clip, Spread, Ratio, Text, Step, VAE, Encode, Peak, Of ceiling, Runs"
+    table = [names.split(", ")]
     for row in rows:
         if row["seconds"] is None:
-            table.append([row["plan_name"], row["rung"] or "-", _status(row), *[""] * 9])
+            table.append([row["plan_name"], _status(row), *[""] * 11])
             continue
         low, high = row["spread"]
         table.append(
             [
-                row["plan_name"] + (" (baseline)" if row["is_baseline"] else ""),
+                _named(row),
                 row["rung"],
+                _SHORT.get(str(row["dtype"]), str(row["dtype"])),
                 _s(row["seconds"]) if row["status"] == "ok" else _status(row),
                 f"{low:.3g} to {high:.3g} s",
                 f"{row['ratio']:.2f}x" if row["ratio"] else "",
@@ -91,6 +96,8 @@ def overview(rows: Sequence[Row]) -> list[list[str]]:
 def quality(rows: Sequence[Row]) -> list[list[str]]:
     """A line a plan, a column for each metric that any plan has."""
     figures = [f for f in QUALITY_FIGURES if any(number(row, f.field) is not None for row in rows)]
+    if not figures:
+        return []
     done = [row for row in rows if row["seconds"] is not None]
     return [
         ["Plan", *(f.name for f in figures)],
@@ -135,7 +142,7 @@ def hardware(rows: Sequence[Row]) -> list[list[str]]:
 
 def beside_baseline(row: Row, baseline: Row) -> list[list[str]]:
     """The eight figures of one plan beside the baseline's, and in the pocket world its own scorers'."""
-    table = [["Metric", f"{baseline['plan_name']} (baseline)", row["plan_name"], "Ratio"]]
+    table = [["Metric", _named(baseline), row["plan_name"], "Ratio"]]
     own = [figure for figure in POCKET_FIGURES if number(baseline, figure.field) is not None]
     for figure in (*SEED_FIGURES, *own):
         ours, theirs = number(row, figure.field), number(baseline, figure.field)
@@ -158,6 +165,11 @@ def missing_values(rows: Sequence[Row]) -> list[str]:
                 if figure.name not in names:
                     names.append(figure.name)
     return [f"{', '.join(names)}: {reason}" for reason, names in reasons.items()]
+
+
+def _named(row: Row) -> str:
+    marked = row["is_baseline"] and row["plan_name"] != "baseline"
+    return row["plan_name"] + " (baseline)" * marked
 
 
 def _value(row: Row, figure: Figure) -> str:

@@ -59,6 +59,8 @@ def bench(
     if others:
         typer.echo(f"{others} rows of other code, versions, devices or settings in '{out}' are left aside", err=True)
     rows = rows_of(what, lines)
+    if not rows:
+        raise RequestError(f"none of these parts has a row of '{matrix}' as it is now; give the matrix they ran.")
     write_rows(out / "rows.jsonl", rows)
     _, page = write(Report(what.title, rows, out, ["swiftwan", *sys.argv[1:]]))
     if all(row["status"] != "ok" for row in rows):

@@ -103,6 +103,9 @@ def lora(
     weights: Annotated[
         str, typer.Option(help="Frozen ones: whole, sharded (over GPUs) or offloaded.", rich_help_panel=_MACHINE)
     ] = "whole",
+    deterministic: Annotated[
+        bool, typer.Option("--deterministic", help="Equal to the bit on a GPU too; slower.", rich_help_panel=_MACHINE)
+    ] = False,
     device: Annotated[str | None, typer.Option(rich_help_panel=_MACHINE)] = None,
     dtype: Annotated[str | None, typer.Option(rich_help_panel=_MACHINE)] = None,
 ) -> None:
@@ -123,7 +126,7 @@ def lora(
             display.on_step(StepEvent(phase, done, of, time.perf_counter() - began))  # type: ignore[arg-type]
 
         display.begin("load")
-        engine = open_engine(model, device=device, dtype=dtype, weights=settings.weights)
+        engine = open_engine(model, device=device, dtype=dtype, weights=settings.weights, deterministic=deterministic)
         try:
             if check:
                 files = []

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import cosine_similarity, interpolate
 
+from swiftwan.measure.hub import read_from_hub
 from swiftwan.measure.missing import Missing
 
 MODEL = "openai/clip-vit-large-patch14"
@@ -66,13 +67,14 @@ def pixels(frames: Tensor, size: int) -> Tensor:
 
 def load_clip(device: torch.device) -> ClipScorer | Missing:
     """OpenAI's CLIP ViT-L/14, or what ``SWIFTWAN_CLIP`` names, from the hub or its cache."""
-    from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
     from transformers import AutoTokenizer, CLIPModel
 
     name = os.environ.get(PLACE) or MODEL
-    try:
-        model: Any = CLIPModel.from_pretrained(name, use_safetensors=True)
-        tokenizer = AutoTokenizer.from_pretrained(name)
-    except (OSError, ValueError, HfHubHTTPError, LocalEntryNotFoundError) as problem:
-        return Missing(f"CLIP '{name}' is neither here nor to be had: {' '.join(str(problem).split())[:200]}")
-    return ClipScorer(model.to(device).eval(), tokenizer)
+
+    def read(local_files_only: bool) -> ClipScorer:
+        model: Any = CLIPModel.from_pretrained(name, use_safetensors=True, local_files_only=local_files_only)
+        return ClipScorer(
+            model.to(device).eval(), AutoTokenizer.from_pretrained(name, local_files_only=local_files_only)
+        )
+
+    return read_from_hub(name, read)

@@ -2,33 +2,31 @@
 
     d(x, y) = sum over 5 layers of the mean over pixels of  w_l . (f_l(x) - f_l(y))^2
 
-f_l are VGG16's activations at the end of its five stages, scaled to length 1 over their channels; w_l were
-learned from people's judgements. Neither is ours to ship: both come from one file on the user's machine, written
-once where the package ``lpips`` (BSD-2) is installed:
-
-    import lpips
-    from safetensors.torch import save_file
-
-    weights = lpips.LPIPS(net="vgg").state_dict()
-    save_file({name: w for name, w in weights.items() if "lins" not in name}, "lpips-vgg.safetensors")
+f_l are VGG16's activations at the end of its five stages, scaled to length 1 over their channels; w_l were learned from
+people's judgements. Neither is ours to ship: the w_l, version 0.1, come with the package ``lpips`` (BSD-2) where it
+is installed; VGG16's weights, torchvision's, from the hub, where timm keeps them as safetensors.
 """
 
 from __future__ import annotations
 
 import os
+from importlib.util import find_spec
 from pathlib import Path
 
 import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import load_file
 from torch import Tensor, nn
 from torch.nn.functional import max_pool2d, relu
 
 from swiftwan.errors import WeightsError
+from swiftwan.measure.hub import read_from_hub
 from swiftwan.measure.missing import Missing
-from swiftwan.weights.check import cache_folder
-from swiftwan.weights.load import load_weights
+from swiftwan.weights.sources import open_file
 
+VGG16 = "timm/vgg16.tv_in1k"
 PLACE = "SWIFTWAN_LPIPS"
-"""Environment variable that names the weights' file."""
+"""Environment variable that names a file with all weights, for machines without the hub."""
 
 _STAGES = ((3, 64, 64), (64, 128, 128), (128, 256, 256, 256), (256, 512, 512, 512), (512, 512, 512, 512))
 _FRAMES_AT_ONCE = 4
@@ -111,14 +109,56 @@ class Lpips(nn.Module):
 
 
 def load_lpips(device: torch.device) -> Lpips | Missing:
-    """LPIPS from the file that ``SWIFTWAN_LPIPS`` names, or from ``lpips-vgg.safetensors`` in the cache folder."""
-    path = Path(os.environ.get(PLACE) or cache_folder() / "lpips-vgg.safetensors").expanduser()
-    if not path.is_file():
-        return Missing(f"no LPIPS weights at '{path}'; docs/measuring.md says how to write them")
+    """LPIPS with VGG16 from the hub or its cache, or whole from the file that ``SWIFTWAN_LPIPS`` names."""
+    if place := os.environ.get(PLACE):
+        weights: dict[str, Tensor] | Missing = _read_file(Path(place).expanduser())
+    else:
+        weights = _gather()
+    if isinstance(weights, Missing):
+        return weights
     with torch.device("meta"):
         model = Lpips()
     try:
-        load_weights(model, [path], device=device, dtype=torch.float32, component="lpips", ignore=("scaling_layer.*",))
+        model.load_state_dict(weights, assign=True)
+    except RuntimeError as problem:
+        return Missing(f"not LPIPS's weights: {' '.join(str(problem).split())[:200]}")
+    return model.float().to(device).eval().requires_grad_(False)
+
+
+def _read_file(path: Path) -> dict[str, Tensor] | Missing:
+    """What the package lpips saves, as safetensors."""
+    try:
+        weights = load_file(path)
+    except (OSError, SafetensorError) as problem:
+        return Missing(f"no LPIPS weights at '{path}': {problem}")
+    return {name: weight for name, weight in weights.items() if not name.startswith("scaling_layer.")}
+
+
+def _gather() -> dict[str, Tensor] | Missing:
+    """The heads from the package lpips, VGG16's convolutions from the hub's file, which has its classifier too."""
+    from huggingface_hub import hf_hub_download
+
+    heads = _heads()
+    if isinstance(heads, Missing):
+        return heads
+
+    def read(local_files_only: bool) -> dict[str, Tensor]:
+        path = hf_hub_download(VGG16, "model.safetensors", local_files_only=local_files_only)
+        with torch.device("meta"):
+            wanted = [name.split(".") for name in Lpips().net.state_dict()]
+        with safe_open(path, framework="pt") as file:
+            return {f"net.{s}.{n}.{leaf}": file.get_tensor(f"features.{n}.{leaf}") for s, n, leaf in wanted}
+
+    vgg = read_from_hub(VGG16, read)
+    return vgg if isinstance(vgg, Missing) else vgg | heads
+
+
+def _heads() -> dict[str, Tensor] | Missing:
+    found = find_spec("lpips")
+    if found is None or found.origin is None:
+        return Missing("LPIPS's own weights come with the package lpips, which is not installed: pip install lpips")
+    try:
+        tensors = open_file(Path(found.origin).parent / "weights" / "v0.1" / "vgg.pth")
     except WeightsError as problem:
         return Missing(str(problem))
-    return model.eval().requires_grad_(False)
+    return {name: tensors.read(name, torch.device("cpu")) for name in tensors.shapes}

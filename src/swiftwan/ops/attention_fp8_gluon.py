@@ -2,9 +2,9 @@
 """8-bit self-attention for Hopper, dense and block-sparse, in Gluon, the lower level of Triton. Imported only there.
 
 One program computes 128 queries of a head. Three groups of warps work at once (as in FlashAttention-3, arXiv
-2407.08608): one asks TMA for blocks of keys and values, and two, of 64 queries each, multiply and take the softmax. A
-group's second product of one block runs while it takes the softmax of the next, and two groups drift apart, so that the
-tensor cores have work while exponentials are computed.
+2407.08608): one asks TMA for blocks of keys and values, and two, of 64 queries each, multiply and take the softmax. The
+scores of a group's next block are multiplied while it takes the softmax of this one, and the two groups drift apart,
+so that the tensor cores have work while exponentials are computed.
 
 The blocks are read from the last to the first: the one with the end of the sequence, which must be masked, comes
 first, outside of the loop.
@@ -21,6 +21,7 @@ from triton.experimental.gluon.language.nvidia.hopper import (
     mbarrier,
     tma,
     warpgroup_mma,
+    warpgroup_mma_init,
     warpgroup_mma_wait,
 )
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
@@ -34,6 +35,9 @@ HALF = 64
 
 STAGES = 4
 """Blocks of keys, and of values, on their way at once: 144 of 227 KB of shared memory."""
+
+TURN = 2
+"""Blocks of one turn of the loop."""
 
 
 @gluon.jit
@@ -62,26 +66,45 @@ def _as_float(scores):
 
 
 @gluon.jit
-def _soften(scores, factor, largest, total, MMA: gl.constexpr):
-    """One block's scores, integers plus 1.5 * 2**23, to the left side of the second product.
+def _soften(scores, factor, largest, total):
+    """One block's integer scores to softmax's numerators.
 
     Returns:
-        that, by what all before must shrink, and the new largest exponent and sum.
+        those, by what all before must shrink, and the new largest exponent and sum.
     """
     magic: gl.constexpr = 12582912.0
-    larger = gl.maximum(largest, (gl.max(scores, 1) - magic) * factor)
+    larger = gl.maximum(largest, gl.max(scores, 1).to(gl.float32) * factor)
     shrink = gl.exp2(largest - larger)
-    weights = gl.exp2(scores * factor[:, None] - (magic * factor + larger - 8.0)[:, None])
-    total = total * shrink + gl.sum(weights, 1)
-    return _left_side(weights, MMA), shrink, larger, total
+    weights = gl.exp2(_as_float(scores) * factor[:, None] - (magic * factor + larger - 8.0)[:, None])
+    return weights, shrink, larger, total * shrink + gl.sum(weights, 1)
 
 
 @gluon.jit
-def _multiply(PART: gl.constexpr, memory, ready, free, tensors, sizes, STAGES: gl.constexpr):
+def _begin_scores(q, k_ring, k_ready, step, STAGES: gl.constexpr):
+    """Set the first product of a block going, once its keys are there."""
+    MMA: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, 128, 32])
+    HALF: gl.constexpr = q.shape[0]
+    BLOCK: gl.constexpr = k_ring.shape[1]
+    nothing = gl.zeros([HALF, BLOCK], gl.int32, MMA)
+    mbarrier.wait(k_ready.index(step % STAGES), (step // STAGES) & 1)
+    keys = k_ring.index(step % STAGES).permute((1, 0))
+    return warpgroup_mma(q, keys, nothing, use_acc=False, is_async=True)
+
+
+@gluon.jit
+def _begin_result(weights, v_ring, v_ready, step, result, MMA: gl.constexpr, STAGES: gl.constexpr):
+    """Set the second product of a block going, added to ``result``, once its values are there."""
+    left = _left_side(weights, MMA)
+    mbarrier.wait(v_ready.index(step % STAGES), (step // STAGES) & 1)
+    return warpgroup_mma(left, v_ring.index(step % STAGES).permute((1, 0)), result, is_async=True)
+
+
+@gluon.jit
+def _multiply(PART: gl.constexpr, memory, ready, free, tensors, sizes, STAGES: gl.constexpr, TURN: gl.constexpr):
     """64 queries over all blocks: the scores' product, softmax, the values' product.
 
-    While it takes the softmax of one block, the tensor cores have the scores of the next to compute. Two blocks a
-    turn: with one, the scores would be moved from one set of registers to the other each time.
+    While it takes the softmax of one block, the tensor cores have the scores of the next to compute and, within a
+    turn, the values of the one before. Nothing may be on its way over a loop's edge: ptxas would wait for each product.
     """
     q, k_ring, v_ring = memory
     factor, v_scale, v_mean, out = tensors
@@ -95,64 +118,44 @@ def _multiply(PART: gl.constexpr, memory, ready, free, tensors, sizes, STAGES: g
     row = first_row + PART * HALF + gl.arange(0, HALF, gl.SliceLayout(1, MMA))
     factor = gl.load(factor + row, row < length, other=0.0)
     q = q.index(PART)
-    nothing = gl.zeros([HALF, BLOCK], gl.int32, MMA)
 
     mbarrier.wait(q_ready, 0)
-    mbarrier.wait(k_ready.index(0), 0)
-    ahead = warpgroup_mma(q, k_ring.index(0).permute((1, 0)), nothing, use_acc=False, is_async=True)
-    scores = _as_float(warpgroup_mma_wait(0, deps=(ahead,)))
+    scores = warpgroup_mma_wait(0, deps=(_begin_scores(q, k_ring, k_ready, 0, STAGES),))
     mbarrier.arrive(k_free.index(0))
     token = last * BLOCK + gl.arange(0, BLOCK, gl.SliceLayout(0, MMA))
-    scores = gl.where((token < length)[None, :], scores, float("-inf"))
+    # What _as_float makes minus infinity.
+    scores = gl.where((token < length)[None, :], scores, -1270874112)
     largest = gl.full([HALF], -1e30, gl.float32, gl.SliceLayout(1, MMA))
     total = gl.zeros([HALF], gl.float32, gl.SliceLayout(1, MMA))
     result = gl.zeros([HALF, WIDTH], gl.float32, MMA)
 
-    pairs = (count - 1) // 2
-    for pair in range(pairs):
-        step = 2 * pair
-        slot = (step + 1) % STAGES
-        mbarrier.wait(k_ready.index(slot), ((step + 1) // STAGES) & 1)
-        ahead = warpgroup_mma(q, k_ring.index(slot).permute((1, 0)), nothing, use_acc=False, is_async=True)
-        left, shrink, largest, total = _soften(scores, factor, largest, total, MMA)
-        result = result * shrink[:, None]
-        before = step % STAGES
-        mbarrier.wait(v_ready.index(before), (step // STAGES) & 1)
-        behind = warpgroup_mma(left, v_ring.index(before).permute((1, 0)), result, is_async=True)
-        others = _as_float(warpgroup_mma_wait(1, deps=(ahead,)))
-        mbarrier.arrive(k_free.index(slot))
+    turns = (count - 1) // TURN
+    for turn in range(turns):
+        behind = warpgroup_mma_init(result)
+        for part in gl.static_range(TURN):
+            step = turn * TURN + part
+            ahead = _begin_scores(q, k_ring, k_ready, step + 1, STAGES)
+            weights, shrink, largest, total = _soften(scores, factor, largest, total)
+            if part > 0:
+                result = warpgroup_mma_wait(1, deps=(behind,))
+                mbarrier.arrive(v_free.index((step - 1) % STAGES))
+            behind = _begin_result(weights, v_ring, v_ready, step, result * shrink[:, None], MMA, STAGES)
+            scores = warpgroup_mma_wait(1, deps=(ahead,))
+            mbarrier.arrive(k_free.index((step + 1) % STAGES))
         result = warpgroup_mma_wait(0, deps=(behind,))
-        mbarrier.arrive(v_free.index(before))
+        mbarrier.arrive(v_free.index((turn * TURN + TURN - 1) % STAGES))
 
-        after = (step + 2) % STAGES
-        mbarrier.wait(k_ready.index(after), ((step + 2) // STAGES) & 1)
-        ahead = warpgroup_mma(q, k_ring.index(after).permute((1, 0)), nothing, use_acc=False, is_async=True)
-        left, shrink, largest, total = _soften(others, factor, largest, total, MMA)
-        result = result * shrink[:, None]
-        mbarrier.wait(v_ready.index(slot), ((step + 1) // STAGES) & 1)
-        behind = warpgroup_mma(left, v_ring.index(slot).permute((1, 0)), result, is_async=True)
-        scores = _as_float(warpgroup_mma_wait(1, deps=(ahead,)))
-        mbarrier.arrive(k_free.index(after))
+    for step in range(turns * TURN, count - 1):  # what is left of a turn
+        ahead = _begin_scores(q, k_ring, k_ready, step + 1, STAGES)
+        weights, shrink, largest, total = _soften(scores, factor, largest, total)
+        behind = _begin_result(weights, v_ring, v_ready, step, result * shrink[:, None], MMA, STAGES)
+        scores = warpgroup_mma_wait(1, deps=(ahead,))
+        mbarrier.arrive(k_free.index((step + 1) % STAGES))
         result = warpgroup_mma_wait(0, deps=(behind,))
-        mbarrier.arrive(v_free.index(slot))
+        mbarrier.arrive(v_free.index(step % STAGES))
 
-    for step in range(2 * pairs, count - 1):  # none or one
-        slot = (step + 1) % STAGES
-        mbarrier.wait(k_ready.index(slot), ((step + 1) // STAGES) & 1)
-        ahead = warpgroup_mma(q, k_ring.index(slot).permute((1, 0)), nothing, use_acc=False, is_async=True)
-        left, shrink, largest, total = _soften(scores, factor, largest, total, MMA)
-        result = result * shrink[:, None]
-        before = step % STAGES
-        mbarrier.wait(v_ready.index(before), (step // STAGES) & 1)
-        behind = warpgroup_mma(left, v_ring.index(before).permute((1, 0)), result, is_async=True)
-        scores = _as_float(warpgroup_mma_wait(1, deps=(ahead,)))
-        result = warpgroup_mma_wait(0, deps=(behind,))
-
-    left, shrink, largest, total = _soften(scores, factor, largest, total, MMA)
-    result = result * shrink[:, None]
-    slot = (count - 1) % STAGES
-    mbarrier.wait(v_ready.index(slot), ((count - 1) // STAGES) & 1)
-    behind = warpgroup_mma(left, v_ring.index(slot).permute((1, 0)), result, is_async=True)
+    weights, shrink, largest, total = _soften(scores, factor, largest, total)
+    behind = _begin_result(weights, v_ring, v_ready, count - 1, result * shrink[:, None], MMA, STAGES)
     result = warpgroup_mma_wait(0, deps=(behind,))
     channel = gl.arange(0, WIDTH, gl.SliceLayout(0, MMA))
     result = result * (1.0 / total)[:, None] * gl.load(v_scale + channel)[None, :] + gl.load(v_mean + channel)[None, :]
@@ -192,7 +195,7 @@ def _fetch(maps, memory, ready, free, blocks, sizes, STAGES: gl.constexpr, SPARS
 @gluon.jit
 def _attend_kernel(
     q_map, k_map, v_map, out, factor, v_scale, v_mean, blocks, length, count, heads,
-    STAGES: gl.constexpr, SPARSE: gl.constexpr,
+    STAGES: gl.constexpr, TURN: gl.constexpr, SPARSE: gl.constexpr,
 ):  # fmt: skip
     HALF: gl.constexpr = q_map.block_shape[0]
     BLOCK: gl.constexpr = k_map.block_shape[0]
@@ -235,8 +238,8 @@ def _attend_kernel(
     # 240 registers a thread for those that multiply, 24 for the one that fetches: 65,536 in all.
     gl.warp_specialize(
         [
-            (_multiply, (gl.constexpr(0), memory, ready, free, tensors, sizes, STAGES)),
-            (_multiply, (gl.constexpr(1), memory, ready, free, tensors, sizes, STAGES)),
+            (_multiply, (gl.constexpr(0), memory, ready, free, tensors, sizes, STAGES, TURN)),
+            (_multiply, (gl.constexpr(1), memory, ready, free, tensors, sizes, STAGES, TURN)),
             (_fetch, (maps, memory, ready, free, blocks, places, STAGES, SPARSE)),
         ],
         [4, 1],
@@ -260,7 +263,7 @@ def attend_rounded(x: RoundedAttention, dtype: torch.dtype, blocks: Tensor | Non
     with torch.cuda.device_of(out):
         _attend_kernel[(count, heads, batch)](
             q, k, v, out, x.factor, x.v_scale, x.v_mean, x.factor if blocks is None else blocks, length, read, heads,
-            STAGES=STAGES, SPARSE=blocks is not None, num_warps=4,
+            STAGES=STAGES, TURN=TURN, SPARSE=blocks is not None, num_warps=4,
         )  # fmt: skip
     return out
 

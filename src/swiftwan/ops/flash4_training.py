@@ -29,17 +29,19 @@ def _(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
 
 @torch.library.custom_op("swiftwan::flash4_backward", mutates_args=())
 def flash4_backward(
-    grad: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor
+    grad: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, deterministic: bool
 ) -> tuple[Tensor, Tensor, Tensor]:
     from flash_attn.cute.interface import _flash_attn_bwd
 
     inputs = (x.contiguous() for x in (q, k, v))
-    dq, dk, dv = _flash_attn_bwd(*inputs, out, grad.contiguous(), lse)[:3]
+    dq, dk, dv = _flash_attn_bwd(*inputs, out, grad.contiguous(), lse, deterministic=deterministic)[:3]
     return dq, dk, dv
 
 
 @flash4_backward.register_fake
-def _(grad: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+def _(
+    grad: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, deterministic: bool
+) -> tuple[Tensor, Tensor, Tensor]:
     dq, dk, dv = (torch.empty_like(x, memory_format=torch.contiguous_format) for x in (q, k, v))
     return dq, dk, dv
 
@@ -49,7 +51,7 @@ def _keep(ctx: Any, inputs: tuple[Tensor, ...], output: tuple[Tensor, Tensor]) -
 
 
 def _backward(ctx: Any, grad: Tensor, _: Tensor | None) -> tuple[Tensor, ...]:
-    grads: tuple[Tensor, ...] = flash4_backward(grad, *ctx.saved_tensors)
+    grads: tuple[Tensor, ...] = flash4_backward(grad, *ctx.saved_tensors, torch.are_deterministic_algorithms_enabled())
     return grads
 
 

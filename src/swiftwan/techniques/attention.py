@@ -46,6 +46,7 @@ class Attention(Technique):
     reason = "the same softmax over all tokens, by another kernel"
     slot = Slot.ATTENTION
     switch = "a kernel's first call; FlashAttention-4 compiles for 7 s once"
+    values = tuple(known.name for known in KERNELS)
 
     def __post_init__(self) -> None:
         names = [known.name for known in KERNELS]

@@ -80,6 +80,7 @@ class Technique:
         makes: facts about the run that others may refuse.
         refuses: facts it cannot work beside, each with the reason and the way out.
         switch: what it costs to switch it on or off on a loaded engine.
+        values: what stands behind its name, where that is a choice that machines restrict.
     """
 
     name: ClassVar[str]
@@ -90,6 +91,7 @@ class Technique:
     makes: ClassVar[frozenset[str]] = frozenset()
     refuses: ClassVar[Mapping[str, str]] = MappingProxyType({})
     switch: ClassVar[str] = RELOAD
+    values: ClassVar[tuple[str, ...]] = ()
 
     def missing_on(self, device: Device) -> str:
         """What this machine lacks to run it, in words; empty if nothing."""

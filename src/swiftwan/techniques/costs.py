@@ -34,6 +34,7 @@ class Costs:
         attention: the kernel of self-attention.
         attention_share: of self-attention's work, what is computed.
         block_share: of the blocks' work, what is computed.
+        decoder: what makes frames of latents.
         skips: steps may be skipped, how many depends on the video: the time told is the longest.
         graphs: forwards are replayed, without launches.
         quantized: some linear layers of the blocks hold other numbers than floats of ``dtype``.
@@ -58,6 +59,7 @@ class Costs:
     attention: str = "sdpa"
     attention_share: float = 1.0
     block_share: float = 1.0
+    decoder: Literal["plain", "fast", "tiny"] = "plain"
     skips: bool = False
     graphs: bool = False
     quantized: bool = False

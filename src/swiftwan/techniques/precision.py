@@ -39,6 +39,7 @@ class Tf32(Technique):
     kind = "near"
     reason = "float32 products keep 10 of 23 mantissa bits"
     slot = Slot.LINEAR
+    switch = "nothing"
     claims = ()
 
     def missing_on(self, device: Device) -> str:

@@ -12,20 +12,22 @@ from swiftwan.techniques.base import Settings, Slot, Technique
 
 if TYPE_CHECKING:
     from swiftwan.pipelines.request import Request
+    from swiftwan.techniques.costs import Costs
 
 
 @dataclass(frozen=True)
 class ProgressiveResolution(Technique):
-    """``progressive-resolution:scale=0.5,until=0.9``: steps above the noise level ``until``, timestep / 1000, run on
+    """``progressive-resolution:scale=0.5,until=0.95``: steps above the noise level ``until``, timestep / 1000, run on
     latents of ``scale`` the height and width; then these are enlarged and noised again. For words alone."""
 
     scale: float = 0.5
-    until: float = 0.9
+    until: float = 0.95
 
     name = "progressive-resolution"
     kind = "approximate"
     reason = "under high noise only the layout is decided, which a small picture shows as well"
     slot = Slot.SCHEDULE
+    switch = "nothing"
     claims = ("latents",)
 
     def __post_init__(self) -> None:
@@ -41,3 +43,6 @@ class ProgressiveResolution(Technique):
 
     def apply(self, settings: Settings) -> Settings:
         return replace(settings, progressive=Progressive(self.scale, self.until))
+
+    def cost(self, costs: Costs) -> Costs:
+        return replace(costs, skips=True)

@@ -59,6 +59,7 @@ class Quantize(Technique):
     kind = "near"
     reason = "linear layers hold their weights in fewer bits"
     slot = Slot.LINEAR
+    values = FORMATS
 
     def __post_init__(self) -> None:
         for option, allowed in _CHOICES.items():
@@ -151,7 +152,8 @@ class Quantize(Technique):
     def _quantize(self, module: nn.Module) -> None:
         for path, parent in list(module.named_modules()):
             for name, child in () if isinstance(parent, LinearOtherAtEnds) else parent.named_children():
-                if type(child) is nn.Linear and type(child.weight) is nn.Parameter:
+                # transformers casts what comes into UMT5's wo to the dtype of its weight, so that one must be a float.
+                if name != "wo" and type(child) is nn.Linear and type(child.weight) is nn.Parameter:
                     setattr(parent, name, self._changed(f"{path}.{name}", child))
 
     def _changed(self, path: str, linear: nn.Linear) -> nn.Module:

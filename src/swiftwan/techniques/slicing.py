@@ -31,6 +31,7 @@ class AttentionSlicing(Technique):
         "each query's softmax is its own; saves memory only where the kernel forms the matrix (flash, cudnn do not)"
     )
     slot = Slot.BLOCKS
+    switch = "nothing"
     claims = ("transformer.self-attention",)
 
     def __post_init__(self) -> None:

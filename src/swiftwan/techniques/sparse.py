@@ -32,7 +32,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class SparseAttention(Technique):
-    """``sparse-attention:keep=0.25``: each 128 tokens attend to the share ``keep`` of all blocks of 128, chosen anew at
+    """``sparse-attention:keep=0.5``: each 128 tokens attend to the share ``keep`` of all blocks of 128, chosen anew at
     each step from pooled queries and keys.
 
     Args:
@@ -43,7 +43,7 @@ class SparseAttention(Technique):
         bits: 16, or 8 for the kernel of ``attention:fp8``, which rounds and pools in one pass.
     """
 
-    keep: float = 0.25
+    keep: float = 0.5
     dense_steps: int = 0
     dense_layers: int = 0
     block: int = BLOCK

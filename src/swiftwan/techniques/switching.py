@@ -11,6 +11,7 @@ from swiftwan.models.dit import GELU, all_blocks, each_block, linear_gelu, proje
 from swiftwan.ops.attention import sdpa
 from swiftwan.ops.block import PLAIN
 from swiftwan.techniques.base import RELOAD, Technique
+from swiftwan.techniques.ends import LinearOtherAtEnds
 
 if TYPE_CHECKING:
     from swiftwan.weights.build import Parts
@@ -38,7 +39,11 @@ def make_plain(parts: Parts) -> None:
     """Undo what every technique that can be switched does in ``install``."""
     for transformer in filter(None, (parts.transformer, parts.transformer_2)):
         transformer.ops, transformer.walk, transformer.token_order = PLAIN, all_blocks, None
-        transformer._forward_pre_hooks.clear()
+        # Weights in two formats keep the hook that tells them which to use.
+        kept = [layer.ends for layer in transformer.modules() if isinstance(layer, LinearOtherAtEnds)]
+        for key, hook in list(transformer._forward_pre_hooks.items()):
+            if hook not in kept:
+                del transformer._forward_pre_hooks[key]
         transformer.__dict__.pop("forward", None)
     for block in each_block(parts.transformer, parts.transformer_2):
         block.ops = PLAIN

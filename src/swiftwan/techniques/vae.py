@@ -11,15 +11,15 @@ import torch
 from torch import nn
 
 from swiftwan.device import parse_dtype
-from swiftwan.errors import PlanError, did_you_mean
-from swiftwan.models.config import POCKET
+from swiftwan.errors import PlanError, WeightsError, did_you_mean
 from swiftwan.models.vae import Tiling
 from swiftwan.techniques.base import Settings, Slot, Technique
-from swiftwan.weights.tiny import find_tiny, load_tiny
+from swiftwan.weights.tiny import find_tiny, load_tiny, misfit
 
 if TYPE_CHECKING:
     from swiftwan.device import Device
     from swiftwan.models.config import KnownModel
+    from swiftwan.techniques.costs import Costs
     from swiftwan.weights.build import Parts
 
 
@@ -35,6 +35,8 @@ class Vae(Technique):
     @classmethod
     def read(cls, text: str) -> Technique:  # type: ignore[override]
         word = re.split("[:=]", text)[0]
+        if not word:
+            raise PlanError(f"technique 'vae' needs a value: {', '.join(_BY_WORD)}.")
         if word not in _BY_WORD:
             raise PlanError(f"vae:{word} is not known." + did_you_mean(word, _BY_WORD))
         return _BY_WORD[word].read(text)
@@ -84,6 +86,9 @@ class FastVae(Technique):
             return "its kernels need an NVIDIA GPU"
         return "" if find_spec("triton") else "its kernels need Triton: pip install triton"
 
+    def cost(self, costs: Costs) -> Costs:
+        return replace(costs, decoder="fast")
+
     def install(self, parts: Parts) -> None:
         parts.vae.run_fast()
 
@@ -108,9 +113,9 @@ class VaeDtype(Technique):
 class TinyVae(Technique):
     """``vae:tiny=FILE``: frames by a small decoder that imitates the VAE's, in TAEHV's format (``taew2_1`` for Wan2.1
     and A14B, ``taew2_2`` for TI2V-5B, of github.com/madebyollin/taehv); FILE may be ``OWNER/NAME/FILE`` on the hub.
-    The pocket model has its own: ``vae:tiny``. Encoding stays the VAE's."""
+    ``swiftwan train pocket-tiny`` makes one for the embedded model. Encoding stays the VAE's."""
 
-    path: str = ""
+    path: str
 
     name = "vae"
     kind = "approximate"
@@ -121,31 +126,26 @@ class TinyVae(Technique):
     @classmethod
     def read(cls, text: str) -> Technique:  # type: ignore[override]
         word, _, path = text.partition("=")
-        if word != "tiny":
-            raise PlanError(f"vae:{text} is not known; a tiny decoder is given as vae:tiny=FILE.")
+        if word != "tiny" or not path:
+            raise PlanError(f"vae:{text} names no file; a tiny decoder is given as vae:tiny=FILE.")
         return cls(path)
 
     @property
     def spec(self) -> str:
-        return f"vae:tiny={self.path}" if self.path else "vae:tiny"
+        return f"vae:tiny={self.path}"
 
     def unfit_for(self, model: KnownModel) -> str:
-        if not self.path and model.name != POCKET.name:
-            size = "taew2_2" if model.vae.z_dim == 48 else "taew2_1"
-            return f"'{model.name}' has no tiny decoder of its own; give one: vae:tiny={size}.safetensors"
-        return ""
+        try:
+            return misfit(find_tiny(self.path), model.vae)
+        except WeightsError as problem:
+            return str(problem)
 
-    def apply(self, settings: Settings) -> Settings:
-        if self.path:
-            find_tiny(self.path)  # before the model loads
-        return settings
+    def cost(self, costs: Costs) -> Costs:
+        return replace(costs, decoder="tiny")
 
     def install(self, parts: Parts) -> None:
-        vae = parts.vae
-        weight, config = vae.decoder.conv_out.weight, vae.config
-        vae.tiny = load_tiny(
-            self.path, config.z_dim, config.scale_factor_spatial, device=weight.device, dtype=weight.dtype
-        )
+        weight = parts.vae.decoder.conv_out.weight
+        parts.vae.tiny = load_tiny(find_tiny(self.path), device=weight.device, dtype=weight.dtype)
 
 
 _BY_WORD: dict[str, type[Technique]] = {

@@ -186,6 +186,12 @@ class Encoders:
         self.parts.text.stays_loaded = False
         self.parts.text.release()
 
+    def leave(self) -> None:
+        """Let the others go to host memory; nothing can be encoded or decoded on the device after that."""
+        self.parts.vae.to("cpu")
+        if self.parts.image_encoder is not None:
+            self.parts.image_encoder.to("cpu")
+
     @staticmethod
     def _has(cache: Cache, sample: Sample) -> bool:
         return all(key in cache for key in (sample.latents, sample.image, sample.image_tokens) if key)

@@ -227,17 +227,17 @@ def _of_hub(name: str, downloads: Path | None) -> Iterator[Entry]:
     if not isinstance(table.features[media], datasets.Value):
         table = table.cast_column(media, type(table.features[media])(decode=False))
     for row in table:
-        yield Entry(_kept(row[media], downloads), row[caption])
+        yield Entry(_kept(row[media], downloads, ".png" if media == "image" else ".mp4"), row[caption])
 
 
-def _kept(media: Any, downloads: Path) -> Path:
-    """The file of a row: a path, or bytes with one."""
+def _kept(media: Any, downloads: Path, ending: str) -> Path:
+    """The file of a row: a path, or bytes, whose name may be missing."""
     if isinstance(media, str):
         return Path(media)
     if media.get("bytes") is None:
         return Path(media["path"])
     data = media["bytes"]
-    path = downloads / (hashlib.sha256(data).hexdigest()[:32] + Path(media.get("path") or "clip.mp4").suffix)
+    path = downloads / (hashlib.sha256(data).hexdigest()[:32] + (Path(media.get("path") or "").suffix or ending))
     if not path.is_file():
         downloads.mkdir(parents=True, exist_ok=True)
         temporary = path.with_suffix(".tmp")

@@ -9,16 +9,19 @@ checkpoint is the whole state: a run that was killed goes on to the bit as if it
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
+
+import torch
 
 from swiftwan.engine import Engine
 from swiftwan.errors import RequestError, UnavailableError, did_you_mean
 from swiftwan.train import buckets, validate
 from swiftwan.train.cache import Cache, Encoders
 from swiftwan.train.data import Problem, find
-from swiftwan.train.processes import Processes, Weights, local_device
+from swiftwan.train.processes import Processes, Weights, local_device, rank_and_count
 from swiftwan.train.run import Data, Run
 from swiftwan.train.settings import Settings
 from swiftwan.weights.check import read_json
@@ -34,12 +37,18 @@ LOG_EVERY = 10
 # Before the loop
 
 
-def open_engine(model: str, *, device: str | None, dtype: str | None, weights: Weights = "whole") -> Engine:
+def open_engine(
+    model: str, *, device: str | None, dtype: str | None, weights: Weights = "whole", deterministic: bool = False
+) -> Engine:
     """Load a model to train beside.
 
     Args:
         weights: where the frozen ones shall rest; ``offloaded`` ones are never whole on the device.
+        deterministic: the same sums in the same order every time, on a GPU too; for the whole process.
     """
+    if deterministic:
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+        torch.use_deterministic_algorithms(True)
     plan = ["offload:model"] if weights == "offloaded" else []
     return Engine.load(model, plan=plan, device=device or local_device(), dtype=dtype)
 
@@ -51,7 +60,7 @@ def trackers(names: Sequence[str], out: Path) -> list[Any]:
         RequestError: the name is unknown.
         UnavailableError: its package is not installed.
     """
-    if not names:
+    if not names or rank_and_count()[0]:
         return []
     from accelerate.tracking import LOGGER_TYPE_TO_CLASS, get_available_trackers
 
@@ -59,10 +68,12 @@ def trackers(names: Sequence[str], out: Path) -> list[Any]:
     for name in names:
         if name not in LOGGER_TYPE_TO_CLASS:
             raise RequestError(f"log is '{name}'." + did_you_mean(name, LOGGER_TYPE_TO_CLASS))
-        if name not in get_available_trackers():
+        if name not in map(str, get_available_trackers()):
             raise UnavailableError(f"logging to {name} needs its package: pip install {name}.")
         kind = LOGGER_TYPE_TO_CLASS[name]
-        made.append(kind(out.name, logging_dir=out) if kind.requires_logging_directory else kind(out.name))
+        tracker = kind(out.name, logging_dir=out) if kind.requires_logging_directory else kind(out.name)
+        tracker.start()
+        made.append(tracker)
     return made
 
 
@@ -105,6 +116,8 @@ def prepare(engine: Engine, source: str, settings: Settings, out: Path, cache: P
             engine.parts.text.encode(prompt)  # stays in the prompt cache when the encoder has gone
     engine.parts.enter("vae")
     encoders.fill(kept, [*train, *held_out], lambda done, of: on_step("encode", done, of))
+    if not settings.sample_every:
+        encoders.leave()
     return Data(found.sha256, shapes, train, held_out, kept, encoders)
 
 

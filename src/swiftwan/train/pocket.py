@@ -187,7 +187,8 @@ def pocket_scorers(
     out: OutOption,
     steps: int = 6000,
     batch: int = 256,
-    clips: Annotated[int, typer.Option(help="Scenes drawn beforehand; 0.3 MB of memory each.")] = 8000,
+    clips: Annotated[int, typer.Option(help="Scenes drawn beforehand; 0.3 MB of memory each.")] = 16_000,
+    stop_at: Annotated[int | None, typer.Option(help="Pause after this step, and write what there is.")] = None,
     seed: int = 41,
     learning_rate: float = 1e-3,
     device: str | None = None,
@@ -201,7 +202,9 @@ def pocket_scorers(
 
     where = torch.device(pick_device(device).torch_device)
     pool = recipe.make_pool(clips, seed, where)
-    model = recipe.train(out, pool, steps=steps, batch=batch, device=where, seed=seed, learning_rate=learning_rate)
+    model = recipe.train(
+        out, pool, steps=steps, batch=batch, device=where, seed=seed, learning_rate=learning_rate, stop_at=stop_at
+    )
     weights = {name: weight.half().cpu() for name, weight in model.state_dict().items()}
     slots = [Slot(name, tuple(weight.shape), "F16") for name, weight in weights.items()]
     write_shards(out, FILE.stem, slots, lambda slot: weights[slot.name])

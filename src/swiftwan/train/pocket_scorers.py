@@ -176,14 +176,23 @@ def _look(scene: Scene) -> str:
 
 
 def train(
-    folder: Path, pool: Pool, *, steps: int, batch: int, device: torch.device, seed: int, learning_rate: float
+    folder: Path,
+    pool: Pool,
+    *,
+    steps: int,
+    batch: int,
+    device: torch.device,
+    seed: int,
+    learning_rate: float,
+    stop_at: int | None = None,
 ) -> PocketScorers:
-    """Train, or go on training, and return the scorers with averaged weights, their unit set."""
+    """Train, or go on training, to ``stop_at`` or the schedule's end; return the averaged weights, their unit set."""
     torch.manual_seed(seed)
     model = PocketScorers().to(device)
     run = Run(folder, model, Schedule(steps, learning_rate, warmup=200), ema_decay=0.998)
     on_gpu = device.type == "cuda"
-    while run.step < steps:
+    last = min(steps, stop_at or steps)
+    while run.step < last:
         generator = torch.Generator(device).manual_seed(seed_of(seed, run.step))
         chance = random.Random(seed_of(seed, run.step))
         with torch.autocast(device.type, torch.bfloat16, enabled=on_gpu):
@@ -198,7 +207,7 @@ def train(
                 ordered=told.item(),
                 gradient_norm=norm.item(),
             )
-        if run.step % SAVE_EVERY == 0 or run.step == steps:
+        if run.step % SAVE_EVERY == 0 or run.step == last:
             run.save()
     run.deliver()
     return in_units(model.eval(), pool)
@@ -264,10 +273,10 @@ def order(model: PocketScorers, pool: Pool, generator: torch.Generator, chance: 
 
 
 @torch.no_grad()
-def in_units(model: PocketScorers, pool: Pool, *, pairs: int = 512) -> PocketScorers:
+def in_units(model: PocketScorers, pool: Pool, *, pairs: int = 256) -> PocketScorers:
     """Scale the distance so that frames of two unrelated scenes are 1 apart on average."""
-    first = pool.pictures[: len(pool.words) // 2, 0][:pairs]
-    others = pool.pictures[-len(first) :, 0]
+    pairs = min(pairs, len(pool.words) // 2)
+    first, others = pool.pictures[:pairs, 0], pool.pictures[pairs : 2 * pairs, 0]
     apart = [
         model.distances(model.features(x.float() / 127.5 - 1), model.features(y.float() / 127.5 - 1))
         for x, y in zip(first.split(GROUP), others.split(GROUP), strict=True)

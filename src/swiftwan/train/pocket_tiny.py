@@ -33,6 +33,7 @@ def train(
     batch: int,
     seed: int,
     learning_rate: float,
+    num_frames: int = NUM_FRAMES,
 ) -> TinyDecoder:
     """Train, or go on training, and return the decoder with averaged weights.
 
@@ -51,7 +52,7 @@ def train(
     if on_gpu:
         rebuild = torch.compile(rebuild, dynamic=False)
     while run.step < steps:
-        video = clips(batch, seed=seed_of(seed, run.step * batch), num_frames=NUM_FRAMES, device=device)
+        video = clips(batch, seed=seed_of(seed, run.step * batch), num_frames=num_frames, device=device)
         with torch.autocast(device.type, torch.bfloat16, enabled=on_gpu):
             with torch.no_grad():
                 latents = vae.normalize(vae.moments(video)[0])

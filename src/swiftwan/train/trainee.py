@@ -58,10 +58,12 @@ def trainees(engine: Engine, settings: Settings) -> list[Trainee]:
     return [Trainee("low", parts.transformer_2, low, below), Trainee("high", parts.transformer, high, 1 - below)]
 
 
-def attention(device: Device) -> Attend:
+def attention(device: Device, dtype: torch.dtype) -> Attend:
     """The fastest attention here that has a backward pass. 12 x 32,760 x 128 in bf16 on an H200, forward and backward:
     FlashAttention-4 34 ms, cuDNN 41, torch's own choice 71 (benchmarks/h200_train_attention.jsonl)."""
     capability = device.capability
+    if dtype.itemsize > 2:
+        return sdpa
     if not kernel("flash4").missing_on(capability):
         kernel("flash4").load()  # sets where it keeps what it compiles
         return flash4

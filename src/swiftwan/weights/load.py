@@ -109,7 +109,8 @@ def randomize(
     minutes. None leaves it.
 
     Norm weights are 1 and biases 0; the rest is normal with a standard deviation of 1/sqrt(fan-in), so
-    activations keep their size. The same seed gives the same weights on the same kind of device.
+    activations keep their size. The same seed gives the same weights on the same kind of device, up to rounding in
+    every dtype.
     """
     device = torch.device(device)
     generator = torch.Generator(device).manual_seed(seed)
@@ -125,7 +126,9 @@ def randomize(
         elif isinstance(slot, nn.Parameter) and leaf != "bias" and slot.is_floating_point():
             # Linear and Conv weights are (out, in, ...); lone tables (scale_shift_table) are (1, n, dim).
             fan_in = math.prod(slot.shape[1:]) if leaf == "weight" else slot.shape[-1]
-            tensor.normal_(0, max(fan_in, 1) ** -0.5, generator=generator)
+            # Drawn in float32 and rounded: drawn in 16 bits they would be other numbers, and no dtype's run comparable.
+            drawn = torch.empty(slot.shape, device=device)
+            tensor.copy_(drawn.normal_(0, max(fan_in, 1) ** -0.5, generator=generator))
         if rest_on is not None and len(names) > 1:  # one tensor of several layers: all of them get the one that rests
             tensor = tensor.to(rest_on)
         _assign(module, names, tensor)

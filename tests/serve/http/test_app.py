@@ -1,77 +1,35 @@
-"""The application over a queue that nobody works on; the tests play the worker."""
+"""Calls and their answers."""
 
-import base64
-import io
 import json
 import sqlite3
-from collections.abc import Iterator
+import time
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import psutil
 import pytest
-from fastapi import FastAPI
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from PIL import Image
 from starlette.testclient import TestClient
 
-from swiftwan.pipelines.request import TASKS
-from swiftwan.serve.http.app import make_app
-from swiftwan.serve.http.guard import OPEN_PATH, Limits
-from swiftwan.serve.jobs.job import Job
 from swiftwan.serve.jobs.service import Service
 
-KEY = "a key of more than sixteen signs"
 PROMPT = "a red circle moves left over a blue background"
 SMALL = {"prompt": PROMPT, "num_frames": 5, "num_inference_steps": 2, "seed": 1}
-BASE = "http://127.0.0.1:8000"
-
-
-@pytest.fixture
-def client(desk: Service) -> Iterator[TestClient]:
-    with TestClient(make_app(desk, key=None), base_url=BASE, raise_server_exceptions=False) as client:
-        yield client
-
-
-def png(width: int = 32, height: int = 32) -> bytes:
-    buffer = io.BytesIO()
-    Image.new("RGB", (width, height), "red").save(buffer, "png")
-    return buffer.getvalue()
-
-
-def error_of(response: Any) -> tuple[int, str | None, str]:
-    told = response.json()["error"]
-    assert set(told) == {"message", "type", "param", "code"}
-    assert "Traceback" not in told["message"]
-    assert "/tmp" not in told["message"]
-    assert "\n" not in told["message"]
-    return response.status_code, told["param"], told["code"]
-
-
-def finish(desk: Service, data: bytes = b"0123456789") -> Job:
-    """Do what a worker would."""
-    job = desk.store.claim("cpu")
-    assert job is not None
-    picture = job.request["num_frames"] == 1
-    names = {"image" if picture else "video": desk.folder.result(job, ".png" if picture else ".mp4")}
-    names |= {"thumbnail": desk.folder.result(job, ".thumbnail.webp")}
-    for name in names.values():
-        desk.folder.write(name, [data])
-    desk.store.complete(job, names, {"sha256": "0", "seconds": {"text": 1.0}, "peak_bytes": 2**20, "step_seconds": []})
-    return desk.store.get(job.id)
 
 
 # The life of a video
 
 
-def test_a_video_is_created_followed_fetched_and_deleted(client: TestClient, desk: Service) -> None:
+def test_a_video_is_created_followed_fetched_and_deleted(
+    client: TestClient, desk: Service, error_of: Any, finish: Any
+) -> None:
     made = client.post("/v1/videos", json=SMALL | {"size": "128x96", "model": "pocket"}).json()
     assert (made["object"], made["status"], made["progress"], made["size"]) == ("video", "queued", 0, "128x96")
     assert made["wan"]["queue_position"] == 0
     path = f"/v1/videos/{made['id']}"
     assert error_of(client.get(f"{path}/content")) == (409, None, "not_ready")
-    job = finish(desk)
+    job = finish()
     done = client.get(path).json()
     assert (done["status"], done["progress"], done["wan"]["peak_memory_mb"]) == ("completed", 100, 1.0)
     assert done["completed_at"] >= done["created_at"]
@@ -89,16 +47,16 @@ def test_a_video_is_created_followed_fetched_and_deleted(client: TestClient, des
     assert not list(desk.folder.root.rglob(f"*{job.id}*"))
 
 
-def test_events_tell_progress_and_the_end(client: TestClient, desk: Service) -> None:
+def test_events_tell_progress_and_the_end(client: TestClient, desk: Service, error_of: Any, finish: Any) -> None:
     job_id = client.post("/v1/videos", json=SMALL).json()["id"]
-    finish(desk)
+    finish()
     lines = client.get(f"/v1/videos/{job_id}/events").text.splitlines()
     assert lines[0] == "event: done"
     assert json.loads(lines[1].removeprefix("data: "))["status"] == "completed"
     assert error_of(client.get("/v1/videos/video_none/events")) == (404, None, "not_found")
 
 
-def test_cancelled_is_told_as_failed_with_a_code(client: TestClient) -> None:
+def test_cancelled_is_told_as_failed_with_a_code(client: TestClient, error_of: Any) -> None:
     job_id = client.post("/v1/videos", json=SMALL).json()["id"]
     told = client.post(f"/v1/videos/{job_id}/cancel").json()
     assert (told["status"], told["error"]["code"], told["wan"]["state"]) == ("failed", "cancelled", "cancelled")
@@ -142,6 +100,42 @@ def test_the_model_is_listed(client: TestClient) -> None:
     assert [model["id"] for model in client.get("/v1/models").json()["data"]] == ["pocket"]
 
 
+def test_files_expire_and_their_record_stays(client: TestClient, desk: Service, finish: Any, error_of: Any) -> None:
+    job_id = client.post("/v1/videos", json=SMALL).json()["id"]
+    job = finish()
+    assert client.get(f"/v1/videos/{job_id}").json()["expires_at"] is None
+    object.__setattr__(desk.settings, "keep_s", 60.0)
+    assert client.get(f"/v1/videos/{job_id}").json()["expires_at"] == int(job.finished_at + 60)
+    assert desk.store.expire(time.time() - 60) == []
+    desk.supervisor.keep_s = 1e-9
+    desk.supervisor._tidy()
+    assert not list(desk.folder.root.rglob(f"*{job_id}*"))
+    assert error_of(client.get(f"/v1/videos/{job_id}/content")) == (410, None, "expired")
+    after = client.get(f"/v1/videos/{job_id}").json()
+    assert (after["status"], after["wan"]["seed"], after["wan"]["content_url"]) == ("completed", 1, None)
+
+
+def test_a_server_of_two_models_takes_jobs_for_both(client: TestClient, desk: Service, error_of: Any) -> None:
+    object.__setattr__(desk.settings, "others", ["random:wan2.1-t2v-1.3b"])
+    desk.supervisor.slots[0].device = desk.supervisor.devices[0] | {"total_bytes": 10**11}
+    names = [model["id"] for model in client.get("/v1/models").json()["data"]]
+    assert names == ["pocket", "random:wan2.1-t2v-1.3b"]
+    first = client.post("/v1/videos", json=SMALL).json()
+    second = client.post("/v1/videos", json=SMALL | {"model": names[1], "size": "64x64"}).json()
+    assert [first["model"], second["model"]] == names
+    assert [job.model for job in desk.store.queue()] == names
+    refused = client.post("/v1/videos", json=SMALL | {"model": "wan2.1-t2v-1.3b"})
+    assert error_of(refused) == (400, "model", "invalid_value")
+    assert "Did you mean 'random:wan2.1-t2v-1.3b'?" in refused.json()["error"]["message"]
+
+
+def test_a_reload_is_told_to_the_workers(client: TestClient, desk: Service, monkeypatch: pytest.MonkeyPatch) -> None:
+    said: list[str] = []
+    monkeypatch.setattr(desk.supervisor, "_say", said.append)
+    assert client.post("/v1/models/reload").json() == {"reloaded": True}
+    assert said == ["reload"]
+
+
 # Refusals
 
 
@@ -178,7 +172,7 @@ def test_the_model_is_listed(client: TestClient) -> None:
     ],
 )
 def test_what_is_wrong_is_told_with_its_field(
-    client: TestClient, desk: Service, body: dict[str, Any], status: int, param: str | None
+    client: TestClient, desk: Service, body: dict[str, Any], status: int, param: str | None, error_of: Any
 ) -> None:
     response = client.post("/v1/videos", content=json.dumps(body), headers={"Content-Type": "application/json"})
     assert error_of(response)[:2] == (status, param), response.text
@@ -186,7 +180,7 @@ def test_what_is_wrong_is_told_with_its_field(
     assert list((desk.folder.root / "inputs").iterdir()) == []
 
 
-def test_what_will_not_fit_comes_with_something_that_does(client: TestClient, desk: Service) -> None:
+def test_what_will_not_fit_comes_with_something_that_does(client: TestClient, desk: Service, error_of: Any) -> None:
     refused = client.post("/v1/videos", json={"prompt": PROMPT, "size": "512x512", "num_frames": 4001})
     assert error_of(refused) == (422, None, "will_not_fit")
     words = refused.json()["error"]["message"]
@@ -197,16 +191,16 @@ def test_what_will_not_fit_comes_with_something_that_does(client: TestClient, de
 
 
 @pytest.mark.parametrize("body", [b"{", b"[]", b"3", b"\xff", b'{"prompt": NaN}', b"[" * 100_000])
-def test_broken_json_is_400(client: TestClient, body: bytes) -> None:
+def test_broken_json_is_400(client: TestClient, body: bytes, error_of: Any) -> None:
     response = client.post("/v1/videos", content=body, headers={"Content-Type": "application/json"})
     assert error_of(response)[0] == 400
 
 
-def test_another_media_type_is_415(client: TestClient) -> None:
+def test_another_media_type_is_415(client: TestClient, error_of: Any) -> None:
     assert error_of(client.post("/v1/videos", content=b"x", headers={"Content-Type": "text/plain"}))[0] == 415
 
 
-def test_a_full_queue_is_429_with_the_time_to_wait(client: TestClient) -> None:
+def test_a_full_queue_is_429_with_the_time_to_wait(client: TestClient, error_of: Any) -> None:
     for _ in range(5):
         assert client.post("/v1/videos", json=SMALL).is_success
     full = client.post("/v1/videos", json=SMALL)
@@ -214,7 +208,7 @@ def test_a_full_queue_is_429_with_the_time_to_wait(client: TestClient) -> None:
     assert int(full.headers["Retry-After"]) >= 1
 
 
-def test_a_key_given_twice_makes_one_job(client: TestClient, desk: Service) -> None:
+def test_a_key_given_twice_makes_one_job(client: TestClient, desk: Service, error_of: Any) -> None:
     headers = {"Idempotency-Key": "mine"}
     first, again = (client.post("/v1/videos", json=SMALL, headers=headers).json() for _ in range(2))
     assert first["id"] == again["id"]
@@ -223,7 +217,7 @@ def test_a_key_given_twice_makes_one_job(client: TestClient, desk: Service) -> N
     assert error_of(other) == (409, "Idempotency-Key", "idempotency_key_reused")
 
 
-def test_a_stopping_or_starting_server_is_503(client: TestClient, desk: Service) -> None:
+def test_a_stopping_or_starting_server_is_503(client: TestClient, desk: Service, error_of: Any) -> None:
     desk.admitting = False
     stopping = client.post("/v1/videos", json=SMALL)
     assert error_of(stopping) == (503, None, "not_ready")
@@ -235,7 +229,7 @@ def test_a_stopping_or_starting_server_is_503(client: TestClient, desk: Service)
     assert client.post("/v1/videos", json=SMALL).status_code == 503
 
 
-def test_a_full_disk_is_507(client: TestClient, desk: Service, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_full_disk_is_507(client: TestClient, desk: Service, monkeypatch: pytest.MonkeyPatch, error_of: Any) -> None:
     with monkeypatch.context() as patch:
         patch.setattr("swiftwan.serve.jobs.folder.RESERVE_BYTES", 2**60)
         assert error_of(client.post("/v1/videos", json=SMALL)) == (507, None, "disk_full")
@@ -247,7 +241,7 @@ def test_a_full_disk_is_507(client: TestClient, desk: Service, monkeypatch: pyte
 
 
 def test_an_error_of_ours_tells_nothing_of_itself(
-    client: TestClient, desk: Service, monkeypatch: pytest.MonkeyPatch
+    client: TestClient, desk: Service, monkeypatch: pytest.MonkeyPatch, error_of: Any
 ) -> None:
     def broken(*_: Any) -> None:
         raise KeyError("/secret/path")
@@ -256,151 +250,6 @@ def test_an_error_of_ours_tells_nothing_of_itself(
     response = client.get("/v1/videos/video_1")
     assert error_of(response) == (500, None, "internal")
     assert "secret" not in response.text
-
-
-# Uploads
-
-
-@pytest.mark.skipif("ImageToVideo" not in TASKS, reason="this version has no tasks that take images")
-def test_an_image_begins_a_video_under_a_name_of_ours(client: TestClient, desk: Service) -> None:
-    files = {"input_reference": ("../../../evil.png", png(128, 128), "text/html")}
-    response = client.post("/v1/videos", data={"prompt": PROMPT, "num_frames": "5"}, files=files)
-    if response.status_code == 400:  # the pocket model may not begin with an image
-        assert "image" in response.json()["error"]["message"]
-        return
-    (job,) = desk.store.queue()
-    assert job.request["task"] == "ImageToVideo"
-    assert job.inputs == [job.request["image"]]
-    assert desk.folder.path(job.inputs[0]).read_bytes() == png(128, 128)
-    assert "inputs" not in response.text
-    client.delete(f"/v1/videos/{job.id}")
-    assert list((desk.folder.root / "inputs").iterdir()) == []
-
-
-@pytest.mark.skipif("ImageToImage" not in TASKS, reason="this version has no tasks that take images")
-def test_edits_take_one_image_or_blend_several(client: TestClient, desk: Service) -> None:
-    with ThreadPoolExecutor() as pool:
-        for count, task in ((1, "ImageToImage"), (2, "Blend")):
-            files = [("image[]", ("a.png", png(128, 128), "image/png"))] * count
-            fields = {"prompt": PROMPT, "size": "128x128", "creativity": "0.5"}
-            answer = pool.submit(client.post, "/v1/images/edits", data=fields, files=files)
-            while not (waiting := desk.store.queue()) and not answer.done():
-                pass
-            assert waiting, answer.result().text
-            assert waiting[0].request["task"] == task
-            assert waiting[0].request["creativity"] == 0.5
-            finish(desk, b"picture")
-            (told,) = answer.result(timeout=10).json()["data"]
-            assert base64.b64decode(told["b64_json"]) == b"picture"
-
-
-@pytest.mark.parametrize(
-    "content",
-    [b"", b"<svg/>", b"GIF89a....", png()[:20], b"\xff\xd8\xff", b"\xff\xd8\xff\xe0\x00\x00", b"RIFF....WEBPVP8 "],
-    ids=["empty", "svg", "gif", "cut png", "cut jpeg", "looping jpeg", "cut webp"],
-)
-def test_what_is_no_image_is_400(client: TestClient, desk: Service, content: bytes) -> None:
-    files = {"input_reference": ("a.png", content, "image/png")}
-    assert error_of(client.post("/v1/videos", data={"prompt": PROMPT}, files=files))[:2] == (400, "input_reference")
-    assert list((desk.folder.root / "inputs").iterdir()) == []
-
-
-def test_a_huge_image_is_refused_by_its_header(client: TestClient) -> None:
-    bomb = png()[:16] + (60_000).to_bytes(4, "big") * 2 + png()[24:]
-    response = client.post("/v1/videos", data={"prompt": PROMPT}, files={"input_reference": ("a.png", bomb)})
-    assert error_of(response)[:2] == (400, "input_reference")
-    assert "60000x60000" in response.text
-
-
-def test_edits_without_an_image_are_400(client: TestClient) -> None:
-    assert error_of(client.post("/v1/images/edits", data={"prompt": PROMPT}))[:2] == (400, "image")
-
-
-@pytest.mark.parametrize("said", [True, False])
-def test_a_large_body_is_413_whatever_length_it_claims(desk: Service, said: bool) -> None:
-    app = make_app(desk, key=None, limits=Limits(json_bytes=1000, form_bytes=1000))
-    with TestClient(app, base_url=BASE, raise_server_exceptions=False) as client:
-        body = json.dumps(SMALL | {"prompt": "x" * 2000}).encode()
-        content = body if said else iter([body[:500], body[500:]])
-        response = client.post("/v1/videos", content=content, headers={"Content-Type": "application/json"})
-        assert error_of(response) == (413, None, "too_large")
-
-
-# Who may call
-
-
-def routes(app: FastAPI) -> list[tuple[str, str]]:
-    found = [(method.upper(), path) for path, methods in app.openapi()["paths"].items() for method in methods]
-    assert len(found) > 15
-    return [
-        *found,
-        ("GET", "/openapi.json"),
-        ("GET", "/docs"),
-        ("GET", "/"),
-        ("GET", "/no/such"),
-        ("PUT", "/v1/videos"),
-    ]
-
-
-def test_every_route_but_one_needs_the_key(desk: Service) -> None:
-    app = make_app(desk, key=KEY)
-    wrong = [{}, {"Authorization": f"Bearer {KEY}x"}, {"Authorization": "Bearer "}, {"Authorization": "Basic !"}]
-    wrong += [{"Authorization": f"Basic {base64.b64encode(b'user:wrong').decode()}"}, {"Authorization": KEY}]
-    with TestClient(app, base_url=BASE) as client:
-        for method, path in routes(app):
-            place = path.replace("{job_id}", "video_1")
-            for headers in wrong:
-                response = client.request(method, place, headers=headers)
-                assert response.status_code == (200 if path == OPEN_PATH else 401), (method, path)
-        assert client.get("/health/live/").status_code == 401
-        assert client.get("//health/live").status_code == 401
-
-
-@pytest.mark.parametrize(
-    "authorization", [f"Bearer {KEY}", f"bearer {KEY}", f"Basic {base64.b64encode(f'me:{KEY}'.encode()).decode()}"]
-)
-def test_the_key_opens(desk: Service, authorization: str) -> None:
-    with TestClient(make_app(desk, key=KEY), base_url="http://anywhere.example") as client:
-        assert client.get("/v1/videos", headers={"Authorization": authorization}).status_code == 200
-
-
-def test_a_websocket_needs_the_key_too(desk: Service) -> None:
-    from starlette.websockets import WebSocketDisconnect
-
-    with (
-        TestClient(make_app(desk, key=KEY), base_url=BASE) as client,
-        pytest.raises(WebSocketDisconnect) as closed,
-        client.websocket_connect("/anything"),
-    ):
-        pass
-    assert closed.value.code == 1008
-
-
-@pytest.mark.parametrize(
-    "headers",
-    [
-        {"Origin": "http://evil.example"},
-        {"Origin": "null"},
-        {"Sec-Fetch-Site": "cross-site"},
-        {"Host": "evil.example"},
-        {"Host": "127.0.0.1.evil.example"},
-    ],
-)
-def test_other_web_pages_are_refused(client: TestClient, desk: Service, headers: dict[str, str]) -> None:
-    assert client.post("/v1/videos", json=SMALL, headers=headers).status_code == 403
-    assert desk.store.counts()["queued"] == 0
-
-
-def test_a_page_of_its_own_may_call(client: TestClient) -> None:
-    assert client.post("/v1/videos", json=SMALL, headers={"Origin": BASE}).is_success
-
-
-def test_answers_are_not_sniffed_framed_or_kept(client: TestClient) -> None:
-    for path in ("/v1/videos", "/health/live", "/no/such"):
-        headers = client.get(path).headers
-        assert headers["X-Content-Type-Options"] == "nosniff"
-        assert headers["X-Frame-Options"] == "DENY"
-    assert client.get("/v1/videos").headers["Cache-Control"] == "no-store"
 
 
 # Whatever comes
@@ -438,32 +287,29 @@ def test_no_id_leads_anywhere(client: TestClient, name: str) -> None:
             assert response.json()["object"] == "list"
 
 
-def test_metrics_are_prometheus(client: TestClient, desk: Service) -> None:
+def test_metrics_are_prometheus(client: TestClient, desk: Service, finish: Any) -> None:
     client.post("/v1/videos", json=SMALL)
-    finish(desk)
+    finish()
     text = client.get("/metrics").text
     assert 'swiftwan_jobs{state="completed"} 1.0' in text
     assert "swiftwan_job_seconds_count 1.0" in text
 
 
-@pytest.mark.parametrize("calls", [pytest.param(150, id="150"), pytest.param(1000, id="1000", marks=pytest.mark.slow)])
-def test_many_calls_at_once_leave_memory_flat_and_the_queue_bounded(
-    client: TestClient, desk: Service, calls: int
-) -> None:
+def test_many_calls_at_once_leave_memory_flat_and_the_queue_bounded(client: TestClient, desk: Service) -> None:
     def call(number: int) -> int:
         return int(client.post("/v1/videos", json=SMALL | {"seed": number}).status_code)
 
     with ThreadPoolExecutor(16) as pool:
         codes = list(pool.map(call, range(50)))
         before = psutil.Process().memory_info().rss
-        codes += list(pool.map(call, range(calls)))
+        codes += list(pool.map(call, range(150)))
     assert sorted(set(codes)) == [200, 429]
     assert codes.count(200) == desk.store.limit
     assert psutil.Process().memory_info().rss - before < 50 * 2**20
 
 
 def test_a_queue_that_cannot_be_read_is_an_error_in_words(
-    client: TestClient, desk: Service, monkeypatch: pytest.MonkeyPatch
+    client: TestClient, desk: Service, monkeypatch: pytest.MonkeyPatch, error_of: Any
 ) -> None:
     def locked(*_: Any, **__: Any) -> None:
         raise sqlite3.OperationalError("database is locked")

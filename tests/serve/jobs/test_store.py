@@ -314,3 +314,29 @@ def test_another_versions_file_is_refused(tmp_path: Path) -> None:
     db.close()
     with pytest.raises(StoreError, match="schema 99"):
         Store(path)
+
+
+def test_a_file_of_the_first_schema_is_brought_up_to_date(tmp_path: Path, request_json: dict[str, Any]) -> None:
+    path = tmp_path / "old.sqlite3"
+    store = Store(path)
+    job, _ = store.add(request_json, model="pocket", plan="auto")
+    store._db.executescript("ALTER TABLE jobs DROP COLUMN expired; PRAGMA user_version = 1;")
+    store.close()
+    store = Store(path)
+    assert store.get(job.id).expired is False
+    store.close()
+
+
+def test_only_what_ended_long_ago_expires_and_its_inputs_cannot_be_tried_again(store: Store, add: Any) -> None:
+    old, running, waiting = add(inputs=["inputs/a.png"]), add(), add()
+    first = store.claim("cpu")
+    assert first is not None
+    store.fail(first, "internal", "no")
+    assert store.claim("cpu") is not None
+    assert store.expire(0) == []
+    assert [job.id for job in store.expire(2e9)] == [old.id]
+    assert store.expire(2e9) == []
+    assert store.all_files() == set()
+    assert [store.get(job.id).state for job in (running, waiting)] == ["in_progress", "queued"]
+    with pytest.raises(WrongStateError, match="expired"):
+        store.retry(old.id)

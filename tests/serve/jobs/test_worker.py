@@ -213,5 +213,15 @@ def test_a_sick_device_ends_the_process_and_keeps_the_job_for_its_successor(
     loaded.store.cancel(job.id)
 
 
+def test_a_reload_loads_the_model_anew_once(loaded: Worker, run: Any) -> None:
+    before = loaded._engine
+    loaded.stale.set()
+    assert run().record["load_seconds"] > 0
+    after = loaded._engine
+    assert after is not before
+    run()
+    assert loaded._engine is after
+
+
 def test_put_back_is_no_error_of_the_request() -> None:
     assert not issubclass(PutBack, ValueError)

@@ -8,6 +8,7 @@ from fastapi import FastAPI
 from starlette.middleware import Middleware
 
 from swiftwan.serve.http import answers, house, images, videos
+from swiftwan.serve.http.described import ERRORS
 from swiftwan.serve.http.guard import Guard, Limits
 from swiftwan.serve.jobs.service import Service
 
@@ -26,6 +27,7 @@ def make_app(service: Service, *, key: str | None, limits: Limits | None = None)
         title="swiftwan",
         version=_version(),
         docs_url=None,
+        responses=ERRORS,
         redoc_url=None,
         middleware=[guard],
     )

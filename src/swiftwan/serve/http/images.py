@@ -13,6 +13,7 @@ from fastapi.responses import FileResponse
 
 from swiftwan.serve.http.answers import ApiError, wrong_field
 from swiftwan.serve.http.asked import Body
+from swiftwan.serve.http.described import pictures_body
 from swiftwan.serve.http.shapes import wan
 from swiftwan.serve.http.videos import Brought, Desk, enqueue, send_file
 from swiftwan.serve.jobs.job import Job
@@ -27,13 +28,13 @@ WAIT_S = 600.0
 _STATUS = {"invalid_request": 400, "disk_full": 507, "cancelled": 409}
 
 
-@router.post("/generations")
+@router.post("/generations", openapi_extra=pictures_body())
 async def generations(call: Request, body: Brought, service: Desk) -> dict[str, Any]:
     """Pictures from words."""
     return await _pictures(call, service, body)
 
 
-@router.post("/edits")
+@router.post("/edits", openapi_extra=pictures_body())
 async def edits(call: Request, body: Brought, service: Desk) -> dict[str, Any]:
     """A picture from a picture, or from several blended."""
     if not body.uploads:
@@ -41,7 +42,7 @@ async def edits(call: Request, body: Brought, service: Desk) -> dict[str, Any]:
     return await _pictures(call, service, body)
 
 
-@router.get("/{job_id}/content")
+@router.get("/{job_id}/content", response_class=FileResponse)
 def content(job_id: str, service: Desk) -> FileResponse:
     """The picture."""
     if not job_id.startswith("image_"):

@@ -14,6 +14,7 @@ from pydantic import BaseModel, ConfigDict
 
 from swiftwan.serve.http.answers import ApiError
 from swiftwan.serve.http.asked import Asked, Body, model_named, read_body, understand
+from swiftwan.serve.http.described import video_body
 from swiftwan.serve.http.shapes import public_name, video
 from swiftwan.serve.jobs.admission import stand_in
 from swiftwan.serve.jobs.job import Job
@@ -70,13 +71,13 @@ def enqueue(service: Service, body: Body, *, picture: bool, key: str | None = No
     return job
 
 
-@router.post("")
+@router.post("", openapi_extra=video_body())
 def create(body: Brought, service: Desk, key: Key = None) -> dict[str, Any]:
     """Queue a video; JSON or a form."""
     return video(service, enqueue(service, body, picture=False, key=key))
 
 
-@router.post("/explain")
+@router.post("/explain", openapi_extra=video_body())
 def explain(body: Brought, service: Desk) -> dict[str, Any]:
     """Say what a video would take, and whether it fits; queue nothing."""
     asked = ask(service, body, picture=False)
@@ -120,7 +121,7 @@ def delete(job_id: str, service: Desk) -> dict[str, Any]:
     return {"id": job_id, "deleted": True, "object": "video.deleted"}
 
 
-@router.get("/{job_id}/content")
+@router.get("/{job_id}/content", response_class=FileResponse)
 def content(
     job_id: str, service: Desk, variant: Literal["video", "thumbnail", "spritesheet"] = "video"
 ) -> FileResponse:
@@ -145,7 +146,7 @@ def send_file(service: Service, job_id: str, variant: str) -> FileResponse:
     return FileResponse(path, media_type=MEDIA_TYPES[path.suffix], filename=f"{job.id}.{variant}{path.suffix}")
 
 
-@router.get("/{job_id}/preview")
+@router.get("/{job_id}/preview", response_class=FileResponse)
 def preview(job_id: str, service: Desk) -> FileResponse:
     """A picture of what is being made."""
     path = service.folder.path(service.folder.preview(service.store.get(job_id)))

@@ -70,7 +70,8 @@ class Admission:
             f"{_gb(load.peak_bytes)} GB, and {self.device.name} has {_gb(self.device.total_bytes)} GB"
         )
         if load.weight_bytes > self.device.total_bytes:
-            return f"{told}; the weights alone are {_gb(load.weight_bytes)} GB: try a smaller model."
+            weights = _gb(load.weight_bytes)
+            return f"{told}; the weights alone are {weights} GB: try a smaller model, or serve it by --plan auto."
         if frames := self._frames_that_fit(explanation):
             return f"{told}; try {frames} frames, or a smaller size."
         if size := self._size_that_fits(explanation):

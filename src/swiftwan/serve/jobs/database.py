@@ -80,6 +80,7 @@ class Database:
         self._db.row_factory = sqlite3.Row
         self._db.execute("PRAGMA journal_mode=WAL")
         self._db.execute("PRAGMA synchronous=FULL")
+        self._db.execute("PRAGMA wal_autocheckpoint=100")  # 400 kB: on a full disk the reserve must hold the log too
         found = self._db.execute("PRAGMA user_version").fetchone()[0]
         if found > _SCHEMA_VERSION:
             self._db.close()

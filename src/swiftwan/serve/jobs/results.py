@@ -57,7 +57,7 @@ def save(folder: Folder, job: Job, result: Result) -> tuple[dict[str, str], dict
 def _thumbnail(frames: Tensor) -> Image:
     from PIL import Image
 
-    picture = Image.fromarray(frames[0].contiguous().numpy())
+    picture = Image.fromarray(frames[len(frames) // 2].contiguous().numpy())  # the first is often still empty
     picture.thumbnail((_THUMBNAIL, _THUMBNAIL))
     return picture
 

@@ -28,7 +28,6 @@ FILES = {
 
 PICTURES = ("TextToImage", "ImageToImage", "Blend")
 WITH_CREATIVITY = ("VideoToVideo", "ImageToImage", "Blend")
-SCHEDULERS = ["unipc", "euler", "heun", "dpm++", "lcm"]
 
 DEFAULT, OWN = "Default", "Own"
 HEIGHTS = {"240p": 240, "360p": 360, "480p": 480, "720p": 720}

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import gradio as gr
 
+from swiftwan.sampling import SCHEDULERS
 from swiftwan.serve.page import reports, show, techniques
 from swiftwan.serve.page.inputs import (
     CHOSEN,
@@ -20,7 +21,6 @@ from swiftwan.serve.page.inputs import (
     OWN,
     PICTURES,
     PLANS,
-    SCHEDULERS,
     WITH_CREATIVITY,
     Inputs,
 )
@@ -170,7 +170,7 @@ def _inputs(page: Page) -> tuple[Form, Any]:
             steps = gr.Slider(1, 100, values.num_inference_steps, step=1, label="Steps")
             guidance = gr.Slider(1, 15, values.guidance_scale, step=0.1, label="Guidance")
         with gr.Row():
-            scheduler = gr.Dropdown(SCHEDULERS, value=values.scheduler, label="Scheduler")
+            scheduler = gr.Dropdown(list(SCHEDULERS), value=values.scheduler, label="Scheduler")
             seed = gr.Textbox("", label="Seed", placeholder="drawn, and recorded", max_lines=1)
         with gr.Row():
             model = gr.Dropdown(page.models, value=page.models[0], label="Model", scale=3)
@@ -184,26 +184,26 @@ def _inputs(page: Page) -> tuple[Form, Any]:
             label="An .mp4 or .png that swiftwan wrote", file_types=[".mp4", ".png"], height=110, elem_classes="drop"
         )
 
-    components = Inputs(
-        kind=kind,
-        prompt=prompt,
-        negative=negative,
-        resolution=resolution,
-        width=width,
-        height=height,
-        frames=frames,
-        fps=fps,
-        steps=steps,
-        guidance=guidance,
-        scheduler=scheduler,
-        seed=seed,
-        model=model,
-        creativity=creativity,
-        weights=weights,
-        plan=plan,
-        techniques=line,
-    )
-    form = Form(list(vars(components).values()), files)
+    components: dict[str, Any] = {
+        "kind": kind,
+        "prompt": prompt,
+        "negative": negative,
+        "resolution": resolution,
+        "width": width,
+        "height": height,
+        "frames": frames,
+        "fps": fps,
+        "steps": steps,
+        "guidance": guidance,
+        "scheduler": scheduler,
+        "seed": seed,
+        "model": model,
+        "creativity": creativity,
+        "weights": weights,
+        "plan": plan,
+        "techniques": line,
+    }
+    form = Form([components[name] for name in NAMES], files)
     quietly: dict[str, Any] = {"show_progress": "hidden", "queue": False}
     kind.change(_for_kind, kind, [*files.values(), creativity, weights, frames], **quietly)
     plan.change(lambda chosen: gr.Column(visible=chosen == CHOSEN), plan, checklist, **quietly)

@@ -231,7 +231,8 @@ def explained(explanation: Explanation, time_s: float | None, wait_s: float | No
         rows.append(("Begins", f"in about {seconds(wait_s)}"))
     table = "".join(f"<dt>{name}</dt><dd>{escape(value)}</dd>" for name, value in rows)
     used = [f"{t.spec} ({t.kind}): {t.reason}" for t in explanation.plan.techniques]
-    told = f"<details><summary>{len(used)} techniques</summary>{_list(used)}</details>" if used else ""
+    many = "1 technique" if len(used) == 1 else f"{len(used)} techniques"
+    told = f"<details><summary>{many}</summary>{_list(used)}</details>" if used else ""
     if refused:
         lines = [f"{name}: {why}" for name, why in refused.items()]
         told += f"<details><summary>{len(refused)} cannot be added here</summary>{_list(lines)}</details>"
