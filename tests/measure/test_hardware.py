@@ -1,3 +1,5 @@
+import os
+import subprocess
 import sys
 import threading
 import time
@@ -5,7 +7,7 @@ from types import SimpleNamespace
 
 import pytest
 
-from swiftwan.measure.hardware import HardwareSampler, NvmlReader, ProcessReader, Reading, readers
+from swiftwan.measure.hardware import HardwareSampler, NvmlReader, ProcessReader, Reading, gpu_readers, readers
 from swiftwan.measure.missing import Missing
 from swiftwan.pipelines.result import StepEvent
 
@@ -170,9 +172,38 @@ def test_a_cpu_is_read_as_this_process() -> None:
 
 
 def test_a_gpu_without_its_driver_is_missing_with_the_reason() -> None:
-    found = readers("cuda:0")
-    assert isinstance(found, Missing)
-    assert "NVML" in found.reason
+    for found in (readers("cuda:0"), gpu_readers(["1234"])):
+        assert isinstance(found, Missing)
+        assert "NVML" in found.reason
+
+
+def test_another_process_is_read_and_its_successor_after_it() -> None:
+    def sleeper():
+        return subprocess.Popen([sys.executable, "-c", "input()"], stdin=subprocess.PIPE)
+
+    first, second = sleeper(), sleeper()
+    now = [first.pid]
+    reader = ProcessReader(lambda: now[0])
+    assert 2**20 < reader.read().memory_used_bytes < 2**30
+    for process in (first, second):
+        process.communicate()
+    gone = reader.read()
+    assert gone.memory_used_bytes is None
+    assert gone.memory_free_bytes > 0
+    now[0] = os.getpid()
+    assert reader.read().memory_used_bytes > 2**25
+    now[0] = None
+    assert reader.read().memory_used_bytes is None
+
+
+def test_only_the_last_samples_are_kept_where_that_is_asked() -> None:
+    sampler = HardwareSampler([ProcessReader()], interval_seconds=60, kept=2)
+    with sampler:
+        for _ in range(3):
+            sampler.sample()
+    (seen,) = sampler.seen()
+    assert len(seen) == 2
+    assert seen[0].seconds < seen[1].seconds
 
 
 def test_several_gpus_are_read_by_their_uuids_whatever_their_order(monkeypatch) -> None:

@@ -198,6 +198,8 @@ def test_a_weak_key_is_refused(key: str) -> None:
         (["--host", "0.0.0.0"], "no key"),
         (["--key-file", "/no/such/file"], "cannot be read"),
         (["--model", "pokcet"], "pokcet"),
+        (["--model", "pocket", "--model", "pokcet"], "pokcet"),
+        (["--keep", "0"], "--keep"),
         (["--with", "quantise:fp8"], "quantise"),
     ],
 )

@@ -38,7 +38,7 @@ FLAGS = [
     "--disable-sync",
 ]
 PROMPT = "a large yellow star spins over a night background"
-PATIENCE_MS = 60_000
+PATIENCE_MS = 120_000
 TABS = ("Generate", "Queue", "Gallery", "Compare", "Benchmark")
 
 
@@ -215,7 +215,7 @@ def test_two_results_play_in_step_and_settings_come_back(
     page.get_by_role("button", name="Refresh the lists").click()
     videos = page.locator(".pair video")
     page.wait_for_function("document.querySelectorAll('.pair video').length == 2")
-    page.get_by_text("PSNR, right to left").wait_for(timeout=3 * PATIENCE_MS)  # by a process that waits for others
+    page.get_by_text("PSNR, right to left").wait_for(timeout=2 * PATIENCE_MS)  # by a process that waits for others
     page.get_by_role("button", name="Play", exact=True).click()
     page.wait_for_timeout(1200)
     one, other = (videos.nth(i).evaluate("v => [v.currentTime, v.paused]") for i in range(2))
