@@ -232,7 +232,7 @@ def cold(arguments: argparse.Namespace) -> None:
             gc.collect()
             torch.cuda.empty_cache()
         medians: dict[str, float] = {}
-        for runner in (*arguments.plans, *(name for name in PEERS if name in arguments.peers)):
+        for runner in (*(name for name in PEERS if name in arguments.peers), *arguments.plans):
             told = [once(arguments, path, runner) for _ in range(arguments.repeats + 1)]
             row: dict[str, Any] = {"case": f"cold-{arguments.case}", "rung": "exact"}
             row |= {"plan": [] if runner in PEERS else plan_of(runner, device), "runner": runner}
@@ -248,6 +248,10 @@ def cold(arguments: argparse.Namespace) -> None:
                     "marks": {key: round(value, 2) for key, value in told[-1].items()},
                     "size": f"{arguments.width}x{arguments.height}x{arguments.frames}",
                 }
+                best = min((name for name in medians if name in PEERS), key=medians.__getitem__, default=None)
+                if best is not None:
+                    row |= {"peer": best, "peer_seconds": round(medians[best], 2)}
+                    row |= {"ratio": round(medians[best] / medians[runner], 3)}
             else:
                 row |= {"status": "failed", "reason": told[-1].get("problem", "no first step")}
             emit(row | common(arguments, device), arguments.out)

@@ -1,7 +1,10 @@
 """The estimate against what is counted: tensors that live at once, weights that are loaded, forwards that run."""
 
+import json
+import statistics
 import weakref
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
@@ -201,3 +204,25 @@ def test_the_decoder_is_counted():
     first, following = decoder_flop(WAN21_VAE)
     assert first < following
     assert 81 * 832 * 480 * 7e6 < 60 * 104 * (first + 20 * following) < 81 * 832 * 480 * 12e6
+
+
+ROWS = [
+    json.loads(line)
+    for line in (Path(__file__).parents[1] / "benchmarks" / "h200_techniques.jsonl").read_text().splitlines()
+]
+
+
+@pytest.mark.parametrize("row", ROWS, ids=[row["case"] for row in ROWS])
+def test_the_estimate_is_near_what_an_h200_measured(row, monkeypatch):
+    """Memory of each phase within 10 %, the peak within 6 %, the time of a step within 25 %."""
+    for module in ("fused", "vae"):
+        monkeypatch.setattr(f"swiftwan.techniques.{module}.find_spec", lambda name: object())
+    monkeypatch.setattr("swiftwan.ops.attention._installed", lambda package: True)
+    device = replace(GPU, total_bytes=int((row["cap_gb"] or 150.1) * 1e9))
+    width, height, num_frames = row["size"]
+    load = load_of(row["model"].removeprefix("random:"), width, height, num_frames, row["plan"], device=device)
+    assert load.peak_bytes == pytest.approx(row["peak_bytes"], rel=0.06)
+    for name, measured in row["phase_peak_bytes"].items():
+        if name != "load":
+            assert phase(load, name).device_bytes == pytest.approx(measured, rel=0.1)
+    assert load.step_seconds == pytest.approx(statistics.median(row["step_seconds"]), rel=0.25)

@@ -49,7 +49,7 @@ def test_an_empty_plan_is_the_plain_run():
         (["vae:tiling:smaple=3"], "has no option 'smaple'. Did you mean 'sample'"),
         (["vae:tiling:sample=x"], "sample is 'x'; it must be int"),
         (["vae:tiling:sample=64,stride=96"], "the stride must be 1 to sample"),
-        (["vae"], "vae: is not known"),
+        (["vae"], "needs a value"),
         (["quantize"], "needs a value"),
         (["batched-cfg:3"], "takes no value '3'"),
         (["dtype:int7"], "dtype is 'int7'"),

@@ -46,7 +46,8 @@ RECIPES = {
     "80gb": Recipe("wan2.2-t2v-a14b", 1280, 720, 81, ("offload:auto:budget=46", "text-encoder:unload")),
     "141gb": Recipe("wan2.2-t2v-a14b", 1280, 720, 81, ()),
 }
-"""Exact all; each has run under a cap of its memory on random weights (benchmarks/h200_techniques.jsonl)."""
+"""Exact all. ``8gb`` has run under a cap of its memory (benchmarks/h200_techniques.jsonl); the others fit by the
+estimate, and have not run so."""
 
 NAMES = ("auto", *(f"auto:{quality}" for quality in get_args(Quality)), "none", *RECIPES)
 

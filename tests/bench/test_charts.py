@@ -44,3 +44,9 @@ def test_a_figure_is_a_file_of_its_own() -> None:
 def test_the_ninth_line_is_dashed_and_colours_are_the_same_everywhere() -> None:
     assert 'stroke-dasharray="6 3"' in lines([Series("ninth", 8, [(0, 1), (1, 1)])], x="x", y="y")
     assert "#d55e00" in scatter([Series("second", 1, [(1, 1)])], [(1, 1)], x="x", y="y")
+
+
+def test_counts_have_whole_ticks() -> None:
+    assert ticks(1, 2, whole=True) == [1, 2]
+    assert ticks(1, 50, whole=True) == [0, 10, 20, 30, 40, 50]
+    assert ">1.2<" not in lines([Series("s", 0, [(1.0, 1.0), (2.0, 2.5)])], x="step", y="ms")

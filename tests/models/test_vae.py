@@ -4,6 +4,7 @@ from dataclasses import asdict, replace
 
 import pytest
 import torch
+import torch.nn.functional as F
 from diffusers import AutoencoderKLWan
 from diffusers.video_processor import VideoProcessor
 from torch import Tensor, nn
@@ -12,7 +13,7 @@ from swiftwan.errors import RequestError, WeightsError
 from swiftwan.models import vae_blocks
 from swiftwan.models.config import WAN21_VAE, WAN22_VAE, VAEConfig
 from swiftwan.models.vae import Tiling, WanVAE
-from swiftwan.models.vae_blocks import Stream
+from swiftwan.models.vae_blocks import Attention, Stream
 
 SMALL_21 = VAEConfig(base_dim=8, num_res_blocks=1)
 SMALL_22 = replace(WAN22_VAE, base_dim=8, decoder_base_dim=16, num_res_blocks=1)
@@ -302,3 +303,14 @@ def test_one_frame_does_no_work_for_frames_that_do_not_exist(config, monkeypatch
     latents = vae.encode(torch.rand(1, 3, 1, 32, 32))
     vae.decode(latents)
     assert set(seen) == {(1, 1)}
+
+
+@pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last], ids=str)
+def test_attention_of_one_position_reads_strides_that_every_kernel_takes(monkeypatch, layout):
+    seen = []
+    attend = F.scaled_dot_product_attention
+    monkeypatch.setattr(F, "scaled_dot_product_attention", lambda *qkv: (seen.extend(qkv), attend(*qkv))[1])
+    layer = Attention(8)
+    layer.to_qkv.weight.data = layer.to_qkv.weight.data.to(memory_format=layout)
+    assert layer(torch.randn(1, 8, 3, 1, 1), Stream()).shape == (1, 8, 3, 1, 1)
+    assert [x.stride()[2:] for x in seen] == [(24, 1)] * 3

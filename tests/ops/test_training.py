@@ -25,6 +25,7 @@ def relative(got, expected):
 
 @gpu
 @needs_cuda
+@pytest.mark.filterwarnings("default")  # importing FlashAttention-4 warns of what its own packages deprecate
 @pytest.mark.parametrize("compiled", [False, True])
 @pytest.mark.parametrize("length", [512, 1000])
 def test_flash4_has_the_gradients_of_the_reference(length, compiled):

@@ -99,5 +99,5 @@ else:
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 def test_what_cannot_be_recorded_is_told():
-    run = subprocess.run([sys.executable, "-c", UNRECORDABLE], capture_output=True, text=True, check=False)
+    run = subprocess.run([sys.executable, "-c", UNRECORDABLE], capture_output=True, text=True, check=False, timeout=300)
     assert run.returncode == 0, run.stderr

@@ -102,7 +102,7 @@ class _Frame:
     def __init__(self, points: Sequence[tuple[float, float]], x: str, y: str, *, from_zero: bool) -> None:
         xs, ys = [p[0] for p in points] or [0.0], [p[1] for p in points] or [0.0]
         self.labels = x, y
-        self.x_ticks = ticks(min(xs), max(xs))
+        self.x_ticks = ticks(min(xs), max(xs), whole=all(float(x).is_integer() for x in xs))
         self.y_ticks = ticks(0.0 if from_zero else min(ys), max(ys))
 
     def x(self, value: float) -> float:
@@ -132,13 +132,14 @@ class _Frame:
         )
 
 
-def ticks(low: float, high: float, wanted: int = 5) -> list[float]:
-    """Round values, equally far apart, that hold low and high between them."""
+def ticks(low: float, high: float, wanted: int = 5, *, whole: bool = False) -> list[float]:
+    """Round values, equally far apart, that hold low and high between them; ``whole`` ones for counts."""
     if high - low < 1e-3 * abs(high):  # six digits on an axis tell nobody anything
         low, high = low - 1e-3 * abs(high), high + 1e-3 * abs(high)
     high = high if high > low else low + 1
     raw = (high - low) / wanted
     size = 10.0 ** math.floor(math.log10(raw))
     step = next(m * size for m in (1, 2, 5, 10) if m * size >= raw * 0.999)
+    step = max(step, 1.0) if whole else step
     first, last = math.floor(low / step), math.ceil(high / step - 1e-9)
     return [round(i * step, 12) for i in range(first, max(last, first + 1) + 1)]

@@ -7,7 +7,7 @@ STYLE = """
 }
 * { box-sizing: border-box; }
 body { margin: 0; background: var(--back); color: var(--text); font: 16px/1.5 system-ui, sans-serif; }
-main { max-width: 1100px; margin: 0 auto; padding: 1rem; }
+main { max-width: 1240px; margin: 0 auto; padding: 1rem; }
 h1 { font-size: 1.7rem; line-height: 1.2; } h2 { font-size: 1.3rem; margin-top: 2.5rem; } h3 { font-size: 1.1rem; }
 h1, h2, .prompt, .note, li { overflow-wrap: anywhere; }
 .prompt { color: var(--mute); font-style: italic; }
@@ -40,12 +40,14 @@ td.reason { color: #b3261e; }
 .controls input { flex: 1; min-width: 140px; min-height: 44px; }
 @media (max-width: 600px) {
   th, td { padding: .3rem .35rem; } table { font-size: .78rem; } .chart text { font-size: 18px; }
+  .scroll th:first-child { white-space: normal; overflow-wrap: anywhere; min-width: 6.6rem; max-width: 7.5rem; }
   .videos { grid-template-columns: 1fr 1fr; gap: .6rem; }
 }
 @media print {
   :root { color-scheme: light; --line: #bbb; --soft: #eee; --text: #000; --back: #fff; --mute: #444; }
   main { max-width: none; padding: 0; } .controls { display: none; } .scroll { overflow: visible; }
-  th, td { white-space: normal; padding: .15rem .3rem; } table { font-size: 8pt; } h2 { break-after: avoid; }
+  th { white-space: normal; } th, td { padding: .15rem .25rem; } table, .pairs table { font-size: 7pt; }
+  .pairs { grid-template-columns: 1fr 1fr; } h2 { break-after: avoid; }
 }
 """
 

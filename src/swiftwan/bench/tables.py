@@ -61,6 +61,9 @@ QUALITY_FIGURES = (
 )
 
 
+_SHORT = {"float32": "fp32", "float16": "fp16", "bfloat16": "bf16"}
+
+
 def overview(rows: Sequence[Row]) -> list[list[str]]:
     """A line a plan: what it is, how fast, how much memory; of one that did not run the reason alone."""
     names = "Plan, Rung, Dtype, Clip, Spread, Ratio, Text, Step, VAE, Encode, Peak, Of ceiling, Runs"
@@ -74,7 +77,7 @@ def overview(rows: Sequence[Row]) -> list[list[str]]:
             [
                 _named(row),
                 row["rung"],
-                row["dtype"],
+                _SHORT.get(str(row["dtype"]), str(row["dtype"])),
                 _s(row["seconds"]) if row["status"] == "ok" else _status(row),
                 f"{low:.3g} to {high:.3g} s",
                 f"{row['ratio']:.2f}x" if row["ratio"] else "",

@@ -126,8 +126,10 @@ class Attention(nn.Module):
 
     def forward(self, x: Tensor, stream: Stream) -> Tensor:
         frames = _as_images(x)
-        # Contiguous: of a single position, PyTorch 2.11 on CUDA finds no kernel for the strides a transposition leaves.
-        qkv = self.to_qkv(self.norm(frames)).flatten(2).transpose(1, 2).contiguous()  # (B T, H W, 3 C)
+        qkv = self.to_qkv(self.norm(frames)).flatten(2).transpose(1, 2)  # (B T, H W, 3 C)
+        # Of a single position, PyTorch 2.11 on CUDA finds no kernel for the strides a transposition leaves, and
+        # ``contiguous`` leaves them too; a clone has those of its shape.
+        qkv = qkv.clone(memory_format=torch.contiguous_format)
         q, k, v = qkv.unsqueeze(1).chunk(3, dim=-1)
         attended = F.scaled_dot_product_attention(q, k, v).squeeze(1)
         attended = attended.transpose(1, 2).unflatten(2, frames.shape[2:])

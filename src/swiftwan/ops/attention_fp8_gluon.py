@@ -2,9 +2,9 @@
 """8-bit self-attention for Hopper, dense and block-sparse, in Gluon, the lower level of Triton. Imported only there.
 
 One program computes 128 queries of a head. Three groups of warps work at once (as in FlashAttention-3, arXiv
-2407.08608): one asks TMA for blocks of keys and values, and two, of 64 queries each, multiply and take the softmax. A
-group's second product of one block runs while it takes the softmax of the next, and two groups drift apart, so that the
-tensor cores have work while exponentials are computed.
+2407.08608): one asks TMA for blocks of keys and values, and two, of 64 queries each, multiply and take the softmax. The
+scores of a group's next block are multiplied while it takes the softmax of this one, and the two groups drift apart,
+so that the tensor cores have work while exponentials are computed.
 
 The blocks are read from the last to the first: the one with the end of the sequence, which must be masked, comes
 first, outside of the loop.
@@ -80,6 +80,26 @@ def _soften(scores, factor, largest, total):
 
 
 @gluon.jit
+def _begin_scores(q, k_ring, k_ready, step, STAGES: gl.constexpr):
+    """Set the first product of a block going, once its keys are there."""
+    MMA: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, 128, 32])
+    HALF: gl.constexpr = q.shape[0]
+    BLOCK: gl.constexpr = k_ring.shape[1]
+    nothing = gl.zeros([HALF, BLOCK], gl.int32, MMA)
+    mbarrier.wait(k_ready.index(step % STAGES), (step // STAGES) & 1)
+    keys = k_ring.index(step % STAGES).permute((1, 0))
+    return warpgroup_mma(q, keys, nothing, use_acc=False, is_async=True)
+
+
+@gluon.jit
+def _begin_result(weights, v_ring, v_ready, step, result, MMA: gl.constexpr, STAGES: gl.constexpr):
+    """Set the second product of a block going, added to ``result``, once its values are there."""
+    left = _left_side(weights, MMA)
+    mbarrier.wait(v_ready.index(step % STAGES), (step // STAGES) & 1)
+    return warpgroup_mma(left, v_ring.index(step % STAGES).permute((1, 0)), result, is_async=True)
+
+
+@gluon.jit
 def _multiply(PART: gl.constexpr, memory, ready, free, tensors, sizes, STAGES: gl.constexpr, TURN: gl.constexpr):
     """64 queries over all blocks: the scores' product, softmax, the values' product.
 
@@ -98,12 +118,9 @@ def _multiply(PART: gl.constexpr, memory, ready, free, tensors, sizes, STAGES: g
     row = first_row + PART * HALF + gl.arange(0, HALF, gl.SliceLayout(1, MMA))
     factor = gl.load(factor + row, row < length, other=0.0)
     q = q.index(PART)
-    nothing = gl.zeros([HALF, BLOCK], gl.int32, MMA)
 
     mbarrier.wait(q_ready, 0)
-    mbarrier.wait(k_ready.index(0), 0)
-    ahead = warpgroup_mma(q, k_ring.index(0).permute((1, 0)), nothing, use_acc=False, is_async=True)
-    scores = warpgroup_mma_wait(0, deps=(ahead,))
+    scores = warpgroup_mma_wait(0, deps=(_begin_scores(q, k_ring, k_ready, 0, STAGES),))
     mbarrier.arrive(k_free.index(0))
     token = last * BLOCK + gl.arange(0, BLOCK, gl.SliceLayout(0, MMA))
     # What _as_float makes minus infinity.
@@ -117,44 +134,28 @@ def _multiply(PART: gl.constexpr, memory, ready, free, tensors, sizes, STAGES: g
         behind = warpgroup_mma_init(result)
         for part in gl.static_range(TURN):
             step = turn * TURN + part
-            slot = step % STAGES
-            next_slot = (step + 1) % STAGES
-            mbarrier.wait(k_ready.index(next_slot), ((step + 1) // STAGES) & 1)
-            ahead = warpgroup_mma(q, k_ring.index(next_slot).permute((1, 0)), nothing, use_acc=False, is_async=True)
+            ahead = _begin_scores(q, k_ring, k_ready, step + 1, STAGES)
             weights, shrink, largest, total = _soften(scores, factor, largest, total)
             if part > 0:
                 result = warpgroup_mma_wait(1, deps=(behind,))
                 mbarrier.arrive(v_free.index((step - 1) % STAGES))
-            result = result * shrink[:, None]
-            left = _left_side(weights, MMA)
-            mbarrier.wait(v_ready.index(slot), (step // STAGES) & 1)
-            behind = warpgroup_mma(left, v_ring.index(slot).permute((1, 0)), result, is_async=True)
+            behind = _begin_result(weights, v_ring, v_ready, step, result * shrink[:, None], MMA, STAGES)
             scores = warpgroup_mma_wait(1, deps=(ahead,))
-            mbarrier.arrive(k_free.index(next_slot))
+            mbarrier.arrive(k_free.index((step + 1) % STAGES))
         result = warpgroup_mma_wait(0, deps=(behind,))
         mbarrier.arrive(v_free.index((turn * TURN + TURN - 1) % STAGES))
 
-    for step in range(turns * TURN, count - 1):
-        slot = step % STAGES
-        next_slot = (step + 1) % STAGES
-        mbarrier.wait(k_ready.index(next_slot), ((step + 1) // STAGES) & 1)
-        ahead = warpgroup_mma(q, k_ring.index(next_slot).permute((1, 0)), nothing, use_acc=False, is_async=True)
+    for step in range(turns * TURN, count - 1):  # what is left of a turn
+        ahead = _begin_scores(q, k_ring, k_ready, step + 1, STAGES)
         weights, shrink, largest, total = _soften(scores, factor, largest, total)
-        result = result * shrink[:, None]
-        left = _left_side(weights, MMA)
-        mbarrier.wait(v_ready.index(slot), (step // STAGES) & 1)
-        behind = warpgroup_mma(left, v_ring.index(slot).permute((1, 0)), result, is_async=True)
+        behind = _begin_result(weights, v_ring, v_ready, step, result * shrink[:, None], MMA, STAGES)
         scores = warpgroup_mma_wait(1, deps=(ahead,))
-        mbarrier.arrive(k_free.index(next_slot))
+        mbarrier.arrive(k_free.index((step + 1) % STAGES))
         result = warpgroup_mma_wait(0, deps=(behind,))
-        mbarrier.arrive(v_free.index(slot))
+        mbarrier.arrive(v_free.index(step % STAGES))
 
     weights, shrink, largest, total = _soften(scores, factor, largest, total)
-    result = result * shrink[:, None]
-    left = _left_side(weights, MMA)
-    slot = (count - 1) % STAGES
-    mbarrier.wait(v_ready.index(slot), ((count - 1) // STAGES) & 1)
-    behind = warpgroup_mma(left, v_ring.index(slot).permute((1, 0)), result, is_async=True)
+    behind = _begin_result(weights, v_ring, v_ready, count - 1, result * shrink[:, None], MMA, STAGES)
     result = warpgroup_mma_wait(0, deps=(behind,))
     channel = gl.arange(0, WIDTH, gl.SliceLayout(0, MMA))
     result = result * (1.0 / total)[:, None] * gl.load(v_scale + channel)[None, :] + gl.load(v_mean + channel)[None, :]

@@ -60,7 +60,7 @@ def run(
     start: Path | None = None,
     say: Say,
 ) -> Path:
-    """Distill, or go on, and write ``folder/few_step_STEPS.safetensors``; returns its path.
+    """Distill, or go on, and write ``folder/few_step_STEPS.safetensors``; returns its path, which names an expert.
 
     Args:
         parts: the teacher's, on the device where all is computed. Its transformer is the student's from now on.
@@ -100,9 +100,7 @@ def run(
     trainer.learn("regression", settings.regression)
     trainer.learn("consistency", settings.consistency)
     trainer.match(settings.matching)
-    name = f"few_step_{settings.steps}" + (f"_{settings.expert}_noise" if settings.expert else "")
-    path = folder / f"{name}.safetensors"
-    return deliver(path, roles, settings, base)[0]
+    return deliver(folder / f"few_step_{settings.steps}.safetensors", roles, settings, base)[0]
 
 
 def cast(parts: Parts, settings: Settings) -> Roles:

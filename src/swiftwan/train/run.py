@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import random
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -105,6 +106,8 @@ class Run:
                 adapter.freeze_in_fp8(transformer, self.engine.device)
             memory.keep_in_blocks(transformer, self._keeps(transformer))
             if self.device.type == "cuda":
+                # A compilation a bucket's shape, and one more without gradients: past torch's limit of eight.
+                torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, 64)
                 for layer in transformer.blocks:
                     layer.compile(dynamic=False)
             if settings.weights != "whole":
@@ -186,19 +189,19 @@ class Run:
         """Read a batch from the cache to the device; ``drop`` is the share of captions to leave out."""
         cache, encoders = self.data.cache, self.data.encoders
         samples = [encoders.sample(item) for item in items]
-        dropped = (torch.rand(len(items), generator=chance, device=self.device) < drop).tolist()
         empty = encoders.text_key("")
-        keys = [empty if out else sample.text for sample, out in zip(samples, dropped, strict=True)]
+        # On the host, so that nobody waits for the device.
+        dropped = random.Random(chance.initial_seed())
+        keys = [empty if dropped.random() < drop else sample.text for sample in samples]
         text = torch.stack([_padded(cache[key], self.data.text_tokens) for key in keys])
+        tokens = [sample.image_tokens for sample in samples if sample.image_tokens]
         share = self.settings.first_frame if items[0].bucket.frames > 1 else 0.0
         given = torch.rand(len(items), generator=chance, device=self.device) < share if share else None
         return flow.Batch(
             latents=self._stacked([sample.latents for sample in samples]).float(),
             text=text.to(self.device),
             channels=self._channels([sample.image for sample in samples if sample.image]),
-            image_tokens=self._stacked([s.image_tokens for s in samples if s.image_tokens])
-            if samples[0].image_tokens
-            else None,
+            image_tokens=self._stacked(tokens) if tokens else None,
             given=given,
         )
 
