@@ -1,12 +1,14 @@
 import pytest
 
-from swiftwan.plan import TECHNIQUES, parse
+from swiftwan.plan import parse
 from swiftwan.serve.page import techniques
+from swiftwan.techniques import TECHNIQUES
 
 
 def test_everything_is_offered_but_what_a_page_cannot_choose() -> None:
     left = set(TECHNIQUES) - {parse(spec).name for spec in techniques.OFFERED}
-    assert left == {"dtype", "lora", "prompt-cache"}  # the server's own number format, its files, and what always runs
+    # The server's own number format, files that a client may not name, and what always runs.
+    assert left == {"dtype", "few-step", "lora", "prompt-cache"}
     assert sorted(techniques.reasons()) == sorted(map(techniques.head, techniques.OFFERED))
 
 

@@ -152,7 +152,9 @@ class Store(Attempts):
         return [from_row(row) for row in self._rows("SELECT * FROM jobs WHERE state = 'queued' ORDER BY place")]
 
     def running(self) -> list[Job]:
-        return [from_row(row) for row in self._rows("SELECT * FROM jobs WHERE state = 'in_progress' ORDER BY place")]
+        """Jobs at work; one that was deleted is out of sight already, and stops within its step."""
+        query = "SELECT * FROM jobs WHERE state = 'in_progress' AND NOT deleted ORDER BY place"
+        return [from_row(row) for row in self._rows(query)]
 
     def cancel(self, job_id: str) -> Job:
         """Ask a job to stop: one that waits is cancelled at once, one that runs within its step."""

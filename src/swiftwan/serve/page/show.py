@@ -9,7 +9,7 @@ from html import escape
 from typing import Any
 
 from swiftwan.measure.hardware import Reading, Sample
-from swiftwan.plan import Explanation
+from swiftwan.plan import Explanation, Load
 from swiftwan.serve.http.shapes import public_name
 from swiftwan.serve.jobs.job import Job
 from swiftwan.serve.jobs.service import Service
@@ -220,7 +220,7 @@ def explained(explanation: Explanation, time_s: float | None, wait_s: float | No
     size = f"{request.width}x{request.height}" + (f", {request.num_frames} frames" if request.num_frames != 1 else "")
     rows = [
         ("Work", f"{size}: {load.forwards} passes of {load.tokens} tokens"),
-        ("Time", f"about {seconds(time_s)}" if time_s is not None else "known once a first job has run here"),
+        ("Time", _time(load, time_s)),
         (
             "Memory",
             f"{_gib(load.weight_bytes)} of weights + about {_gib(load.activation_bytes)} of "
@@ -237,6 +237,15 @@ def explained(explanation: Explanation, time_s: float | None, wait_s: float | No
         lines = [f"{name}: {why}" for name, why in refused.items()]
         told += f"<details><summary>{len(refused)} cannot be added here</summary>{_list(lines)}</details>"
     return f'<div class="fine" role="status"><dl>{table}</dl>{told}</div>'
+
+
+def _time(load: Load, time_s: float | None) -> str:
+    """From the speed of the last jobs here, else as the planner tells it for known chips."""
+    if time_s is not None:
+        return f"about {seconds(time_s)}"
+    if load.denoise_seconds is None or load.decode_seconds is None:
+        return "known once a first job has run here"
+    return f"{'at most' if load.at_most else 'about'} {seconds(load.denoise_seconds + load.decode_seconds)}"
 
 
 def wrong(problem: Exception) -> str:
