@@ -2,8 +2,8 @@
 
     python benchmarks/ladder.py [benchmarks/*.jsonl] [--out docs/ladder.md]
 
-A row counts if it has a case, a rung and a device with a GPU. Of the same plan and case the last one stands, so a
-file of rows only grows; of a case and rung the fastest plan is shown, and all others below it.
+A row counts if it has a case of true size, a rung and a device with a GPU. Of the same plan and case the last one
+stands, so a file of rows only grows; of a case and rung the fastest plan is shown first, and all others below it.
 """
 
 from __future__ import annotations
@@ -34,8 +34,8 @@ INTRO = """# The ladder
 
 Made from the rows in `benchmarks/` by `python benchmarks/ladder.py`; do not edit. One H200, random weights of the true
 architectures, ours and the peer by turns in one process. *Ratio* is the peer's time over ours. *Of ceiling* is the time
-that the same matrix products and dense attention would take at the highest bf16 rates measured, over ours: rungs that
-skip work, or compute in 8 bits, may pass 100 %. *Error* is the relative distance to the run that the row names.
+that the same matrix products and attention would take at the highest rates measured on the chip in the row's number
+format, over ours. *Error* is the relative distance to the run that the row names.
 *Sustained* is a run repeated for seconds without a pause: at the chip's limit of 700 W clocks fall from 1980 MHz until
 the power fits, so that time follows energy.
 """
@@ -43,7 +43,8 @@ the power fits, so that time follows energy.
 
 def read(paths: Iterable[Path]) -> list[Row]:
     rows = [json.loads(line) for path in paths for line in path.read_text().splitlines() if line.strip()]
-    return [row for row in rows if row.get("case") and row.get("rung") and "CPU" not in str(row.get("device"))]
+    rows = [row for row in rows if row.get("case") and row.get("rung") and "CPU" not in str(row.get("device"))]
+    return [row for row in rows if not row["case"].startswith("pocket") and " check " not in row["case"]]
 
 
 def latest(rows: Iterable[Row]) -> list[Row]:
@@ -74,7 +75,8 @@ def page(rows: Sequence[Row], figures: Sequence[str] = ()) -> str:
         parts.append(f"## {case}{aim}")
         if done:
             parts.append(table(sorted(done, key=place)))
-        parts += [f"- {name(row)}: {row['status']}: {row.get('reason', '')}" for row in failed]
+        if failed:
+            parts.append("\n".join(f"- {name(row)}: {row['status']}: {row.get('reason', '')}" for row in failed))
     parts.append("## As the work grows")
     parts += [f"![{figure.removesuffix('.svg').replace('-', ': ', 1)}]({figure})" for figure in figures] or [
         "Not measured yet: `benchmarks/h200_growth.py` makes rows and figures of time against frames, resolution, "
@@ -93,7 +95,11 @@ def is_peer(row: Row) -> bool:
 
 
 def name(row: Row) -> str:
-    said = row.get("runner") if is_peer(row) else "`" + (" ".join(row.get("plan") or ()) or "plain") + "`"
+    said = (
+        row.get("runner")
+        if is_peer(row)
+        else "`" + (" ".join(row.get("plan") or ()) or row.get("runner", "plain")) + "`"
+    )
     return str(said) + (f", {row['variant']}" if isinstance(row.get("variant"), str) else "")
 
 

@@ -1,7 +1,7 @@
 """Every pair of techniques on the embedded model: which combine, and what the others say; the table of the docs.
 
     python benchmarks/pocket_pairs.py [--device cuda] [--out benchmarks/pocket_pairs.jsonl]
-    python benchmarks/pocket_pairs.py --write        # the table into docs/plans.md, from the rows
+    python benchmarks/pocket_pairs.py --write        # the tables into docs/plans.md, from the rows
 
 A pair whose plan is refused is a row with the reason. One that is accepted runs, and its row says how far the latents
 are from the plain run's: nothing may fail that was accepted.
@@ -41,11 +41,13 @@ PROOF = (
 )  # fmt: skip
 """One spec of each technique, and more where its values are different things."""
 
+NEEDS_A_FILE = {"lora"}
+
 
 def specs() -> list[str]:
     """Those of techniques that there are; one that this list forgets takes part by its name."""
     named = [spec for spec in PROOF if spec.partition(":")[0] in TECHNIQUES]
-    forgotten = TECHNIQUES.keys() - {spec.partition(":")[0] for spec in PROOF} - {"lora"}
+    forgotten = TECHNIQUES.keys() - {spec.partition(":")[0] for spec in PROOF} - NEEDS_A_FILE
     return sorted([*named, *forgotten])
 
 
@@ -133,58 +135,48 @@ def best_rows(path: Path) -> dict[frozenset[str], dict[str, Any]]:
     for line in path.read_text().splitlines():
         row = json.loads(line)
         pair = frozenset(row["plan"])
+        if not pair <= set(specs()):
+            continue
         if pair not in found or order.index(row["status"]) <= order.index(found[pair]["status"]):
             found[pair] = row
     return found
 
 
 def table(found: dict[frozenset[str], dict[str, Any]]) -> str:
-    """A square of marks and the reasons under it."""
-    names = sorted({spec for pair in found for spec in pair})
+    """A square of marks and the reasons under it; refusals are the plan's own, of today."""
+    names = specs()
     reasons: dict[str, str] = {}
     lines = ["| | technique | kind | " + " | ".join(str(n) for n in range(1, len(names) + 1)) + " |"]
     lines.append("|--|--|--|" + "--|" * len(names))
     for number, one in enumerate(names, 1):
-        cells = []
-        for other in names[:number]:
-            row = found.get(frozenset((one, other)))
-            cells.append(_mark(row, reasons))
+        cells = [_mark(one, other, found.get(frozenset((one, other))), reasons) for other in names[:number]]
         cells += [""] * (len(names) - number)
         lines.append(f"| {number} | `{one}` | {parse(one).kind} | " + " | ".join(cells) + " |")
-    lines += ["", "`+` ran together, `o` is accepted but needs what was not there; a letter is a refusal:", ""]
+    lines += ["", "`+` ran together, `o` is accepted and has not run; a letter is a refusal:", ""]
     lines += [f"- `{letter}`: {reason}" for reason, letter in reasons.items()]
     return "\n".join(lines)
 
 
-def _mark(row: dict[str, Any] | None, reasons: dict[str, str]) -> str:
-    if row is None:
-        return "?"
-    if row["status"] in ("ok", "failed"):
-        return {"ok": "+", "failed": "failed"}[row["status"]]
-    one, other = (parse(spec) for spec in row["plan"])
-    reason = "" if one == other else one.conflict(other)
-    if not reason:
-        return "o"
-    return reasons.setdefault(reason, _letter(len(reasons)))
+def _mark(one: str, other: str, row: dict[str, Any] | None, reasons: dict[str, str]) -> str:
+    if one != other and (reason := parse(one).conflict(parse(other))):
+        return reasons.setdefault(reason, _letter(len(reasons)))
+    return {"ok": "+", "failed": "failed"}.get(row["status"] if row else "", "o")
 
 
 def _letter(number: int) -> str:
     return chr(ord("a") + number) if number < 26 else _letter(number // 26 - 1) + _letter(number % 26)
 
 
-def listing() -> str:
-    """Every technique with its kind, its reason, and what a switch costs."""
-    lines = ["| technique | kind | why it may | on a loaded engine |", "|--|--|--|--|"]
-    told = [parse(spec) for spec in specs()]
-    seen: set[tuple[str, str, str]] = set()
-    for technique in told:
+def switches() -> str:
+    """What a switch of each technique costs."""
+    costs: dict[str, list[str]] = {}
+    for spec in specs():
+        technique = parse(spec)
         value = getattr(technique, "value", "")
-        name = f"{technique.name}:{value}" if value else technique.spec.partition(":")[0]
-        cells = (name, technique.kind, technique.reason)
-        if cells not in seen:
-            seen.add(cells)
-            lines.append(f"| `{name}` | {technique.kind} | {technique.reason} | {technique.switch} |")
-    return "\n".join(lines)
+        names = costs.setdefault(technique.switch, [])
+        if (name := f"`{technique.name}:{value}`" if value else f"`{technique.name}`") not in names:
+            names.append(name)
+    return "\n".join(f"- {cost}: {', '.join(names)}" for cost, names in sorted(costs.items()))
 
 
 def between(text: str, mark: str, new: str) -> str:
@@ -198,7 +190,7 @@ def between(text: str, mark: str, new: str) -> str:
 
 def page_of(text: str, path: Path) -> str:
     """The page with its generated parts made anew."""
-    return between(between(text, "techniques", listing()), "pairs", table(best_rows(path)))
+    return between(between(text, "switches", switches()), "pairs", table(best_rows(path)))
 
 
 def main() -> None:

@@ -215,7 +215,10 @@ def _forward_seconds(costs: Costs, ceilings: Ceilings) -> float:
     between = layers * passes * costs.token_bytes + costs.expanded_parameters * EXPANSION
     computing = (
         _linear_flop(costs) / ceilings.products[costs.product] / 1e12
-        + costs.attention_share * _attention_flop(costs) / ceilings.attention[costs.attention] / 1e12
+        + costs.attention_share
+        * _attention_flop(costs)
+        / ceilings.attention.get(costs.attention, ceilings.attention["sdpa"])
+        / 1e12
         + between / ceilings.memory
     )
     if not costs.graphs:

@@ -23,6 +23,7 @@ class Dtype(Technique):
     kind = "exact"
     reason = "the same maths in the format named"
     slot = Slot.WEIGHTS
+    claims = ("all",)  # a part may have a format of its own
 
     def __post_init__(self) -> None:
         parse_dtype(self.value)
