@@ -30,6 +30,7 @@ def two_gpus(monkeypatch: pytest.MonkeyPatch) -> SimpleNamespace:
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda i: f"NVIDIA Test {i}")
     monkeypatch.setattr(torch.cuda, "get_device_properties", lambda i: properties)
     monkeypatch.setattr(torch.cuda, "mem_get_info", lambda i: (60 * 2**30, 80 * 2**30))
+    monkeypatch.setattr(torch.cuda, "get_per_process_memory_fraction", lambda i: 1.0)
     return properties
 
 
@@ -53,6 +54,15 @@ def test_a_gpu_is_picked_first(two_gpus: SimpleNamespace) -> None:
     assert (gpu.total_bytes, gpu.free_bytes) == (80 * 2**30, 60 * 2**30)
     assert device.pick_device("cuda:1").torch_device == "cuda:1"
     assert device.pick_device(" CUDA ").torch_device == "cuda:0"
+
+
+def test_what_a_process_may_not_take_is_not_there_for_it(
+    two_gpus: SimpleNamespace, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(torch.cuda, "get_per_process_memory_fraction", lambda i: 0.1)
+    monkeypatch.setattr(torch.cuda, "memory_reserved", lambda i: 2**30)
+    gpu = device.pick_device()
+    assert (gpu.total_bytes, gpu.free_bytes) == (8 * 2**30, 7 * 2**30)
 
 
 @pytest.mark.parametrize(
