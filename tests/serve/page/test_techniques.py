@@ -8,7 +8,7 @@ from swiftwan.techniques import TECHNIQUES
 def test_everything_is_offered_but_what_a_page_cannot_choose() -> None:
     left = set(TECHNIQUES) - {parse(spec).name for spec in techniques.OFFERED}
     # The server's own number format, files that a client may not name, and what always runs.
-    assert left == {"dtype", "few-step", "lora", "prompt-cache"}
+    assert left == {"dtype", "lora", "prompt-cache"}
     assert sorted(techniques.reasons()) == sorted(map(techniques.head, techniques.OFFERED))
 
 
@@ -29,4 +29,4 @@ def test_a_typed_line_ticks_its_boxes() -> None:
     groups = dict(
         zip((kind for kind, _ in techniques.by_kind()), techniques.ticks_of("fused tf32 lora:x"), strict=True)
     )
-    assert groups == {"exact": ["fused"], "near": ["tf32"], "approximate": []}
+    assert groups == {"exact": ["fused"], "near": ["tf32"], "approximate": [], "retrained": []}

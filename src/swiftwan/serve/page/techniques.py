@@ -14,6 +14,7 @@ OFFERED = (
     "fused",
     "attention:cudnn",
     "attention:flash4",
+    "attention:fp8",
     "attention-slicing:size=1024",
     "batched-cfg",
     "compile",
@@ -31,9 +32,10 @@ OFFERED = (
     "step-cache:threshold=0.1",
     "deepcache:interval=2",
     "progressive-resolution:scale=0.5",
-    "sparse-attention:keep=0.25",
+    "sparse-attention:keep=0.5",
     "cfg-interval:from=0.1,to=0.9",
     "cfg-skip:every=2,first=4",
+    "few-step",
 )
 """Specs with the options worth changing; the line below the checklist takes any other spec too."""
 
