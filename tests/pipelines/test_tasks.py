@@ -52,7 +52,9 @@ def test_creativity_goes_from_the_image_to_the_text(engine, circle):
     (image,) = images_of(circle)
     likeness = []
     for creativity in (0, 0.3, 0.6, 1):
-        asked = sw.ImageToImage(STAR, image=image, creativity=creativity, seed=1, num_inference_steps=10)
+        asked = sw.ImageToImage(
+            STAR, image=image, creativity=creativity, seed=1, num_inference_steps=10, guidance_scale=4.0
+        )
         result = engine.run(asked)
         assert len(result.step_seconds) == 10 * creativity
         likeness.append(psnr(result.frames, circle))

@@ -357,7 +357,7 @@ def test_explain_reports_every_key(files, tmp_path):
     assert "long: 3 keys matched" in lines
     assert f"long: unmatched: {key}.alpha: block 7; this model has 7" in lines
     assert "long: mis-shaped: diffusion_model.blocks.0.norm3.diff: 8, in this model 256" in lines
-    assert lines[-1] == f"one: {len(every_kind())} keys matched"
+    assert f"one: {len(every_kind())} keys matched" in lines
 
 
 def test_set_lora_says_what_it_cannot_do(files):
