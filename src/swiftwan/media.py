@@ -215,8 +215,8 @@ def _mp4(frames: Tensor, *, fps: float, crf: int, text: str) -> bytes:
         io_open=lambda url, flags, options: io.BytesIO(buffer.getvalue()),
     ) as container:
         container.metadata.update({_TAG: text, "comment": f"{_TAG} {text}"})
-        # x264's macroblock tree gives other bytes for the same frames now and then (32x32: 4 files in 10 runs); without it
-        # a clip of flat colours takes twice the bytes, 16 kB for 33 frames of 128x128.
+        # x264's macroblock tree gives other bytes for the same frames now and then (32x32: 4 files in 10 runs). Without
+        # it a clip of flat colours takes twice the bytes, 16 kB for 33 frames of 128x128.
         stream = container.add_stream("libx264", rate=_rate(fps), options={"crf": str(crf), "mbtree": "0"})
         stream.height, stream.width = frames.shape[1:3]
         stream.pix_fmt = "yuv420p"
