@@ -334,7 +334,10 @@ def main(kind: type[Worker] = Worker) -> None:
 
     def tell(message: dict[str, Any]) -> None:
         with lock:
-            messages.write(json.dumps(message) + "\n")
+            try:
+                messages.write(json.dumps(message) + "\n")
+            except BrokenPipeError:  # the supervisor was killed: its successor decides about the job, nothing is noted
+                os._exit(0)
 
     def beat() -> None:
         while True:
