@@ -1,8 +1,8 @@
 import os
-import subprocess
 import sys
 import threading
 import time
+from subprocess import DEVNULL, PIPE, Popen
 from types import SimpleNamespace
 
 import pytest
@@ -178,15 +178,12 @@ def test_a_gpu_without_its_driver_is_missing_with_the_reason() -> None:
 
 
 def test_another_process_is_read_and_its_successor_after_it() -> None:
-    def sleeper():
-        return subprocess.Popen([sys.executable, "-c", "input()"], stdin=subprocess.PIPE)
-
-    first, second = sleeper(), sleeper()
-    now = [first.pid]
-    reader = ProcessReader(lambda: now[0])
-    assert 2**20 < reader.read().memory_used_bytes < 2**30
-    for process in (first, second):
-        process.communicate()
+    python = [sys.executable, "-c", "print(flush=True); input()"]
+    with Popen(python, stdin=PIPE, stdout=PIPE, stderr=DEVNULL) as other:
+        other.stdout.readline()  # it is up, and holds the memory of a Python
+        now = [other.pid]
+        reader = ProcessReader(lambda: now[0])
+        assert 2**20 < reader.read().memory_used_bytes < 2**30
     gone = reader.read()
     assert gone.memory_used_bytes is None
     assert gone.memory_free_bytes > 0

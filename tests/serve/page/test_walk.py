@@ -262,7 +262,7 @@ def test_the_gallery_shows_repeats_and_deletes(open_page: Open, picture: Any) ->
     page.wait_for_timeout(500)
     picture(page, "page-gallery")
     card.get_by_role("button", name="Settings").click()
-    page.wait_for_function("document.querySelector('#inputs textarea').value.includes('star')")
+    page.get_by_role("tab", name="Generate", selected=True).wait_for()
     assert page.get_by_label("Seed", exact=True).input_value() == "51"
     page.get_by_role("tab", name="Gallery").click()
     card.get_by_role("button", name="Delete").click()
