@@ -56,7 +56,11 @@ class Options:
     grace: Annotated[float, Option(help="Seconds that running jobs get when stopped.", min=0, metavar="S")] = 30.0
     keep: Annotated[
         float | None,
-        Option(help="Hours that files of ended jobs are kept. Unset: for ever.", min=0.001, metavar="H"),
+        Option(
+            help="Hours that files of ended jobs are kept, twice that their records. Unset: for ever.",
+            min=0.001,
+            metavar="H",
+        ),
     ] = None
 
 
