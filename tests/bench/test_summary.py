@@ -1,7 +1,7 @@
 import pytest
 
 from swiftwan.bench.run import lines_of, run_matrix
-from swiftwan.bench.summary import conclusion, frontier, number, rows_of, why_missing
+from swiftwan.bench.summary import conclusion, frontier, number, rows_of, rung_of, why_missing
 
 CONTRACT = {
     *("case", "rung", "plan", "seconds", "spread", "repeats", "peer", "peer_seconds", "ratio", "ceiling_fraction"),
@@ -67,3 +67,23 @@ def test_the_conclusion_names_a_plan_for_each_need(rows) -> None:
     assert said[3].startswith("Without any change of the maths: plain (exact)")
     assert said[4] == "1 of 4 cells did not run: broken."
     assert conclusion(rows[3:]) == ["No cell finished, so there is nothing to conclude."]
+
+
+def test_little_memory_is_the_fastest_of_those_that_need_about_the_least(rows) -> None:
+    plain, fast = rows[1:3]
+    assert "Little memory: fast" in conclusion([plain | {"peak_bytes": 2**29 - 2**20}, fast])[2]
+    assert "Little memory: plain" in conclusion([plain | {"peak_bytes": 2**28}, fast])[2]
+
+
+@pytest.mark.parametrize(
+    ("specs", "kinds", "rung"),
+    [
+        ([], [], "exact"),
+        (["fused", "quantize:fp8"], ["exact", "near"], "near"),
+        (["step-cache", "quantize:fp8"], ["approximate", "near"], "approximate"),
+        (["lora:style.safetensors", "compile"], ["retrained", "exact"], "retrained"),
+        (["few-step:steps=4", "quantize:fp8"], ["retrained", "near"], "few-step"),
+    ],
+)
+def test_a_rung_is_the_loosest_technique(specs, kinds, rung) -> None:
+    assert rung_of(specs, kinds) == rung

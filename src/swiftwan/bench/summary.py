@@ -9,8 +9,18 @@ from typing import Any
 from swiftwan.bench.matrix import Cell, Matrix
 from swiftwan.bench.rows import Row
 
-RUNGS = {"exact": "exact", "near": "near", "approximate": "approximate", "retrained": "few-step"}
-"""A technique's kind, and how rows call it, from the strictest on."""
+_KINDS = ("exact", "near", "approximate", "retrained")
+"""Of techniques, from the strictest on."""
+
+_AS_SMALL = 1.05
+"""A plan that needs this much more memory than the smallest still counts as small, and may be far faster."""
+
+
+def rung_of(specs: Iterable[str], kinds: Iterable[str]) -> str:
+    """How exact a plan is: the loosest of its techniques' kinds, where a few-step model is told from other LoRAs."""
+    if any(spec.split(":")[0] == "few-step" for spec in specs):
+        return "few-step"
+    return max(kinds, key=_KINDS.index, default="exact")
 
 
 def rows_of(matrix: Matrix, lines: Sequence[Row]) -> list[Row]:
@@ -45,7 +55,7 @@ def _row(cell: Cell, lines: list[Row], last: Row) -> Row:
         "is_baseline": cell.is_baseline,
         "status": bad["status"] if bad else "ok",
         "reason": bad["reason"] if bad else None,
-        "rung": cell.plan.rung or (_rung(done[0]["kinds"]) if done else None),
+        "rung": cell.plan.rung or (rung_of(done[0]["plan"], done[0]["kinds"]) if done else None),
         "plan": done[0]["plan"] if done else list(cell.plan.with_ if not isinstance(cell.plan.with_, str) else ()),
         "request": done[0]["request"] if done else dict(cell.request),
         "repeats": 0,
@@ -95,11 +105,6 @@ def _numbers(lines: list[Row]) -> Row:
         "hardware": lines[0]["hardware"],
         "video": first and first["video"],
     }
-
-
-def _rung(kinds: Iterable[str]) -> str:
-    order = list(RUNGS)
-    return RUNGS[max(kinds, key=order.index, default="exact")]
 
 
 def _relate(row: Row, baseline: Row | None) -> None:
@@ -156,7 +161,8 @@ def conclusion(rows: Sequence[Row]) -> list[str]:
         return float(row["peak_bytes"] / 2**30)
 
     single, batch = min(done, key=cold), min(done, key=lambda row: row["seconds"])
-    small = min(done, key=lambda row: row["peak_bytes"])
+    least = min(row["peak_bytes"] for row in done)
+    small = min((row for row in done if row["peak_bytes"] <= _AS_SMALL * least), key=lambda row: row["seconds"])
     alike = [row["plan_name"] for row in done if row is not batch and row["spread"][0] <= batch["spread"][1]]
     said = [
         f"Single prompts: {told(single, f'{cold(single):.1f} s with load and warm-up')}.",
