@@ -147,7 +147,7 @@ def _charts(rows: Sequence[Row]) -> str:
         if (points := [(seconds, used / 2**30) for seconds, used in device])
     ]
     if memory:
-        note = "Rings end a phase, by the host's clock: " + ", ".join(_PHASES.values()) + "."
+        note = "Marks end a phase, by the host's clock."
         drawn.append(_chart("Memory over time, all processes", charts.lines(memory, x="seconds", y="GiB"), note))
     for figure in QUALITY_FIGURES[:2]:
         dots = [series(row, [(row["seconds"], value)]) for row in done if (value := number(row, figure.field))]
@@ -160,8 +160,7 @@ def _charts(rows: Sequence[Row]) -> str:
     return f"<div class='charts'>{''.join(drawn)}</div>"
 
 
-_PHASES = {"image": "Image", "text": "Text", "denoise": "Denoise", "decode": "VAE"}
-"""As the chart of memory calls them; their first letters differ."""
+_PHASES = {"image": "end of image", "text": "end of text", "denoise": "end of denoising", "decode": "end of VAE"}
 
 
 def _phase_ends(row: Row, points: Sequence[tuple[float, float]]) -> list[tuple[float, float, str]]:

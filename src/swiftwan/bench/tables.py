@@ -57,7 +57,7 @@ QUALITY_FIGURES = (
     Figure("CLIP score", "clip_score", "{:.3f}".format),
     Figure("Judge", "judge_percent", "{:.0f} %".format),
     *POCKET_FIGURES,
-    Figure("Latent error", "error", "{:.2e}".format),
+    Figure("Latent error", "error", "{:.3g}".format),
 )
 
 
