@@ -131,12 +131,12 @@ def _charts(rows: Sequence[Row]) -> str:
     done = [row for row in rows if row["seconds"] is not None]
     if not done:
         return ""
-    numbers = {row["plan_name"]: number for number, row in enumerate(done)}
+    places = {row["plan_name"]: place for place, row in enumerate(done)}
 
     def series(
         row: Row, points: Sequence[tuple[float, float]], marks: Sequence[tuple[float, float, str]] = ()
     ) -> Series:
-        return Series(row["plan_name"], numbers[row["plan_name"]], points, marks)
+        return Series(row["plan_name"], places[row["plan_name"]], points, marks)
 
     steps = [series(row, [(float(i), 1000 * s) for i, s in enumerate(row["step_seconds"], 1)]) for row in done]
     drawn = [_chart("Time of each denoising step", charts.lines(steps, x="step", y="ms"))]
