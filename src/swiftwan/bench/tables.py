@@ -8,7 +8,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 from swiftwan.bench.rows import ITSELF, Row
-from swiftwan.bench.summary import number, why_missing
+from swiftwan.bench.summary import number, short_dtype, why_missing
 
 
 @dataclass(frozen=True)
@@ -61,9 +61,6 @@ QUALITY_FIGURES = (
 )
 
 
-_SHORT = {"float32": "fp32", "float16": "fp16", "bfloat16": "bf16"}
-
-
 def overview(rows: Sequence[Row]) -> list[list[str]]:
     """A line a plan: what it is, how fast, how much memory; of one that did not run the reason alone."""
     names = "Plan, Rung, Dtype, Clip, Spread, Ratio, Text, Step, VAE, Encode, Peak, Of ceiling, Runs"
@@ -77,7 +74,7 @@ def overview(rows: Sequence[Row]) -> list[list[str]]:
             [
                 _named(row),
                 row["rung"],
-                _SHORT.get(str(row["dtype"]), str(row["dtype"])),
+                short_dtype(row),
                 _s(row["seconds"]) if row["status"] == "ok" else _status(row),
                 f"{low:.3g} to {high:.3g} s",
                 f"{row['ratio']:.2f}x" if row["ratio"] else "",
