@@ -29,8 +29,8 @@ dtype = "fp32"
 [plans.plain]
 with = []
 dtype = "fp32"
-[plans.unknown]
-with = ["warp-drive"]
+[plans.elsewhere]
+with = ["attention:cudnn"]
 """
 
 
