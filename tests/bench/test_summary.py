@@ -99,3 +99,12 @@ def test_sixteen_bits_beside_a_float32_baseline_are_near_at_best(tmp_path, matri
     peer, plain, *_ = rows_of(matrix, lines_of(matrix, tmp_path, machine)[0])
     assert (peer["rung"], plain["rung"]) == ("exact", "near")
     assert "(near, bf16)" in conclusion([plain])[0]
+
+
+def test_a_plan_that_comes_up_late_is_worth_it_from_a_number_of_steps_on(rows) -> None:
+    plain, fast = rows[1:3]
+    # plain 8.2 s for 3 steps and 2.1 s a step more; fast now 30 s, and 1.05 s: even after 21 steps more
+    said = conclusion([plain, fast | {"first_clip_seconds": 30.0}])[0]
+    assert said.startswith("Single prompts: plain")
+    assert said.endswith(" From 24 steps on fast is sooner than all.")
+    assert "From" not in conclusion([plain, fast])[0]
