@@ -193,7 +193,7 @@ def conclusion(rows: Sequence[Row]) -> list[str]:
     if lost := [row for row in rows if row["status"] != "ok"]:
         said.append(f"{len(lost)} of {len(rows)} cells did not run: {', '.join(row['plan_name'] for row in lost)}.")
     if any(row["model"].startswith("random:") for row in rows):
-        said.append("The weights are random: times and memory are real; what the videos show, and their distances, say nothing.")
+        said.append("The weights are random: times and memory are real; the videos and their distances say nothing.")
     return said
 
 
