@@ -90,7 +90,16 @@ GROUPS: dict[str, dict[str, Case]] = {
     "alone": {"plain": Case(SMALL, ()), "auto": Case(SMALL, "auto")}
     | alone("offload:blocks", "offload:model", "offload:auto:budget=1.5", "quantize:int4", "quantize:fp8", "fused")
     | alone("attention:cudnn", "attention:flash4", "attention:sdpa", "vae:fast", "vae:tiling", "text-encoder:unload")
-    | alone("text-encoder:cpu", "batched-cfg", "cfg-interval", "cfg-skip", "step-cache", "deepcache", "cuda-graphs")
+    | alone(
+        "text-encoder:cpu",
+        "text-encoder:blocks",
+        "batched-cfg",
+        "cfg-interval",
+        "cfg-skip",
+        "step-cache",
+        "deepcache",
+        "cuda-graphs",
+    )
     | alone("sparse-attention:keep=0.25", "compile", "tf32", "dtype:fp16"),
     "together": {
         "near": Case(SMALL, "auto:near"),
@@ -99,7 +108,7 @@ GROUPS: dict[str, dict[str, Case]] = {
         "fp8 streamed": Case(SMALL, ("quantize:fp8", "offload:blocks", *EXACT)),
         "tiled": Case(SMALL, ("vae:tiling", "text-encoder:unload", *EXACT)),
         "picture": Case(SMALL, ("cuda-graphs", "batched-cfg", *EXACT), (832, 480, 1)),
-        "1.3b in 6 GB": Case(SMALL, ("offload:blocks", "text-encoder:cpu", "fused", "attention:flash4"), cap=6),
+        "1.3b in 6 GB": Case(SMALL, ("offload:blocks", "text-encoder:blocks", "fused", "attention:flash4"), cap=6),
     },
     "large": {
         "14b 480p resident": Case(LARGE, EXACT),

@@ -90,7 +90,7 @@ def test_14b_in_16_gb_and_1_3b_in_6():
 
 def test_what_does_not_fit_gets_what_takes_least():
     plan, load = load_of("wan2.1-t2v-14b", "auto:fast", gpu(5))
-    assert {"offload:blocks", "text-encoder:cpu", "vae:tiling"} <= set(plan.specs)
+    assert {"offload:blocks", "text-encoder:blocks", "vae:tiling"} <= set(plan.specs)
     assert load.peak_bytes > 5e9
 
 

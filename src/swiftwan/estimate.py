@@ -153,6 +153,7 @@ def plain_costs(request: Request, facts: Facts, dtype: torch.dtype) -> Costs:
         rest_bytes=rest,
         text_bytes=facts.text_parameters * dtype.itemsize,
         text_linear_parameters=facts.text_parameters - facts.text_kept_parameters,
+        text_block_share=facts.text_block_parameters / facts.text_parameters,
         product="fp32" if dtype is torch.float32 else "16",
     )
 
@@ -270,8 +271,9 @@ def _phases(request: Request, facts: Facts, plan: Plan, costs: Costs, total_byte
     if facts.known.transformer.image_dim is not None:
         vae += parameter_count(ClipConfig()) * plan.settings.dtype.itemsize
     transformers, host = _transformer_bytes(facts, costs)
-    on_host = PROCESS + host + (costs.text_bytes if costs.text_home == "cpu" else 0)
-    text = costs.text_bytes if costs.text_home != "cpu" else 0
+    on_host = PROCESS + host + (costs.text_bytes if costs.text_home in ("cpu", "blocks") else 0)
+    share = {"cpu": 0.0, "blocks": costs.text_block_share}.get(costs.text_home, 1.0)
+    text = costs.text_bytes * share
     stays = costs.text_bytes if costs.text_home == "gpu" else 0
     # One at a time, the transformers are away but for their own turn.
     around = 0.0 if costs.residency == "one at a time" else transformers

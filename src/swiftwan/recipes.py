@@ -38,9 +38,9 @@ class Recipe:
 
 
 RECIPES = {
-    "8gb": Recipe("wan2.1-t2v-1.3b", 832, 480, 81, ("offload:model", "text-encoder:cpu")),
-    "12gb": Recipe("wan2.2-ti2v-5b", 1280, 704, 121, ("offload:blocks", "text-encoder:cpu")),
-    "16gb": Recipe("wan2.1-t2v-14b", 832, 480, 81, ("offload:auto:budget=7", "text-encoder:cpu")),
+    "8gb": Recipe("wan2.1-t2v-1.3b", 832, 480, 81, ("offload:model", "text-encoder:blocks")),
+    "12gb": Recipe("wan2.2-ti2v-5b", 1280, 704, 121, ("offload:blocks", "text-encoder:blocks")),
+    "16gb": Recipe("wan2.1-t2v-14b", 832, 480, 81, ("offload:auto:budget=7", "text-encoder:blocks")),
     "24gb": Recipe("wan2.1-t2v-14b", 1280, 720, 81, ("offload:auto:budget=6", "text-encoder:unload")),
     "48gb": Recipe("wan2.2-t2v-a14b", 1280, 720, 81, ("offload:model",)),
     "80gb": Recipe("wan2.2-t2v-a14b", 1280, 720, 81, ("offload:auto:budget=46", "text-encoder:unload")),
@@ -119,10 +119,10 @@ def _candidates(quality: Quality, fast: list[str], device: Device) -> Iterator[l
         for home in homes:
             yield [*linear, *home, *fast, *skipping]
     linear = lighter[-1]
-    for place in ("unload", "cpu"):
+    for place in ("unload", "blocks"):
         yield [*linear, "offload:blocks", f"text-encoder:{place}", *fast, *skipping]
     if quality == "fast":
-        yield [*linear, "offload:blocks", "text-encoder:cpu", *fast, *skipping, "vae:tiling"]
+        yield [*linear, "offload:blocks", "text-encoder:blocks", *fast, *skipping, "vae:tiling"]
 
 
 def _with_budget(specs: list[str], load: Load, room: float) -> list[str]:

@@ -24,6 +24,7 @@ THRESHOLDS = {
     "offload:blocks": 0.0,
     "prompt-cache:memory": 0.0,
     "prompt-cache:off": 0.0,
+    "text-encoder:blocks": 0.0,
     "text-encoder:cpu": 0.0,
     "text-encoder:gpu": 0.0,
     "text-encoder:unload": 0.0,

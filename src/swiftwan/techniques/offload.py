@@ -38,7 +38,7 @@ class Offload(Technique):
     makes = frozenset({"moving weights"})
     refuses = MappingProxyType(
         {
-            "scales beside weights": "bitsandbytes keeps them out of reach of a copy; take quantize:int4",
+            "scales beside transformer weights": "bitsandbytes keeps them out of reach of a copy; take quantize:int4",
         }
     )
 

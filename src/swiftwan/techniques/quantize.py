@@ -82,7 +82,7 @@ class Quantize(Technique):
     def makes(self) -> frozenset[str]:  # type: ignore[override]
         made = {"quantized"}
         if self.value == "nf4":
-            made.add("scales beside weights")
+            made.add(f"scales beside {self.on} weights")
         if self.keep_steps:
             made.add("steps-differ")
         return frozenset(made)

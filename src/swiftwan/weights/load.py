@@ -29,6 +29,10 @@ _STEM = "diffusion_pytorch_model"
 _TYPE_NAMES = {dtype: name for name, dtype in TYPES.items()}
 
 
+DRAWN_AT_ONCE = 2**27
+"""Random numbers: half a GB of float32. UMT5-XXL's embedding would take 4 GB whole."""
+
+
 AsLoaded = Callable[[nn.Module, str, nn.Module], nn.Module]
 """(the model, path of a layer in it, the layer, its weights just there) to what shall stand in its place."""
 
@@ -127,8 +131,9 @@ def randomize(
             # Linear and Conv weights are (out, in, ...); lone tables (scale_shift_table) are (1, n, dim).
             fan_in = math.prod(slot.shape[1:]) if leaf == "weight" else slot.shape[-1]
             # Drawn in float32 and rounded: drawn in 16 bits they would be other numbers, and no dtype's run comparable.
-            drawn = torch.empty(slot.shape, device=device)
-            tensor.copy_(drawn.normal_(0, max(fan_in, 1) ** -0.5, generator=generator))
+            for piece in tensor.view(-1).split(DRAWN_AT_ONCE):
+                drawn = torch.empty(piece.shape, device=device)
+                piece.copy_(drawn.normal_(0, max(fan_in, 1) ** -0.5, generator=generator))
         if rest_on is not None and len(names) > 1:  # one tensor of several layers: all of them get the one that rests
             tensor = tensor.to(rest_on)
         _assign(module, names, tensor)
