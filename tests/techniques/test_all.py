@@ -92,6 +92,35 @@ def test_ten_runs_are_one_run_and_leave_nothing(plan):
     assert tensor_bytes() <= before
 
 
+ON_A_GPU = (
+    ("offload:blocks", "text-encoder:blocks", "fused", "vae:fast"),
+    ("offload:model", "text-encoder:unload", "quantize:int4", "cfg-skip:first=2"),
+    ("fused", "cuda-graphs", "batched-cfg", "attention:cudnn", "vae:fast"),
+    ("quantize:fp8", "fused", "step-cache:first=1,threshold=0.5", "vae:tiling:sample=64,stride=48"),
+    ("sparse-attention", "deepcache", "cfg-interval", "progressive-resolution"),
+)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@pytest.mark.parametrize("plan", ON_A_GPU)
+def test_ten_runs_on_a_gpu_are_one_run_and_leave_nothing(plan):
+    made = sw.Engine.load("pocket", plan=["prompt-cache:off", *plan], device="cuda")
+    request = sw.TextToVideo(REQUEST.prompt, seed=5, num_frames=9, num_inference_steps=6)
+    first = made.run(request)
+    made.run(request)
+    gc.collect()
+    before, peak = torch.cuda.memory_allocated(), torch.cuda.max_memory_allocated()
+    for _ in range(8):
+        result = made.run(request)
+        assert torch.equal(result.frames, first.frames)
+        assert torch.equal(result.latents, first.latents)
+        assert torch.cuda.max_memory_allocated() <= peak
+    del result
+    gc.collect()
+    assert torch.cuda.memory_allocated() <= before
+
+
 def tensor_bytes():
     gc.collect()
     storages = {t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in gc.get_objects() if is_tensor(t)}

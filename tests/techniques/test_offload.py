@@ -103,3 +103,12 @@ def test_streamed_blocks_give_the_same_bits_on_a_gpu(resident, more):
         _, expected = run(*more, device="cuda", dtype="bf16")
         _, latents = run(f"offload:blocks:resident={resident}", *more, device="cuda", dtype="bf16")
         assert torch.equal(latents, expected)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+def test_a_text_encoder_that_works_block_by_block_gives_the_same_bits_on_a_gpu():
+    _, expected = run("prompt-cache:off", device="cuda", dtype="bf16")
+    engine, latents = run("prompt-cache:off", "text-encoder:blocks", device="cuda", dtype="bf16")
+    assert torch.equal(latents, expected)
+    assert {parameter.device.type for parameter in engine.parts.text.encoder.encoder.block.parameters()} == {"cpu"}
