@@ -262,7 +262,7 @@ def main() -> None:
                 **row(run(plan, beside)),
                 "prompts": options.prompts,
                 "steps": options.steps,
-                "versions": versions("swiftwan", "torch", "diffusers", "transformers"),
+                "versions": versions(),
                 "commit": options.commit or commit(),
                 "date": datetime.date.today().isoformat(),
             }
