@@ -97,9 +97,13 @@ class Technique:
         """What this machine lacks to run it, in words; empty if nothing."""
         return ""
 
-    def unfit_for(self, model: KnownModel) -> str:
-        """Why this model cannot take it, in words; empty if it can."""
-        return ""
+    def fit(self, model: KnownModel) -> list[str]:
+        """What it will do to this model, a line each, beyond its reason.
+
+        Raises:
+            PlanError, WeightsError: the model cannot take it; says why.
+        """
+        return []
 
     def unfit_for_request(self, request: Request) -> str:
         """Why it cannot meet this request, in words; empty if it can."""
@@ -114,10 +118,6 @@ class Technique:
             for fact in one.refuses.keys() & two.makes:
                 return f"{one.name} cannot run beside {two.name}: {one.refuses[fact]}"
         return ""
-
-    def tell(self, model: KnownModel) -> list[str]:
-        """What it will do to a model that can take it, a line each, beyond its reason."""
-        return []
 
     def apply(self, settings: Settings) -> Settings:
         """Decide what is settled before loading."""

@@ -58,10 +58,10 @@ class Offload(Technique):
         if self.budget and self.value != "auto":
             raise PlanError(f"offload:{self.value} has no budget; that is for offload:auto.")
 
-    def unfit_for(self, model: KnownModel) -> str:
+    def fit(self, model: KnownModel) -> list[str]:
         if self.value == "experts" and model.boundary_ratio is None:
-            return f"'{model.name}' has one transformer; take offload:model or offload:blocks"
-        return ""
+            raise PlanError(f"'{model.name}' has one transformer; take offload:model or offload:blocks")
+        return []
 
     def apply(self, settings: Settings) -> Settings:
         return replace(settings, transformers_on_host=True)
