@@ -255,7 +255,7 @@ def text_parameter_count(sizes: dict[str, Any]) -> int:
     wide = 3 if sizes.get("feed_forward_proj", "gated-gelu").startswith("gated") else 2
     positions = sizes.get("relative_attention_num_buckets", 32) * heads
     layer = 4 * dim * inner + positions + wide * dim * sizes["d_ff"] + 2 * dim
-    return sizes["vocab_size"] * dim + sizes["num_layers"] * layer + dim  # type: ignore[no-any-return]
+    return sizes["vocab_size"] * dim + sizes["num_layers"] * layer + dim
 
 
 def _count(parameters: Any) -> int:
