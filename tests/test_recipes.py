@@ -61,6 +61,16 @@ def test_auto_is_exact_unless_told():
     assert load_of("wan2.1-t2v-14b", "auto", device)[0].specs == ("attention:flash4", "fused", "vae:fast")
 
 
+@pytest.mark.parametrize("quality", ["near", "fast"])
+def test_auto_takes_8_bits_of_attention_where_the_gpu_and_the_model_have_them(quality, monkeypatch):
+    monkeypatch.setattr("swiftwan.ops.attention._installed", lambda package: package in ("flash-attn-4", "triton"))
+    assert "attention:fp8" in load_of("wan2.1-t2v-1.3b", f"auto:{quality}", gpu(141))[0].specs
+    assert "attention:flash4" in load_of("wan2.1-t2v-1.3b", f"auto:{quality}", gpu(141, (10, 0)))[0].specs
+    assert "attention:flash4" in load_of("wan2.1-t2v-1.3b", "auto:exact", gpu(141))[0].specs
+    # The embedded model's heads are of 64.
+    assert "attention:flash4" in make_plan(f"auto:{quality}", gpu(141), None, describe("pocket")).specs
+
+
 def test_auto_moves_less_where_there_is_more_memory():
     specs = {size: load_of("wan2.1-t2v-14b", "auto", gpu(size))[0].specs for size in (24, 44, 50, 141)}
     assert any(spec.startswith("offload:auto:budget=") for spec in specs[24])
@@ -84,7 +94,7 @@ def test_an_older_gpu_gets_what_it_can_run():
 def test_14b_in_16_gb_and_1_3b_in_6():
     request = sw.TextToVideo("a cat", width=832, height=480, num_frames=81)
     assert load_of("wan2.1-t2v-14b", "auto", gpu(16), request)[1].peak_bytes < 15.1e9
-    lean = ["offload:blocks", "text-encoder:cpu", "fused", "attention:flash4"]
+    lean = ["offload:blocks", "text-encoder:blocks", "fused", "attention:flash4"]
     assert load_of("wan2.1-t2v-1.3b", lean, gpu(6))[1].peak_bytes < 5.7e9
 
 

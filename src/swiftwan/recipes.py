@@ -49,6 +49,9 @@ RECIPES = {
 """Exact all. ``8gb`` has run under a cap of its memory (benchmarks/h200_techniques.jsonl); the others fit by the
 estimate, and have not run so."""
 
+EXACT_ATTENTION = ("flash4", "cudnn")
+"""From the fastest on."""
+
 NAMES = ("auto", *(f"auto:{quality}" for quality in get_args(Quality)), "none", *RECIPES)
 
 
@@ -66,17 +69,21 @@ def specs_of(name: str, device: Device, dtype: str | None, facts: Facts | None, 
         raise PlanError(f"unknown plan '{name}'." + did_you_mean(name, NAMES))
     if name == "none":
         return []
-    fast = _kernels(device, parse_dtype(dtype) if dtype else device.dtype)
+    number_format = parse_dtype(dtype) if dtype else device.dtype
+    fast = _kernels(device, number_format, EXACT_ATTENTION)
     if name in RECIPES:
         return [*RECIPES[name].specs, *fast]
     quality = cast(Quality, name.partition(":")[2] or "exact")
     if facts is None or device.capability is None:
         return fast
+    if quality != "exact" and facts.known.transformer.attention_head_dim in kernel("fp8").widths:
+        fast = _kernels(device, number_format, ("fp8", *EXACT_ATTENTION))
     return _fitting(quality, fast, device, dtype, facts, request)
 
 
-def _kernels(device: Device, dtype: torch.dtype) -> list[str]:
-    """The fastest exact kernels that this machine has; what is measured is in benchmarks/h200_forward.jsonl.
+def _kernels(device: Device, dtype: torch.dtype, attention: Sequence[str]) -> list[str]:
+    """The fastest kernels that this machine has, of self-attention the first of those named; what is measured is in
+    benchmarks/h200_forward.jsonl and h200_rungs.jsonl.
 
     Left out because they depend on the request's size: ``cuda-graphs`` and ``batched-cfg``, which pay for pictures and
     short clips.
@@ -84,7 +91,7 @@ def _kernels(device: Device, dtype: torch.dtype) -> list[str]:
     specs = [] if Fused().missing_on(device) else ["fused"]
     # cuDNN's attention is the faster one from Hopper on; before that torch's own choice, FlashAttention-2, is.
     if dtype is not torch.float32 and device.capability is not None and device.capability >= (9, 0):
-        names = (name for name in ("flash4", "cudnn") if not kernel(name).missing_on(device.capability))
+        names = (name for name in attention if not kernel(name).missing_on(device.capability))
         specs += [f"attention:{name}" for name in list(names)[:1]]
     if not FastVae("fast").missing_on(device):
         specs.append("vae:fast")
