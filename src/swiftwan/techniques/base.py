@@ -153,7 +153,7 @@ class Technique:
                     wanted = types[known[key].name].__name__
                     raise PlanError(f"{cls.name}: {key} is '{value}'; it must be {wanted}.") from None
         if "value" in known and "value" not in options and known["value"].default is MISSING:
-            raise PlanError(f"technique '{cls.name}' needs a value: {cls.__doc__}")
+            raise PlanError(f"technique '{cls.name}' needs a value: {_summary(cls.__doc__ or '')}")
         return cls(**options)
 
     @property
@@ -163,6 +163,11 @@ class Technique:
         value = said.pop("value", None)
         options = ",".join(f"{_word(key)}={item}" for key, item in said.items())
         return ":".join(part for part in (self.name, value, options) if part)
+
+
+def _summary(told: str) -> str:
+    """What a docstring says before it goes into options, on one line."""
+    return " ".join(told.partition("Args:")[0].replace("``", "").split())
 
 
 def _word(field: str) -> str:
