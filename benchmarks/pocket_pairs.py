@@ -19,7 +19,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
 
 import swiftwan as sw
 from swiftwan.device import Device, pick_device, versions
@@ -60,26 +59,33 @@ def refusal(pair: Sequence[str], device: Device) -> str:
     return ""
 
 
-class Runner:
-    """Runs plans, on an engine that is loaded already where a switch does."""
+class Loaded:
+    """One engine at a time, switched to the next plan where that does, else loaded anew."""
 
     def __init__(self, device: Device) -> None:
         self.device = device
         self.engines: dict[tuple[str, ...], sw.Engine] = {}
 
-    def latents(self, plan: Sequence[str]) -> Tensor:
-        plan = list(dict.fromkeys(plan))
-        fixed = tuple(spec for spec in plan if parse(spec).switch == RELOAD)
-        if fixed not in self.engines:
-            self.engines = {}
-            self.engines[fixed] = sw.Engine.load("pocket", plan=fixed, device=self.device.torch_device)
-        self.engines[fixed].switch(plan)
-        return self.engines[fixed].run(REQUEST).latents
+    def has(self, model: str, plan: Sequence[str]) -> bool:
+        """Whether a switch does."""
+        return self._key(model, plan) in self.engines
+
+    def engine(self, model: str, plan: Sequence[str]) -> sw.Engine:
+        if not self.has(model, plan):
+            self.engines.clear()
+            key = self._key(model, plan)
+            self.engines[key] = sw.Engine.load(model, plan=key[1:], device=self.device.torch_device)
+        (engine,) = self.engines.values()
+        engine.switch(plan)
+        return engine
+
+    def _key(self, model: str, plan: Sequence[str]) -> tuple[str, ...]:
+        return (model, *(spec for spec in plan if parse(spec).switch == RELOAD))
 
 
 def rows(device: Device, of: Sequence[str] = (), without: Sequence[str] = ()) -> Iterator[dict[str, Any]]:
-    runner = Runner(device)
-    plain = runner.latents([])
+    loaded = Loaded(device)
+    plain = loaded.engine("pocket", []).run(REQUEST).latents
     single = {spec: refusal([spec], device) for spec in specs()}
     pairs = list(itertools.combinations_with_replacement(specs(), 2))
     if of:
@@ -99,7 +105,7 @@ def rows(device: Device, of: Sequence[str] = (), without: Sequence[str] = ()) ->
             yield row | {"status": "refused", "reason": reason}
         else:
             try:
-                latents = runner.latents((one, other))
+                latents = loaded.engine("pocket", list(dict.fromkeys((one, other)))).run(REQUEST).latents
             except Exception as problem:
                 yield row | {"status": "failed", "reason": f"{type(problem).__name__}: {problem}".partition("\n")[0]}
                 continue

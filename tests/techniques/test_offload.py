@@ -29,8 +29,21 @@ def test_streamed_blocks_give_the_same_bits(resident, more):
     assert kinds == [i >= resident for i in range(7)]
 
 
+def test_slots_take_memory_for_a_transformers_turn_alone():
+    engine, latents = run("offload:blocks", "prompt-cache:off")
+    slots = engine.parts.transformer.blocks[0].slots
+    assert [memory.untyped_storage().size() for memory in slots.memory] == [0, 0]
+    seen = []
+    again = engine.run(
+        REQUEST, on_step=lambda event: seen.append((event.phase, slots.memory[0].untyped_storage().size()))
+    )
+    assert dict(seen) == {"text": 0, "denoise": slots.size, "decode": 0}
+    assert torch.equal(again.latents, latents)
+
+
 def test_streamed_blocks_share_two_slots():
     engine, _ = run("offload:blocks")
+    engine.parts.enter("transformer")
     homes = {
         parameter.untyped_storage().data_ptr()
         for block in engine.parts.transformer.blocks
@@ -99,6 +112,8 @@ def test_bad_plans_say_what_and_how(specs, words):
 @pytest.mark.parametrize("more", [(), ("quantize:int8",), ("quantize:int4",)])
 @pytest.mark.parametrize("resident", [0, 2, 3])
 def test_streamed_blocks_give_the_same_bits_on_a_gpu(resident, more):
+    if "quantize:int8" in more:
+        pytest.importorskip("torchao")
     for _ in range(3):
         _, expected = run(*more, device="cuda", dtype="bf16")
         _, latents = run(f"offload:blocks:resident={resident}", *more, device="cuda", dtype="bf16")

@@ -92,6 +92,7 @@ class Offload(Technique):
         if resident < layers:
             parts.weights_move = True
             slots = Slots(size, parts.device)
+            parts.enter = slots.enter
             for transformer in transformers:
                 stream(transformer.blocks, resident, slots)
         for transformer in transformers:

@@ -123,7 +123,9 @@ def randomize(
     for slot, names in slots.items():
         name = names[0]
         wanted = _dtype_of(name, dtype, keep_fp32) if slot.is_floating_point() else slot.dtype
-        tensor = torch.zeros(slot.shape, dtype=wanted, device=device)
+        # What nothing changes goes straight to where it rests, and only what is being drawn is on the device.
+        home = device if as_loaded is not None else rest_on or device
+        tensor = torch.zeros(slot.shape, dtype=wanted, device=home)
         owner, _, leaf = name.rpartition(".")
         if "norm" in type(module.get_submodule(owner)).__name__.lower() and leaf in ("weight", "gamma"):
             tensor.fill_(1)
