@@ -104,7 +104,7 @@ GROUPS: dict[str, dict[str, Case]] = {
         "deepcache",
         "cuda-graphs",
     )
-    | alone("sparse-attention:keep=0.25", "compile", "tf32", "dtype:fp16"),
+    | alone("sparse-attention:keep=0.25", "compile", "tf32", "dtype:fp16", "attention:fp8", "progressive-resolution"),
     "together": {
         "near": Case(SMALL, "auto:near"),
         "fast": Case(SMALL, "auto:fast"),
@@ -117,6 +117,7 @@ GROUPS: dict[str, dict[str, Case]] = {
     "large": {
         "14b 480p resident": Case(LARGE, EXACT),
         "14b 480p streamed": Case(LARGE, ("offload:blocks", *EXACT)),
+        "14b in 12 GB": Case(LARGE, ("offload:blocks", "text-encoder:blocks", *EXACT), cap=12),
         "14b 480p fp8": Case(LARGE, ("quantize:fp8", "text-encoder:unload", *EXACT)),
         "14b 480p int4": Case(LARGE, ("quantize:int4", "text-encoder:unload", *EXACT)),
     },
