@@ -4,7 +4,8 @@
     python benchmarks/pocket_pairs.py --write        # the tables into docs/plans.md, from the rows
 
 A pair whose plan is refused is a row with the reason. One that is accepted runs, and its row says how far the latents
-are from the plain run's: nothing may fail that was accepted.
+are from the plain run's: nothing may fail that was accepted. A pair that the file has a row of, from this device, is
+left out, so a second call goes on where the first ended.
 """
 
 from __future__ import annotations
@@ -83,14 +84,16 @@ class Loaded:
         return (model, *(spec for spec in plan if parse(spec).switch == RELOAD))
 
 
-def rows(device: Device, of: Sequence[str] = (), without: Sequence[str] = ()) -> Iterator[dict[str, Any]]:
+def rows(
+    device: Device, of: Sequence[str] = (), without: Sequence[str] = (), done: Sequence[frozenset[str]] = ()
+) -> Iterator[dict[str, Any]]:
     loaded = Loaded(device)
     plain = loaded.engine("pocket", []).run(REQUEST).latents
     single = {spec: refusal([spec], device) for spec in specs()}
     pairs = list(itertools.combinations_with_replacement(specs(), 2))
     if of:
         pairs = [pair for pair in pairs if set(pair) & set(of)]
-    pairs = [pair for pair in pairs if not set(pair) & set(without)]
+    pairs = [pair for pair in pairs if not set(pair) & set(without) and frozenset(pair) not in done]
     # Pairs that load alike stand together, and those that compile for seconds come last.
     pairs.sort(key=lambda pair: ("compile" in pair, [spec for spec in pair if parse(spec).switch == RELOAD]))
     for one, other in pairs:
@@ -123,8 +126,10 @@ def measure(arguments: argparse.Namespace) -> None:
         "commit": arguments.commit or commit,
         "date": datetime.date.today().isoformat(),
     }
+    known = map(json.loads, arguments.out.read_text().splitlines()) if arguments.out.exists() else ()
+    done = [frozenset(row["plan"]) for row in known if row["device"] == device.name]
     with arguments.out.open("a") as out:
-        for row in rows(device, arguments.of, arguments.without):
+        for row in rows(device, arguments.of, arguments.without, done):
             out.write(json.dumps(row | about) + "\n")
             out.flush()
             if row["status"] == "failed":
