@@ -208,8 +208,9 @@ def test_the_decoder_is_counted():
 
 
 ROWS = [
-    json.loads(line)
+    row
     for line in (Path(__file__).parents[1] / "benchmarks" / "h200_techniques.jsonl").read_text().splitlines()
+    if (row := json.loads(line))["status"] == "ok" and row.get("runner") != "diffusers"
 ]
 
 
@@ -226,7 +227,10 @@ def test_the_estimate_is_near_what_an_h200_measured(row, monkeypatch):
     for name, measured in row["phase_peak_bytes"].items():
         if name != "load":
             assert phase(load, name).device_bytes == pytest.approx(measured, rel=0.1)
-    assert load.step_seconds == pytest.approx(statistics.median(row["step_seconds"]), rel=0.25)
+    # Told is a step that computes both predictions in full; what skips work does so in most steps.
+    skips = any(parse(spec).kind == "approximate" for spec in row["plan"])
+    measured = max(row["step_seconds"]) if skips else statistics.median(row["step_seconds"])
+    assert load.step_seconds == pytest.approx(measured, rel=0.25)
 
 
 @pytest.mark.parametrize("other", [{}, {"feed_forward_proj": "relu"}, {"num_heads": 3, "d_kv": 40}])
