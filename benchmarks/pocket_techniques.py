@@ -47,6 +47,7 @@ EXACT = [
     "batched-cfg",
     "prompt-cache:memory",
     "text-encoder:unload",
+    "text-encoder:blocks",
     "text-encoder:cpu",
     "offload:model",
     "offload:blocks",
