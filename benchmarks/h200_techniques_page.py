@@ -83,7 +83,7 @@ def recipes(rows: dict[str, Row]) -> str:
         "|--|--|--|--|--|--|",
     ]
     for name, recipe in RECIPES.items():
-        row = rows[f"recipe {name}"]
+        row = rows.get(f"recipe {name}", {"status": "not run", "reason": ""})
         specs = f"`{' '.join(recipe.specs)}`" if recipe.specs else "none: everything is resident"
         size = f"{MODELS[recipe.model]}, {recipe.width}x{recipe.height}x{recipe.num_frames}"
         if row["status"] == "ok":
@@ -91,7 +91,7 @@ def recipes(rows: dict[str, Row]) -> str:
             peak = f"{row['peak_bytes'] / 1e9:.1f} ({guess['peak_bytes'] / 1e9:.1f})"
             cells = [peak, f"{guess['host_bytes'] / 1e9:.0f}", f"{step(row):.2f} ({guess['step_seconds']:.2f})"]
         else:
-            cells = [f"{row['status']}: {row['reason'].partition(':')[2].strip()[:100]}", "", ""]
+            cells = [f"{row['status']} {row['reason'].partition(':')[2].strip()[:100]}".strip(), "", ""]
         lines.append(f"| `{name}` | {size} | {specs} | {' | '.join(cells)} |")
     return "\n".join(lines)
 
