@@ -48,6 +48,13 @@ def last_good(lines: Iterable[str]) -> dict[str, Row]:
     return found
 
 
+def told_phases(guess: Row) -> dict[str, int]:
+    """Bytes by phase; the first rows have them summed up."""
+    if "phases" not in guess:
+        return guess["phase_peak_bytes"]
+    return {phase["name"]: phase["weight_bytes"] + phase["activation_bytes"] for phase in guess["phases"]}
+
+
 def step(row: Row) -> float:
     return statistics.median(row["step_seconds"])
 
@@ -64,7 +71,7 @@ def measured(rows: dict[str, Row]) -> str:
         if row["status"] != "ok" or row.get("runner") == "diffusers":
             continue
         guess = row["estimate"]
-        phases = {phase["name"]: phase["weight_bytes"] + phase["activation_bytes"] for phase in guess["phases"]}
+        phases = told_phases(guess)
         cells = [f"{row['phase_peak_bytes'][name] / 1e9:.2f} ({size / 1e9:.2f})" for name, size in phases.items()]
         plan = f"`{' '.join(row['plan'])}`" if row["plan"] else "none"
         cap = f", under a cap of {row['cap_gb']:g} GB" if row["cap_gb"] else ""
