@@ -71,6 +71,22 @@ def test_auto_takes_8_bits_of_attention_where_the_gpu_and_the_model_have_them(qu
     assert "attention:flash4" in make_plan(f"auto:{quality}", gpu(141), None, describe("pocket")).specs
 
 
+@pytest.mark.parametrize("quality", ["exact", "near", "fast"])
+def test_auto_records_forwards_where_launches_take_most_of_the_time(quality):
+    at_once = {"batched-cfg", "cuda-graphs"}
+    picture = sw.TextToVideo("a cat", width=832, height=480, num_frames=1)
+    clip = sw.TextToVideo("a cat", width=832, height=480, num_frames=17)
+    model, device = "wan2.1-t2v-1.3b", gpu(141)
+    specs = load_of(model, f"auto:{quality}", device, picture)[0].specs
+    assert at_once <= set(specs)
+    assert not {"step-cache", "cfg-skip"} & set(specs)
+    for request in (clip, None):
+        assert not at_once & set(load_of(model, f"auto:{quality}", device, request)[0].specs)
+    # A 14B picture computes for longer than its launches take; and nothing is recorded of weights that move.
+    assert not at_once & set(load_of("wan2.1-t2v-14b", f"auto:{quality}", device, picture)[0].specs)
+    assert not at_once & set(load_of(model, f"auto:{quality}", gpu(5), picture)[0].specs)
+
+
 def test_auto_moves_less_where_there_is_more_memory():
     specs = {size: load_of("wan2.1-t2v-14b", "auto", gpu(size))[0].specs for size in (24, 44, 50, 141)}
     assert any(spec.startswith("offload:auto:budget=") for spec in specs[24])

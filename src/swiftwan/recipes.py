@@ -8,6 +8,7 @@ from typing import Literal, cast, get_args
 
 import torch
 
+from swiftwan.ceilings import H200, Ceilings
 from swiftwan.composition import Plan, compose
 from swiftwan.device import Device, parse_dtype
 from swiftwan.errors import PlanError, did_you_mean
@@ -49,6 +50,9 @@ RECIPES = {
 """Exact all. ``8gb`` has run under a cap of its memory (benchmarks/h200_techniques.jsonl); the others fit by the
 estimate, and have not run so."""
 
+SKIPPING = ("step-cache", "cfg-skip")
+WORTH = 0.8
+"""Of the time, below which a plan is taken for it."""
 EXACT_ATTENTION = ("flash4", "cudnn")
 """From the fastest on."""
 
@@ -85,8 +89,6 @@ def _kernels(device: Device, dtype: torch.dtype, attention: Sequence[str]) -> li
     """The fastest kernels that this machine has, of self-attention the first of those named; what is measured is in
     benchmarks/h200_forward.jsonl and h200_rungs.jsonl.
 
-    Left out because they depend on the request's size: ``cuda-graphs`` and ``batched-cfg``, which pay for pictures and
-    short clips.
     """
     specs = [] if Fused().missing_on(device) else ["fused"]
     # cuDNN's attention is the faster one from Hopper on; before that torch's own choice, FlashAttention-2, is.
@@ -109,14 +111,35 @@ def _fitting(
         room = (1 - SPARE) * device.free_bytes - load.peak_bytes
         if room < 0:
             continue
-        streamed = [spec for spec in specs if spec == "offload:blocks"]
-        return _with_budget(specs, load, room) if streamed else specs
+        if "offload:blocks" in specs:
+            return _with_budget(specs, load, room)
+        return _launched_at_once(specs, device, dtype, facts, request)
     return specs
+
+
+def _launched_at_once(
+    specs: list[str], device: Device, dtype: str | None, facts: Facts, request: Request | None
+) -> list[str]:
+    """With recorded forwards of both predictions instead of skipped steps, where launches take most of the time.
+
+    So with one picture of 1.3B at 832x480: 16 ms a guided step instead of 63 (benchmarks/h200_rungs.jsonl). Told for
+    an H200: another GPU's launches and products stand to each other alike. Without a request nothing is known of sizes.
+    """
+    if request is None or "offload:model" in specs:
+        return specs
+    at_once = [*(spec for spec in specs if spec not in SKIPPING), "batched-cfg", "cuda-graphs"]
+    as_they_are, instead = (
+        _load(compose(plan, device, dtype, facts.known), device, facts, request, H200) for plan in (specs, at_once)
+    )
+    fits = instead.peak_bytes <= (1 - SPARE) * device.free_bytes
+    assert instead.denoise_seconds is not None
+    assert as_they_are.denoise_seconds is not None
+    return at_once if fits and instead.denoise_seconds < WORTH * as_they_are.denoise_seconds else specs
 
 
 def _candidates(quality: Quality, fast: list[str], device: Device) -> Iterator[list[str]]:
     """From the fastest to the one that takes least memory."""
-    skipping = ["step-cache", "cfg-skip"] if quality == "fast" else []
+    skipping = SKIPPING if quality == "fast" else ()
     eight = not Quantize("fp8").missing_on(device)
     lighter: tuple[Sequence[str], ...] = ((),)
     if quality != "exact":
@@ -138,11 +161,11 @@ def _with_budget(specs: list[str], load: Load, room: float) -> list[str]:
     return [f"offload:auto:budget={budget:g}" if spec == "offload:blocks" else spec for spec in specs]
 
 
-def _load(plan: Plan, device: Device, facts: Facts, request: Request | None) -> Load:
+def _load(plan: Plan, device: Device, facts: Facts, request: Request | None, ceilings: Ceilings | None = None) -> Load:
     facts = plan.adapt(facts)
     if request is None:
         # Every model can be asked for its own size; what it begins with takes no memory that counts.
         request = TextToVideo("").completed(facts.known.defaults)
     else:
         request = complete(request, facts)
-    return estimate(request, facts, plan, device.total_bytes)
+    return estimate(request, facts, plan, device.total_bytes, ceilings)
