@@ -111,6 +111,8 @@ GROUPS: dict[str, dict[str, Case]] = {
         "int4 streamed": Case(SMALL, ("quantize:int4", "offload:blocks", *EXACT)),
         "fp8 streamed": Case(SMALL, ("quantize:fp8", "offload:blocks", *EXACT)),
         "tiled": Case(SMALL, ("vae:tiling", "text-encoder:unload", *EXACT)),
+        "text by blocks": Case(SMALL, ("prompt-cache:off", "text-encoder:blocks", *EXACT)),
+        "text on the cpu": Case(SMALL, ("prompt-cache:off", "text-encoder:cpu", *EXACT)),
         "auto picture": Case(SMALL, "auto", (832, 480, 1)),
         "picture": Case(SMALL, ("cuda-graphs", "batched-cfg", *EXACT), (832, 480, 1)),
         "1.3b in 6 GB": Case(SMALL, ("offload:blocks", "text-encoder:blocks", "fused", "attention:flash4"), cap=6),
