@@ -37,7 +37,6 @@ import torch
 
 import swiftwan as sw
 from swiftwan import media
-from swiftwan.bench.peers import DiffusersPeer
 from swiftwan.device import pick_device, versions
 from swiftwan.plan import complete, describe, estimate, make_plan
 
@@ -57,8 +56,10 @@ def plan_of(text: str, device: Any) -> list[str]:
     return [s for spec in specs for s in (make_plan("auto", device).specs if spec == "auto" else (spec,))]
 
 
-def peer(model: str, device: Any, name: str) -> DiffusersPeer:
+def peer(model: str, device: Any, name: str) -> Any:
     """diffusers' pipeline; compiled as its documentation advises: block by block, with its best attention backend."""
+    from swiftwan.bench.peers import DiffusersPeer  # a cold start of ours is not to wait for it
+
     compiled, dtype = PEERS[name]
     found = DiffusersPeer(model, device, dtype if device.capability else "fp32", compile=False)
     if compiled:
@@ -241,6 +242,8 @@ def first_step(arguments: argparse.Namespace) -> None:
 
 
 def cold(arguments: argparse.Namespace) -> None:
+    from swiftwan.bench.peers import DiffusersPeer
+
     device = pick_device(arguments.device)
     with tempfile.TemporaryDirectory() as folder:
         path = folder if arguments.model.startswith("random:") else arguments.model
