@@ -152,8 +152,9 @@ def video(arguments: argparse.Namespace) -> None:
                 write_rows(arguments, request, taken, seen, failures)
 
 
-def ours(arguments: argparse.Namespace, plan: str) -> sw.Engine:
-    engine = sw.Engine.load(arguments.model, plan=plan_of(plan, pick_device(arguments.device)), device=arguments.device)
+def ours(arguments: argparse.Namespace, plan: str, request: Any = None) -> sw.Engine:
+    specs = plan_of(plan, pick_device(arguments.device))
+    engine = sw.Engine.load(arguments.model, plan=specs, device=arguments.device, request=request)
     if not any(spec.startswith("prompt-cache") for spec in engine.plan.specs):
         engine.parts.text.cache = None
     return engine
@@ -232,7 +233,7 @@ def first_step(arguments: argparse.Namespace) -> None:
     runner = (
         peer(arguments.model, device, arguments.runner)
         if arguments.runner in PEERS
-        else ours(arguments, arguments.runner)
+        else ours(arguments, arguments.runner, request)
     )
     marks["loaded"] = time.time() - arguments.since
     try:
