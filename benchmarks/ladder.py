@@ -94,10 +94,10 @@ def against_aim(case: str, rows: Sequence[Row], bounds: Mapping[str, Row]) -> st
     """Whether the fastest exact run reached its aim; if not, what its matrix products and attention alone take."""
     aim = AIMS[case]
     told = f"Aim of the exact rung: {seconds(aim)}"
-    exact = [row["seconds"] for row in rows if row["rung"] == "exact" and not is_peer(row)]
+    exact = [row for row in rows if row["rung"] == "exact" and not is_peer(row)]
     if not exact:
         return f"{told}; not measured."
-    if min(exact) <= aim:
+    if min(row["seconds"] for row in exact) <= aim:
         return f"{told}; reached."
     count, forward = FORWARDS_OF.get(case, (1, case))
     if forward not in bounds:
@@ -106,12 +106,13 @@ def against_aim(case: str, rows: Sequence[Row], bounds: Mapping[str, Row]) -> st
     alone = count * steady["seconds"]
     told += (
         f"; not reached. The matrix products and self-attention alone{f' of {count} forwards' if count > 1 else ''}, "
-        f"with nothing between them, sustained: {seconds(alone)}, {count * steady['joules_a_run']:.3g} J, "
+        f"with nothing between them, sustained: {seconds(alone)}, {joules(count * steady['joules_a_run'])}, "
         f"{steady['power_mean_watts']:.0f} W"
     )
     if alone > aim:
         return f"{told}. With these kernels the chip's power does not allow the aim."
-    return f"{told}. The aim leaves {seconds(aim - alone)} for all else, which takes {seconds(min(exact) - alone)}."
+    rest = min(row.get("steady", row)["seconds"] for row in exact) - alone
+    return f"{told}. The aim leaves {seconds(aim - alone)} for all else, which takes {seconds(rest)}."
 
 
 def place(row: Row) -> tuple[int, float]:
@@ -164,7 +165,11 @@ def sustained(steady: Row) -> str:
     if not steady.get("power_mean_watts"):
         return ""
     watts, clock = steady["power_mean_watts"], steady["sm_clock_mean_mhz"]
-    return f"{seconds(steady['seconds'])}, {watts:.0f} W, {clock:.0f} MHz, {steady['joules_a_run']:.3g} J"
+    return f"{seconds(steady['seconds'])}, {watts:.0f} W, {clock:.0f} MHz, {joules(steady['joules_a_run'])}"
+
+
+def joules(value: float) -> str:
+    return f"{value / 1000:.3g} kJ" if value >= 1000 else f"{value:.3g} J"
 
 
 def seconds(value: float) -> str:
