@@ -12,6 +12,7 @@ from swiftwan.models.config import POCKET
 from swiftwan.models.dit import WanTransformer
 from swiftwan.ops import flash4_training
 from swiftwan.ops.attention import kernel, sdpa
+from swiftwan.ops.few_keys_training import few_keys
 from swiftwan.ops.fp8 import quantize_rows
 from swiftwan.train import adapter, memory
 
@@ -147,3 +148,40 @@ def test_checkpointing_keeps_what_flash4_returns():
         out = model(latents, torch.tensor([300.0]), model.condition(text, latents.shape))
         torch.autograd.grad(out.square().sum(), list(factors.values()))
     assert sum(calls) == 7
+
+
+def cross_inputs(dtype, device="cpu", batch=2, queries=48, keys=11, heads=3, width=16):
+    shapes = [(batch, queries, heads, width), (batch, keys, heads, width), (batch, keys, heads, width)]
+    return [torch.randn(shape, dtype=dtype, device=device, requires_grad=True) for shape in shapes]
+
+
+def assert_few_keys_is_sdpa(inputs, bias, attend, limit):
+    wide = [x.detach().float().requires_grad_() for x in inputs]
+    out, expected = attend(*inputs, bias), sdpa(*wide, None if bias is None else bias.float())
+    grad = torch.randn_like(out)
+    got = (out, *torch.autograd.grad(out, inputs, grad))
+    wanted = (expected, *torch.autograd.grad(expected, wide, grad.float()))
+    for mine, theirs in zip(got, wanted, strict=True):
+        assert mine.shape == theirs.shape
+        assert relative(mine, theirs) < limit
+
+
+@pytest.mark.parametrize(("dtype", "limit"), [(torch.float32, 1e-6), (torch.bfloat16, 0.006)])
+@pytest.mark.parametrize("biased", [True, False])
+@pytest.mark.parametrize("keys", [11, 16])
+def test_few_keys_has_the_result_and_the_gradients_of_the_reference(dtype, limit, biased, keys):
+    bias = torch.randn(1, 1, 1, keys, dtype=dtype) if biased else None
+    assert_few_keys_is_sdpa(cross_inputs(dtype, keys=keys), bias, few_keys, limit)
+
+
+@gpu
+@needs_cuda
+@pytest.mark.filterwarnings("default")  # torch.compile advises TF32
+@pytest.mark.parametrize("compiled", [False, True])
+@pytest.mark.parametrize("keys", [66, 257])
+def test_few_keys_on_a_gpu(compiled, keys):
+    bias = torch.randn(1, 1, 1, keys, dtype=torch.bfloat16, device="cuda")
+    attend = torch.compile(few_keys, dynamic=False) if compiled else few_keys
+    for batch in (1, 2):
+        inputs = cross_inputs(torch.bfloat16, "cuda", batch, queries=1000, keys=keys, width=128)
+        assert_few_keys_is_sdpa(inputs, bias, attend, 0.006)

@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from swiftwan.device import Device
 from swiftwan.engine import Engine
 from swiftwan.errors import RequestError, UnavailableError
 from swiftwan.models.dit import WanTransformer
 from swiftwan.ops.attention import Attend, kernel, sdpa
+from swiftwan.ops.few_keys_training import few_keys
 from swiftwan.ops.flash4_training import flash4
 from swiftwan.train import flow
 from swiftwan.train.settings import Settings
@@ -68,6 +70,11 @@ def attention(device: Device, dtype: torch.dtype) -> Attend:
         kernel("flash4").load()  # sets where it keeps what it compiles
         return flash4
     return kernel("cudnn").load() if capability and capability >= (9, 0) else sdpa
+
+
+def cross_attention(device: Device, dtype: torch.dtype) -> Callable[..., Tensor]:
+    """Of all video tokens to a prompt's few: the kernel whose backward pass is quick there."""
+    return few_keys if device.capability and dtype.itemsize == 2 else sdpa
 
 
 def make_optimizer(settings: Settings, parameters: list[nn.Parameter]) -> torch.optim.Optimizer:
