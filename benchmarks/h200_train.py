@@ -10,7 +10,7 @@ faster). For ours: the attention (``cudnn``, ``flash4``), that to the text (``fe
 in host memory; last, since it takes them from the others); our adapters are fp32.
 
 All runs share one process, one chip and its weights, and are timed by turns; a row's peak is without what the others
-hold. TFLOP/s count each product once: forward, gradients of the inputs, and attention's backward as 2.5 forwards.
+hold. TFLOP are those of ``swiftwan.train.work``.
 """
 
 from __future__ import annotations
@@ -40,6 +40,7 @@ from swiftwan.models.dit import KEEP_FP32, WanTransformer
 from swiftwan.ops.attention import sdpa
 from swiftwan.ops.few_keys_training import few_keys
 from swiftwan.ops.flash4_training import flash4
+from swiftwan.train import work
 from swiftwan.weights.load import randomize
 
 RANK = 32
@@ -71,15 +72,12 @@ class Case:
     def tokens(self) -> int:
         return math.prod(self.latent_shape[2:]) // math.prod(self.known.transformer.patch_size)
 
+    @property
     def tflop(self) -> tuple[float, float]:
-        """Frozen linears, forward and the gradients of their inputs; self-attention, its backward 2.5 times as much."""
-        config, tokens = self.known.transformer, self.tokens
-        linears = 12 * tokens * config.dim**2 + 4 * tokens * config.dim * config.ffn_dim
-        attention = 4 * tokens**2 * config.dim
-        return config.num_layers * 2 * linears / 1e12, config.num_layers * 3.5 * attention / 1e12
+        return work.tflop(self.known.transformer, self.tokens)
 
     def floor_seconds(self) -> float:
-        linears, attention = self.tflop()
+        linears, attention = self.tflop
         return linears / self.gemm_tflops + attention / self.attention_tflops
 
 
@@ -227,7 +225,7 @@ class Run:
             "rank": RANK,
             "tokens_per_step": bench.case.tokens,
             "text_tokens": TEXT_TOKENS,
-            "tflop_per_step": round(sum(bench.case.tflop()), 1),
+            "tflop_per_step": round(sum(bench.case.tflop), 1),
             "floor_seconds": round(bench.case.floor_seconds(), 3),
             "device": bench.where.name,
             "versions": versions(bench.where),
@@ -270,17 +268,17 @@ class Run:
             "spread": [round(min(self.times), 4), round(max(self.times), 4)],
             "repeats": len(self.times),
             "tokens_per_second": round(self.bench.case.tokens / seconds),
-            "tflops": round(sum(self.bench.case.tflop()) / seconds, 1),
+            "tflops": round(sum(self.bench.case.tflop) / seconds, 1),
             "ceiling_fraction": round(self.bench.case.floor_seconds() / seconds, 3),
             "loss": self.loss.item(),
         }
 
-    def attempt(self, work: Callable[..., None], *args: Any) -> None:
+    def attempt(self, part: Callable[..., None], *args: Any) -> None:
         """Run a part of it; a failure becomes the row."""
         if self.row.get("status") == "failed":
             return
         try:
-            work(*args)
+            part(*args)
         except Exception as problem:
             traceback.print_exc()
             self.step = None

@@ -20,7 +20,7 @@ from swiftwan.device import versions
 from swiftwan.engine import Engine
 from swiftwan.errors import SwiftwanError
 from swiftwan.models.dit import WanTransformer, each_block
-from swiftwan.train import adapter, flow, memory, validate
+from swiftwan.train import adapter, flow, memory, validate, work
 from swiftwan.train.buckets import Item, Shapes, batches
 from swiftwan.train.cache import Cache, Encoders
 from swiftwan.train.checkpoint import Checkpoints, optimizer_tensors, restore_optimizer
@@ -80,7 +80,7 @@ class Run:
         self._first_bad = torch.full((), math.inf, device=self.device)
         self._losses: list[Tensor] = []
         self._norm = torch.zeros((), device=self.device)
-        self._tokens, self._began = 0, time.perf_counter()
+        self._tokens, self._tflop, self._began = 0, 0.0, time.perf_counter()
         self._epochs: dict[int, list[list[int]]] = {}
 
     @property
@@ -168,7 +168,9 @@ class Run:
         chance = flow.generator(self.settings.seed, number, self.device)
         batch = self.batch(items, chance, drop=self.settings.drop_caption)
         noise = torch.randn(batch.latents.shape, generator=chance, device=self.device)
-        self._tokens += sum(self.data.shapes.tokens(item.bucket) for item in items)
+        for tokens in (self.data.shapes.tokens(item.bucket) for item in items):
+            self._tokens += tokens
+            self._tflop += sum(work.tflop(trainee.transformer.config, tokens))
         return flow.loss(trainee.transformer, batch, level, noise, self.settings.weighting)
 
     def _numbers(self, number: int) -> list[int]:
@@ -236,10 +238,11 @@ class Run:
                 "learning_rate": self.schedule.at(self.step - 1),
                 "step_seconds": seconds / len(self._losses),
                 "tokens_per_second": self._tokens / seconds,
+                "tflop_per_second": self._tflop / seconds,
             },
             trackers,
         )
-        self._losses, self._tokens, self._began = [], 0, time.perf_counter()
+        self._losses, self._tokens, self._tflop, self._began = [], 0, 0.0, time.perf_counter()
 
     def check(self) -> None:
         """Raise SwiftwanError if the loss or a gradient was not finite, saying since which step."""
