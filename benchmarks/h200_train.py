@@ -160,6 +160,7 @@ class Bench:
 
     def ours(self, words: set[str]) -> Callable[[], Tensor]:
         from swiftwan.train import adapter, flow, memory, processes
+        from swiftwan.train.trainee import compile_blocks
 
         with torch.device("meta"):
             model = WanTransformer(self.case.known.transformer).requires_grad_(False)
@@ -181,8 +182,7 @@ class Bench:
         print(label_of(choice), flush=True)
         memory.keep_in_blocks(model, choice)
         if "eager" not in words:
-            for block in model.blocks:
-                block.compile(dynamic=False)
+            compile_blocks(model)
         if "offloaded" in words:
             processes.Processes(self.device, "offloaded")
             processes.shard(model, list(factors.values()), self.device, "offloaded")
@@ -308,7 +308,7 @@ def main() -> None:
     parser.add_argument("--turns", type=int, default=2)
     parser.add_argument("--device", default="cuda")
     parser.add_argument("--out", type=Path, required=True)
-    parser.add_argument("--profile", type=Path, help="append the kernels of a step of ours here")
+    parser.add_argument("--profile", type=Path, help="append the kernels of a step here")
     parser.add_argument("--commit", default="")
     options = parser.parse_args()
     asked = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True)
@@ -323,14 +323,12 @@ def main() -> None:
         run.attempt(run.build)
         run.attempt(run.turn, options.repeats)
         save()
+        if options.profile and run.step is not None:
+            profile(run.step, options.profile, f"{options.case}: {run.label}")
     for _ in range(options.turns - 1):
         for run in runs:
             run.attempt(run.turn, options.repeats)
             save()
-    if options.profile:
-        for run in runs:
-            if run.label.startswith("ours") and run.step is not None:
-                profile(run.step, options.profile, f"{options.case}: {run.label}")
 
 
 if __name__ == "__main__":

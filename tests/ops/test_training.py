@@ -12,7 +12,7 @@ from swiftwan.models.config import POCKET
 from swiftwan.models.dit import WanTransformer
 from swiftwan.ops import flash4_training
 from swiftwan.ops.attention import kernel, sdpa
-from swiftwan.ops.few_keys_training import few_keys
+from swiftwan.ops.few_keys_training import FEW, few_keys, to_prompt
 from swiftwan.ops.fp8 import quantize_rows
 from swiftwan.ops.fp8_training import Fp8FrozenLinear
 from swiftwan.train import adapter, memory
@@ -182,3 +182,9 @@ def test_few_keys_on_a_gpu(compiled, keys):
     for batch in (1, 2):
         inputs = cross_inputs(torch.bfloat16, "cuda", batch, queries=1000, keys=keys, width=128)
         assert_few_keys_is_sdpa(inputs, bias, attend, 0.006)
+
+
+def test_many_keys_go_to_the_reference():
+    short, long = (cross_inputs(torch.float32, keys=keys) for keys in (FEW, FEW + 1))
+    assert torch.equal(to_prompt(*short), few_keys(*short))
+    assert torch.equal(to_prompt(*long), sdpa(*long))

@@ -27,7 +27,7 @@ from swiftwan.train.checkpoint import Checkpoints, optimizer_tensors, restore_op
 from swiftwan.train.loop import Schedule
 from swiftwan.train.processes import Processes, shard
 from swiftwan.train.settings import Settings
-from swiftwan.train.trainee import Trainee, attention, cross_attention, make_optimizer, trainees
+from swiftwan.train.trainee import Trainee, attention, compile_blocks, cross_attention, make_optimizer, trainees
 from swiftwan.weights.lora import Expert
 from swiftwan.weights.lora_write import write_lora
 
@@ -109,8 +109,7 @@ class Run:
             if self.device.type == "cuda":
                 # A compilation a bucket's shape, and one more without gradients: past torch's limit of eight.
                 torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, 64)
-                for layer in transformer.blocks:
-                    layer.compile(dynamic=False)
+                compile_blocks(transformer)
             if settings.weights != "whole":
                 shard(transformer, list(found.values()), self.device, settings.weights)
                 self.engine.parts.enter = lambda component: None  # they come by themselves from now on

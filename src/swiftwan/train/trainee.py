@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -12,9 +12,9 @@ from torch import Tensor, nn
 from swiftwan.device import Device
 from swiftwan.engine import Engine
 from swiftwan.errors import RequestError, UnavailableError
-from swiftwan.models.dit import WanTransformer
+from swiftwan.models.dit import Block, WanTransformer
 from swiftwan.ops.attention import Attend, kernel, sdpa
-from swiftwan.ops.few_keys_training import few_keys
+from swiftwan.ops.few_keys_training import to_prompt
 from swiftwan.ops.flash4_training import flash4
 from swiftwan.train import flow
 from swiftwan.train.settings import Settings
@@ -73,8 +73,17 @@ def attention(device: Device, dtype: torch.dtype) -> Attend:
 
 
 def cross_attention(device: Device, dtype: torch.dtype) -> Callable[..., Tensor]:
-    """Of all video tokens to a prompt's few: the kernel whose backward pass is quick there."""
-    return few_keys if device.capability and dtype.itemsize == 2 else sdpa
+    """Of all video tokens to a prompt's: the one whose backward pass is quick with few keys."""
+    return to_prompt if device.capability and dtype.itemsize == 2 else sdpa
+
+
+def compile_blocks(transformer: WanTransformer) -> None:
+    """Compile each block for the shapes that come, and what it makes of the prompt: that is hundreds of tiny kernels at
+    a step's beginning and end, and eager, the device waits for their launches."""
+    for layer in transformer.blocks:
+        block = cast(Block, layer)
+        block.compile(dynamic=False)
+        block.attn2.remember = torch.compile(block.attn2.remember, dynamic=False)  # type: ignore[method-assign]
 
 
 def make_optimizer(settings: Settings, parameters: list[nn.Parameter]) -> torch.optim.Optimizer:
