@@ -27,6 +27,7 @@ import time
 import traceback
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -238,29 +239,37 @@ class Run:
         others = allocated() - self.bench.own
         began = time.perf_counter()
         self.step = getattr(self.bench, kind)(set(words.split("+")))
-        for _ in range(2):
-            self.timed()
+        self.timed(2)
         self.row["first_steps_seconds"] = round(time.perf_counter() - began, 1)
         if self.bench.device.type == "cuda":
             torch.cuda.reset_peak_memory_stats()
-            self.timed()
+            self.timed(1)
             self.row["peak_bytes"] = torch.cuda.max_memory_allocated() - others
 
-    def timed(self) -> float:
+    def timed(self, count: int) -> list[float]:
+        """Seconds of steps in a row, between their ends: the host runs ahead, as it does in training."""
         assert self.step is not None
-        self.wait()
-        start = time.perf_counter()
-        self.loss = self.step()
-        self.wait()
-        return time.perf_counter() - start
-
-    def wait(self) -> None:
+        ends = [self.now()]
+        for _ in range(count):
+            self.loss = self.step()
+            ends.append(self.now())
         if self.bench.device.type == "cuda":
             torch.cuda.synchronize()
+        return [
+            after - before if isinstance(before, float) else before.elapsed_time(after) / 1e3
+            for before, after in pairwise(ends)
+        ]
+
+    def now(self) -> float | torch.cuda.Event:
+        """Read at once, or when the device comes to it."""
+        if self.bench.device.type != "cuda":
+            return time.perf_counter()
+        event = torch.cuda.Event(enable_timing=True)
+        event.record()
+        return event
 
     def turn(self, repeats: int) -> None:
-        self.timed()  # memory changes hands
-        self.times += [self.timed() for _ in range(repeats)]
+        self.times += self.timed(1 + repeats)[1:]  # with the first, memory changes hands
         seconds = statistics.median(self.times)
         self.row |= {
             "status": "ok",
