@@ -175,12 +175,15 @@ def test_few_keys_has_the_result_and_the_gradients_of_the_reference(dtype, limit
 @needs_cuda
 @pytest.mark.filterwarnings("default")  # torch.compile advises TF32
 @pytest.mark.parametrize("compiled", [False, True])
-@pytest.mark.parametrize("keys", [66, 257])
-def test_few_keys_on_a_gpu(compiled, keys):
-    bias = torch.randn(1, 1, 1, keys, dtype=torch.bfloat16, device="cuda")
-    attend = torch.compile(few_keys, dynamic=False) if compiled else few_keys
-    for batch in (1, 2):
-        inputs = cross_inputs(torch.bfloat16, "cuda", batch, queries=1000, keys=keys, width=128)
+@pytest.mark.parametrize("form", ["products", "kernels"])
+def test_few_keys_on_a_gpu(form, compiled):
+    if form == "kernels":
+        from swiftwan.ops.few_keys_triton import few_keys as kernels
+    attend = kernels if form == "kernels" else few_keys
+    attend = torch.compile(attend, dynamic=False) if compiled else attend
+    for batch, keys, heads, biased in ((1, 66, 12, True), (2, 128, 3, False), (1, 9, 5, True)):
+        bias = torch.randn(1, 1, 1, keys, dtype=torch.bfloat16, device="cuda") if biased else None
+        inputs = cross_inputs(torch.bfloat16, "cuda", batch, queries=3000, keys=keys, heads=heads, width=128)
         assert_few_keys_is_sdpa(inputs, bias, attend, 0.006)
 
 
