@@ -10,7 +10,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from swiftwan.models.config import POCKET
 from swiftwan.models.dit import WanTransformer
-from swiftwan.ops import flash4_training
+from swiftwan.ops import flash4_training, rope
 from swiftwan.ops.attention import kernel, sdpa
 from swiftwan.ops.few_keys_training import FEW, few_keys, to_prompt
 from swiftwan.ops.fp8 import quantize_rows
@@ -185,6 +185,27 @@ def test_few_keys_on_a_gpu(form, compiled):
         bias = torch.randn(1, 1, 1, keys, dtype=torch.bfloat16, device="cuda") if biased else None
         inputs = cross_inputs(torch.bfloat16, "cuda", batch, queries=3000, keys=keys, heads=heads, width=128)
         assert_few_keys_is_sdpa(inputs, bias, attend, 0.006)
+
+
+@gpu
+@needs_cuda
+@pytest.mark.filterwarnings("default")  # torch.compile advises TF32
+@pytest.mark.parametrize("compiled", [False, True])
+@pytest.mark.parametrize(("heads", "width"), [(12, 128), (5, 48)])
+def test_norm_and_rope_have_the_gradients_of_the_reference(heads, width, compiled):
+    from swiftwan.ops.norm_rope_training import norm_rope
+
+    turned = torch.compile(norm_rope, dynamic=False) if compiled else norm_rope
+    tables = rope.rope_tables(width, 5, 6, 10, device=torch.device("cuda"))
+    weights = torch.rand(2, heads * width, device="cuda") + 0.5
+    q, k = (torch.randn(2, 300, heads * width, device="cuda", dtype=torch.bfloat16, requires_grad=True) for _ in "qk")
+    wide = [x.detach().float().requires_grad_() for x in (q, k)]
+    got, expected = turned(q, k, *weights, tables, heads, 1e-6), rope.norm_rope(*wide, *weights, tables, heads, 1e-6)
+    grads = torch.randn(2, *got[0].shape, device="cuda", dtype=torch.bfloat16)
+    got += torch.autograd.grad(got, (q, k), tuple(grads))
+    expected += torch.autograd.grad(expected, wide, tuple(grads.float()))
+    for mine, theirs in zip(got, expected, strict=True):
+        assert relative(mine, theirs) < 0.004
 
 
 def test_many_keys_go_to_the_reference():
