@@ -44,6 +44,7 @@ from swiftwan.ops.flash4_training import flash4
 from swiftwan.train import work
 from swiftwan.weights.load import randomize
 
+RUNNERS = {"ours": "ours", "peer": "diffusers + peft, bf16 adapters"}
 RANK = 32
 TEXT_TOKENS = 64
 TARGETS = r".*blocks\..*(to_q|to_k|to_v|to_out\.0|ffn\.net\.0\.proj|ffn\.net\.2)"
@@ -221,7 +222,13 @@ class Run:
         self.bench, self.label = bench, label
         self.times: list[float] = []
         self.step: Callable[[], Tensor] | None = None
-        self.row: dict[str, Any] = {"case": name, "runner": label, "plan": label.split(" ")[1].split("+")}
+        kind, words = label.split(" ")
+        self.row: dict[str, Any] = {
+            "case": name,
+            "rung": rung(label),
+            "runner": RUNNERS[kind],
+            "plan": words.split("+"),
+        }
         self.facts = {
             "rank": RANK,
             "tokens_per_step": bench.case.tokens,
@@ -297,6 +304,32 @@ class Run:
             torch.cuda.empty_cache()
 
 
+def rung(label: str) -> str:
+    """Peers are no rung; memory limits that a step without any would meet are none."""
+    if label.startswith("peer"):
+        return "peer"
+    if "fp8" in label:
+        return "near"
+    return "exact-24gb" if "24gb" in label else "exact"
+
+
+def compared(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Each of ours beside the fastest peer of the same process that computes activations again as it does, or not."""
+
+    def again(row: dict[str, Any]) -> bool:
+        return any(word == "checkpointed" or word.endswith("gb") for word in row["plan"])
+
+    done = [row for row in rows if row.get("status") == "ok"]
+    for row in (row for row in done if row["rung"] != "peer"):
+        peers = [peer for peer in done if peer["rung"] == "peer" and again(peer) == again(row)]
+        if peers:
+            best = min(peers, key=lambda peer: peer["seconds"])
+            row["peer"] = f"{best['runner']}, {', '.join(best['plan'])}"
+            row |= {"peer_seconds": best["seconds"], "peer_peak_bytes": best.get("peak_bytes")}
+            row["ratio"] = round(best["seconds"] / row["seconds"], 3)
+    return rows
+
+
 def profile(step: Callable[[], Tensor], path: Path, title: str) -> None:
     """Append the kernels of one step, longest total first."""
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as trace:
@@ -326,7 +359,8 @@ def main() -> None:
     runs = [Run(bench, options.case, label, options.commit or asked.stdout.strip()) for label in options.runs]
 
     def save() -> None:
-        options.out.write_text("".join(json.dumps(run.row | run.facts) + "\n" for run in runs))
+        rows = compared([run.row | run.facts for run in runs])
+        options.out.write_text("".join(json.dumps(row) + "\n" for row in rows))
 
     for run in runs:
         run.attempt(run.build)
