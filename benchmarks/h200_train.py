@@ -5,9 +5,9 @@
 A step is everything from latents on the device to the changed adapter: noise, forward, backward, clipping, AdamW; rank
 32 on all linears of the blocks, batch 1. A RUN is ``peer`` or ``ours`` and its settings, joined by ``+``. For a peer:
 ``eager`` or ``compiled`` (block by block), ``checkpointed``, ``cudnn``, ``fp32`` (adapters; default bf16, which is
-faster). For ours: the attention (``cudnn``, ``flash4``), that to the text (``few`` keys), what blocks keep (``all``,
-``products``, ``attention``, ``nothing``, or what fits ``24gb``), ``fp8``, ``eager``, ``offloaded`` (the frozen weights
-in host memory; last, since it takes them from the others); our adapters are fp32.
+faster). For ours: ``flash4`` or another attention (``cudnn``, ``sdpa``), ``plain`` (cross-attention, norm and RoPE by
+torch), what blocks keep (``all``, ``products``, ``attention``, ``nothing``, or what fits ``24gb``), ``fp8``, ``eager``,
+``offloaded`` (the frozen weights in host memory; last, since it takes them from the others); our adapters are fp32.
 
 All runs share one process, one chip and its weights, and are timed by turns; a row's peak is without what the others
 hold. TFLOP are those of ``swiftwan.train.work``.
@@ -39,7 +39,7 @@ from swiftwan.device import pick_device, versions
 from swiftwan.models.config import KNOWN_MODELS, POCKET, KnownModel
 from swiftwan.models.dit import KEEP_FP32, WanTransformer
 from swiftwan.ops.attention import sdpa
-from swiftwan.ops.few_keys_training import few_keys
+from swiftwan.ops.block import PLAIN
 from swiftwan.ops.flash4_training import flash4
 from swiftwan.train import work
 from swiftwan.weights.load import randomize
@@ -162,17 +162,18 @@ class Bench:
 
     def ours(self, words: set[str]) -> Callable[[], Tensor]:
         from swiftwan.train import adapter, flow, memory, processes
-        from swiftwan.train.trainee import compile_blocks
+        from swiftwan.train.trainee import compile_blocks, equip
 
         with torch.device("meta"):
             model = WanTransformer(self.case.known.transformer).requires_grad_(False)
         model.load_state_dict(self.weights.state_dict(), assign=True)
         targets = adapter.chosen_targets(["all"])
         factors = adapter.inject(model, RANK, RANK, targets, seed=0)
-        attend = next((attend for word, attend in ATTENTION.items() if word in words), sdpa)
+        equip(model, self.where)
         for block in model.blocks:
-            block.attn1.attend = attend
-            block.attn2.attend = few_keys if "few" in words else sdpa
+            block.attn1.attend = next((ATTENTION[word] for word in words if word in ATTENTION), block.attn1.attend)
+            if "plain" in words:
+                block.attn2.attend, block.ops = sdpa, PLAIN
         if "fp8" in words:
             adapter.freeze_in_fp8(model, self.where)
         config = self.case.known.transformer
@@ -207,7 +208,7 @@ def _cudnn(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         return sdpa(q, k, v)
 
 
-ATTENTION = {"cudnn": _cudnn, "flash4": flash4}
+ATTENTION = {"cudnn": _cudnn, "flash4": flash4, "sdpa": sdpa}
 
 
 def allocated() -> int:

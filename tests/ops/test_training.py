@@ -55,6 +55,8 @@ def test_flash4_has_the_gradients_of_the_reference(length, compiled):
 def test_the_frozen_8_bit_layer_s_output_and_input_gradient(compiled, device):
     if device == "cuda" and torch.cuda.get_device_capability() < (8, 9):
         pytest.skip("8-bit float products need compute capability 8.9")
+    if device == "cpu" and torch.__version__ < "2.13":
+        pytest.skip("torch 2.11 multiplies 8-bit floats on a CPU with one scale a tensor only")
     plain = nn.Linear(192, 320, device=device, dtype=torch.bfloat16).requires_grad_(False)
     layer = Fp8FrozenLinear(plain)
     run = torch.compile(layer, backend="inductor" if device == "cuda" else "aot_eager") if compiled else layer

@@ -1,8 +1,11 @@
 # mypy: disable-error-code="no-untyped-def"
-"""Attention to at most 128 keys, forward and backward, as two Triton kernels: :mod:`swiftwan.ops.few_keys_training`
-is their plain form. A program holds all keys of a head, so a row's softmax is whole at once and the backward pass
-makes it again from q and k alone; queries are shared out, and the gradients of keys and values are summed over shares.
-Kind: exact.
+"""Attention of many queries to few keys with a backward pass, in Triton: cross-attention while it trains. Kind: exact.
+
+The gradients of keys and values are sums over all queries. A flash kernel gives each tile of keys one block of
+threads, which walks all queries: 66 keys of 12 heads occupy 24 of an H200's 132 processors, and cuDNN takes 7 ms for
+what is 40 GFLOP (benchmarks/h200_train_attention.jsonl). Here a program holds all keys of a head, so a row's softmax
+is whole at once and the backward pass makes it again from q and k alone; the queries are shared out, and the shares'
+gradients of keys and values summed in the end, in one order, so the same numbers come out each time.
 
 Shapes: B batch, H heads, L queries, S keys, E width of a head, a power of two.
 """
@@ -16,11 +19,20 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from swiftwan.ops.attention import sdpa
+
+MOST_KEYS = 128
+"""That a program holds."""
+
 QUERIES = 64
 """Of a tile."""
 
-SHARES = 44
-"""Of the queries of a head, in the backward pass: with 12 heads four programs for each of an H200's 132 processors."""
+QUERIES_BACK = 32
+"""Of a tile in the backward pass: with 64 the gradients of 128 keys no longer fit in registers."""
+
+SHARES = 33
+"""Of the queries of a head in the backward pass, where a program has a processor to itself: 12 heads give each of an
+H200's 132 three, 40 heads ten."""
 
 
 @triton.jit
@@ -32,26 +44,24 @@ def _weights(q, k, bias, keys, scale, KEYS: tl.constexpr):
 
 
 @triton.jit
-def _head(x, length, heads, rows, WIDTH: tl.constexpr):
-    """Addresses of rows (B, L, H, E) of this program's batch and head, and which exist."""
+def _head(length, heads, rows, WIDTH: tl.constexpr):
+    """Where rows of (B, L, H, E) lie, of this program's batch and head."""
     batch, head = tl.program_id(1) // heads, tl.program_id(1) % heads
     start = (batch.to(tl.int64) * length * heads + head) * WIDTH
-    at = x + start + rows[:, None].to(tl.int64) * heads * WIDTH + tl.arange(0, WIDTH)[None, :]
-    return at, rows[:, None] < length
+    return start + rows[:, None].to(tl.int64) * heads * WIDTH + tl.arange(0, WIDTH)[None, :]
 
 
 @triton.jit
 def _forward_kernel(
     q, k, v, bias, out, queries, keys, heads, scale, TILE: tl.constexpr, KEYS: tl.constexpr, WIDTH: tl.constexpr
 ):
-    rows = tl.program_id(0) * TILE + tl.arange(0, TILE)
-    q_at, inside = _head(q, queries, heads, rows, WIDTH)
-    k_at, some = _head(k, keys, heads, tl.arange(0, KEYS), WIDTH)
-    v_at, _ = _head(v, keys, heads, tl.arange(0, KEYS), WIDTH)
-    weights = _weights(tl.load(q_at, inside, other=0.0), tl.load(k_at, some, other=0.0), bias, keys, scale, KEYS)
-    values = tl.load(v_at, some, other=0.0)
-    out_at, _ = _head(out, queries, heads, rows, WIDTH)
-    tl.store(out_at, tl.dot(weights.to(values.dtype), values).to(values.dtype), inside)
+    rows, column = tl.program_id(0) * TILE + tl.arange(0, TILE), tl.arange(0, KEYS)
+    at, inside = _head(queries, heads, rows, WIDTH), rows[:, None] < queries
+    key_at, some = _head(keys, heads, column, WIDTH), column[:, None] < keys
+    query, key = tl.load(q + at, inside, other=0.0), tl.load(k + key_at, some, other=0.0)
+    value = tl.load(v + key_at, some, other=0.0)
+    weights = _weights(query, key, bias, keys, scale, KEYS)
+    tl.store(out + at, tl.dot(weights.to(value.dtype), value).to(value.dtype), inside)
 
 
 @triton.jit
@@ -60,29 +70,24 @@ def _backward_kernel(
     SHARE: tl.constexpr, TILE: tl.constexpr, KEYS: tl.constexpr, WIDTH: tl.constexpr,
 ):  # fmt: skip
     column = tl.arange(0, KEYS)
-    k_at, some = _head(k, keys, heads, column, WIDTH)
-    v_at, _ = _head(v, keys, heads, column, WIDTH)
-    key, value = tl.load(k_at, some, other=0.0), tl.load(v_at, some, other=0.0)
+    key_at, some = _head(keys, heads, column, WIDTH), column[:, None] < keys
+    key, value = tl.load(k + key_at, some, other=0.0), tl.load(v + key_at, some, other=0.0)
     d_key, d_value = tl.zeros((KEYS, WIDTH), tl.float32), tl.zeros((KEYS, WIDTH), tl.float32)
     for start in range(0, SHARE, TILE):
         rows = tl.program_id(0) * SHARE + start + tl.arange(0, TILE)
-        q_at, inside = _head(q, queries, heads, rows, WIDTH)
-        grad_at, _ = _head(grad, queries, heads, rows, WIDTH)
-        query, given = tl.load(q_at, inside, other=0.0), tl.load(grad_at, inside, other=0.0)
+        at, inside = _head(queries, heads, rows, WIDTH), rows[:, None] < queries
+        query, given = tl.load(q + at, inside, other=0.0), tl.load(grad + at, inside, other=0.0)
         weights = _weights(query, key, bias, keys, scale, KEYS)
         d_weights = tl.dot(given, tl.trans(value))
-        d_scores = weights * (d_weights - tl.sum(weights * d_weights, axis=1)[:, None]) * scale
-        d_scores = d_scores.to(query.dtype)
-        dq_at, _ = _head(dq, queries, heads, rows, WIDTH)
-        tl.store(dq_at, tl.dot(d_scores, key).to(query.dtype), inside)
+        unscaled = weights * (d_weights - tl.sum(weights * d_weights, axis=1)[:, None])
+        d_scores = (unscaled * scale).to(query.dtype)
+        tl.store(dq + at, tl.dot(d_scores, key).to(query.dtype), inside)
         d_key += tl.dot(tl.trans(d_scores), query)
         d_value += tl.dot(tl.trans(weights.to(given.dtype)), given)
     # (SHARES, B, S, H, E): of this share alone.
     part = tl.program_id(0).to(tl.int64) * (tl.num_programs(1) // heads) * keys * heads * WIDTH
-    dk_at, _ = _head(dk + part, keys, heads, column, WIDTH)
-    dv_at, _ = _head(dv + part, keys, heads, column, WIDTH)
-    tl.store(dk_at, d_key, some)
-    tl.store(dv_at, d_value, some)
+    tl.store(dk + part + key_at, d_key, some)
+    tl.store(dv + part + key_at, d_value, some)
 
 
 @torch.library.custom_op("swiftwan::few_keys_forward", mutates_args=())
@@ -112,10 +117,10 @@ def few_keys_backward(grad: Tensor, q: Tensor, k: Tensor, v: Tensor, bias: Tenso
     batch, queries, heads, width = q.shape
     q, k, v, grad = q.contiguous(), k.contiguous(), v.contiguous(), grad.contiguous()
     dq, parts = torch.empty_like(q), q.new_empty(2, SHARES, *k.shape, dtype=torch.float32)
-    share = triton.cdiv(triton.cdiv(queries, SHARES), QUERIES) * QUERIES
+    share = triton.cdiv(triton.cdiv(queries, SHARES), QUERIES_BACK) * QUERIES_BACK
     _backward_kernel[SHARES, batch * heads](
         q, k, v, bias, grad, dq, *parts, queries, k.shape[1], heads, width**-0.5, share,
-        QUERIES, _tile(k.shape[1]), width, num_warps=8,
+        QUERIES_BACK, _tile(k.shape[1]), width, num_warps=8, num_stages=2,
     )  # fmt: skip
     dk, dv = parts.sum(1).to(k.dtype)
     return dq, dk.clone(), dv.clone()
@@ -143,7 +148,13 @@ few_keys_forward.register_autograd(_backward, setup_context=_keep)
 
 
 def few_keys(q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None = None) -> Tensor:
-    """As :func:`swiftwan.ops.few_keys_training.few_keys`, for 16-bit floats on a GPU."""
+    """:func:`swiftwan.ops.attention.sdpa` with the same arguments, 16-bit floats on a GPU and at most 128 keys; no
+    gradient of the bias."""
     bias = k.new_zeros(k.shape[1]) if bias is None else bias.flatten()
     out: Tensor = few_keys_forward(q, k, v, bias)
     return out
+
+
+def to_prompt(q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None = None) -> Tensor:
+    """Attention to a prompt's keys, of which there are few, or to an image's 257."""
+    return few_keys(q, k, v, bias) if k.shape[1] <= MOST_KEYS else sdpa(q, k, v, bias)

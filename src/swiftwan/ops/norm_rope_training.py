@@ -7,6 +7,7 @@ Kind: exact. Shapes: B batch, L tokens, H heads, E width of a head, D = H E.
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -14,6 +15,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from swiftwan.ops.block import PLAIN
 from swiftwan.ops.fused import _norm_turn, _warps
 from swiftwan.ops.rope import Rope
 
@@ -115,3 +117,7 @@ def norm_rope(
     """As :func:`swiftwan.ops.rope.norm_rope`, differentiable in q and k."""
     one, other = (norm_rope_forward(x, weight, *rope, heads, eps) for x, weight in ((q, q_weight), (k, k_weight)))
     return one, other
+
+
+TRAINING = replace(PLAIN, norm_rope=norm_rope)
+"""For a block that learns and is compiled: torch's compiler makes the rest, backward pass and all, in one pass each."""

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from swiftwan.device import versions
 from swiftwan.engine import Engine
 from swiftwan.errors import SwiftwanError
-from swiftwan.models.dit import WanTransformer, each_block
+from swiftwan.models.dit import WanTransformer
 from swiftwan.train import adapter, flow, memory, validate, work
 from swiftwan.train.buckets import Item, Shapes, batches
 from swiftwan.train.cache import Cache, Encoders
@@ -27,7 +27,7 @@ from swiftwan.train.checkpoint import Checkpoints, optimizer_tensors, restore_op
 from swiftwan.train.loop import Schedule
 from swiftwan.train.processes import Processes, shard
 from swiftwan.train.settings import Settings
-from swiftwan.train.trainee import Trainee, attention, compile_blocks, cross_attention, make_optimizer, trainees
+from swiftwan.train.trainee import Trainee, compile_blocks, equip, make_optimizer, trainees
 from swiftwan.weights.lora import Expert
 from swiftwan.weights.lora_write import write_lora
 
@@ -99,10 +99,7 @@ class Run:
                 adapter.tie(transformer, self.trainees[0].transformer)
             else:
                 parameters |= {f"{trainee.expert or 'model'}.{name}": parameter for name, parameter in found.items()}
-            to_video = attention(self.engine.device, transformer.dtype)
-            to_text = cross_attention(self.engine.device, transformer.dtype)
-            for block in each_block(transformer):
-                block.attn1.attend, block.attn2.attend = to_video, to_text
+            equip(transformer, self.engine.device)
             if settings.base == "fp8":
                 adapter.freeze_in_fp8(transformer, self.engine.device)
             memory.keep_in_blocks(transformer, self._keeps(transformer))

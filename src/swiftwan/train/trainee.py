@@ -2,19 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass
+from importlib.util import find_spec
 from typing import Any, cast
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from swiftwan.device import Device
 from swiftwan.engine import Engine
 from swiftwan.errors import RequestError, UnavailableError
-from swiftwan.models.dit import Block, WanTransformer
+from swiftwan.models.dit import Block, WanTransformer, each_block
 from swiftwan.ops.attention import Attend, kernel, sdpa
-from swiftwan.ops.few_keys_training import to_prompt
 from swiftwan.ops.flash4_training import flash4
 from swiftwan.train import flow
 from swiftwan.train.settings import Settings
@@ -60,9 +59,22 @@ def trainees(engine: Engine, settings: Settings) -> list[Trainee]:
     return [Trainee("low", parts.transformer_2, low, below), Trainee("high", parts.transformer, high, 1 - below)]
 
 
+def equip(transformer: WanTransformer, device: Device) -> None:
+    """Give its blocks the fastest kernels here that have a backward pass."""
+    attend = attention(device, transformer.dtype)
+    for block in each_block(transformer):
+        block.attn1.attend = attend
+    if device.capability and transformer.dtype.itemsize == 2 and find_spec("triton"):
+        from swiftwan.ops.few_keys_triton import to_prompt
+        from swiftwan.ops.norm_rope_training import TRAINING
+
+        for block in each_block(transformer):
+            block.attn2.attend, block.ops = to_prompt, TRAINING
+
+
 def attention(device: Device, dtype: torch.dtype) -> Attend:
-    """The fastest attention here that has a backward pass. 12 x 32,760 x 128 in bf16 on an H200, forward and backward:
-    FlashAttention-4 34 ms, cuDNN 41, torch's own choice 71 (benchmarks/h200_train_attention.jsonl)."""
+    """Of a video to itself. 12 x 32,760 x 128 in bf16 on an H200, forward and backward: FlashAttention-4 34 ms,
+    cuDNN 41, torch's own choice 71 (benchmarks/h200_train_attention.jsonl)."""
     capability = device.capability
     if dtype.itemsize > 2:
         return sdpa
@@ -70,11 +82,6 @@ def attention(device: Device, dtype: torch.dtype) -> Attend:
         kernel("flash4").load()  # sets where it keeps what it compiles
         return flash4
     return kernel("cudnn").load() if capability and capability >= (9, 0) else sdpa
-
-
-def cross_attention(device: Device, dtype: torch.dtype) -> Callable[..., Tensor]:
-    """Of all video tokens to a prompt's: the one whose backward pass is quick with few keys."""
-    return to_prompt if device.capability and dtype.itemsize == 2 else sdpa
 
 
 def compile_blocks(transformer: WanTransformer) -> None:
