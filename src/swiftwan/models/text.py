@@ -34,6 +34,7 @@ class TextEncoder:
 
     Attributes:
         runs_on: where the encoder works; ``device`` unless a technique says otherwise.
+        rests_on: where it is loaded to; ``runs_on`` unless a technique brings it there piece by piece.
         stays_loaded: whether it waits for the next prompt in memory.
         after_load: changes to make to a freshly loaded encoder.
     """
@@ -54,12 +55,13 @@ class TextEncoder:
         self.cache: PromptCache | None = None
         self.after_load: list[Callable[[nn.Module], None]] = []
         self.runs_on = device
+        self.rests_on: torch.device | None = None
         self.stays_loaded = True
         self._load = load
 
     @cached_property
     def encoder(self) -> nn.Module:
-        encoder = self._load(self.runs_on)
+        encoder = self._load(self.rests_on or self.runs_on)
         for change in self.after_load:
             change(encoder)
         return encoder
