@@ -44,7 +44,6 @@ from swiftwan.ops.flash4_training import flash4
 from swiftwan.train import work
 from swiftwan.weights.load import randomize
 
-RUNNERS = {"ours": "ours", "peer": "diffusers + peft, bf16 adapters"}
 RANK = 32
 TEXT_TOKENS = 64
 TARGETS = r".*blocks\..*(to_q|to_k|to_v|to_out\.0|ffn\.net\.0\.proj|ffn\.net\.2)"
@@ -223,13 +222,7 @@ class Run:
         self.bench, self.label = bench, label
         self.times: list[float] = []
         self.step: Callable[[], Tensor] | None = None
-        kind, words = label.split(" ")
-        self.row: dict[str, Any] = {
-            "case": name,
-            "rung": rung(label),
-            "runner": RUNNERS[kind],
-            "plan": words.split("+"),
-        }
+        self.row: dict[str, Any] = {"case": name, "rung": rung(label), "runner": runner(label), "plan": words(label)}
         self.facts = {
             "rank": RANK,
             "tokens_per_step": bench.case.tokens,
@@ -243,10 +236,10 @@ class Run:
         }
 
     def build(self) -> None:
-        kind, _, words = self.label.partition(" ")
+        kind = self.label.split(" ")[0]
         others = allocated() - self.bench.own
         began = time.perf_counter()
-        self.step = getattr(self.bench, kind)(set(words.split("+")))
+        self.step = getattr(self.bench, kind)(set(words(self.label)))
         self.timed(2)
         self.row["first_steps_seconds"] = round(time.perf_counter() - began, 1)
         if self.bench.device.type == "cuda":
@@ -305,6 +298,16 @@ class Run:
             torch.cuda.empty_cache()
 
 
+def words(label: str) -> list[str]:
+    return label.split(" ")[1].split("+")
+
+
+def runner(label: str) -> str:
+    if label.startswith("ours"):
+        return "ours"
+    return ", ".join(["diffusers + peft", *words(label), *[] if "fp32" in label else ["bf16 adapters"]])
+
+
 def rung(label: str) -> str:
     """Peers are no rung; memory limits that a step without any would meet are none."""
     if label.startswith("peer"):
@@ -325,8 +328,7 @@ def compared(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
         peers = [peer for peer in done if peer["rung"] == "peer" and again(peer) == again(row)]
         if peers:
             best = min(peers, key=lambda peer: peer["seconds"])
-            row["peer"] = f"{best['runner']}, {', '.join(best['plan'])}"
-            row |= {"peer_seconds": best["seconds"], "peer_peak_bytes": best.get("peak_bytes")}
+            row |= {"peer": best["runner"], "peer_seconds": best["seconds"], "peer_peak_bytes": best.get("peak_bytes")}
             row["ratio"] = round(best["seconds"] / row["seconds"], 3)
     return rows
 

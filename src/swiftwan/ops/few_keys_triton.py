@@ -2,8 +2,8 @@
 """Attention of many queries to few keys with a backward pass, in Triton: cross-attention while it trains. Kind: exact.
 
 The gradients of keys and values are sums over all queries. A flash kernel gives each tile of keys one block of
-threads, which walks all queries: 66 keys of 12 heads occupy 24 of an H200's 132 processors, and cuDNN takes 7 ms for
-what is 40 GFLOP (benchmarks/h200_train_attention.jsonl). Here a program holds all keys of a head, so a row's softmax
+threads, which walks all queries: 66 keys of 12 heads occupy 24 of an H200's 132 processors, and cuDNN takes 2.6 ms for
+what is 40 GFLOP (benchmarks/h200_train_profile.txt). Here a program holds all keys of a head, so a row's softmax
 is whole at once and the backward pass makes it again from q and k alone; the queries are shared out, and the shares'
 gradients of keys and values summed in the end, in one order, so the same numbers come out each time.
 
