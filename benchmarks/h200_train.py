@@ -305,7 +305,7 @@ def words(label: str) -> list[str]:
 def runner(label: str) -> str:
     if label.startswith("ours"):
         return "ours"
-    return ", ".join(["diffusers + peft", *words(label), *[] if "fp32" in label else ["bf16 adapters"]])
+    return ", ".join(["diffusers + peft", *words(label), *([] if "fp32" in label else ["bf16 adapters"])])
 
 
 def rung(label: str) -> str:
