@@ -112,7 +112,8 @@ def table(rows: Sequence[Row]) -> str:
             "peer" if is_peer(row) else row["rung"],
             name(row),
             seconds(row["seconds"]),
-            (f"{seconds(spread[0])} to {seconds(spread[1])}, " if spread else "") + str(row.get("repeats", "")),
+            (f"{seconds(spread[0])} to {seconds(spread[1])}, " if isinstance(spread, list) else "")
+            + str(row.get("repeats", "")),
             "" if is_peer(row) or not row.get("peer_seconds") else f"{row['peer']}: {seconds(row['peer_seconds'])}",
             "" if is_peer(row) or not row.get("ratio") else f"{row['ratio']:.2f}x",
             f"{100 * row['ceiling_fraction']:.0f} %" if row.get("ceiling_fraction") else "",
