@@ -155,6 +155,7 @@ class CrossAttention(Attention):
 
     def __init__(self, config: TransformerConfig) -> None:
         super().__init__(config)
+        self.attend: Callable[..., Tensor] = sdpa
         self.sees_image = config.added_kv_proj_dim is not None
         if config.added_kv_proj_dim is not None:
             self.add_k_proj = nn.Linear(config.added_kv_proj_dim, config.dim)
@@ -172,10 +173,17 @@ class CrossAttention(Attention):
     def forward(self, x: Tensor, memory: Memory, text_bias: Tensor | None) -> Tensor:
         """x (B, L, D), or (1, L, D) where all B prompts still see the same video, to (B, L, D)."""
         q = self.heads(self.norm_q(self.to_q(x))).expand(len(memory.key), -1, -1, -1)
-        out = sdpa(q, memory.key, memory.value, text_bias)
+        out = self.attend(q, memory.key, memory.value, text_bias)
         if memory.image_key is not None and memory.image_value is not None:
-            out = out + sdpa(q, memory.image_key, memory.image_value)
+            out = out + self.attend(q, memory.image_key, memory.image_value)
         return self.to_out[0](out.flatten(2))
+
+
+def modulation_table(rows: int, dim: int) -> nn.Parameter:
+    """Normal with a standard deviation of 1/sqrt(dim); on meta, where weights are loaded into it, nothing is drawn."""
+    table = torch.empty(1, rows, dim)
+    # On meta torch would import its compiler to draw nothing: a second of every cold start.
+    return nn.Parameter(table if table.is_meta else table.normal_(0, dim**-0.5))
 
 
 class Block(nn.Module):
@@ -193,7 +201,7 @@ class Block(nn.Module):
         self.attn2 = CrossAttention(config)
         self.norm2 = LayerNorm32(dim, config.eps)
         self.ffn = FeedForward(dim, config.ffn_dim, dim, approximate="tanh")
-        self.scale_shift_table = nn.Parameter(torch.randn(1, 6, dim) / dim**0.5)
+        self.scale_shift_table = modulation_table(6, dim)
 
     def remember(self, text: Tensor, image: Tensor | None) -> Memory:
         """What cross-attention needs of text (B, S, D) and image tokens: once a prompt."""
@@ -318,7 +326,7 @@ class WanTransformer(nn.Module):
         self.condition_embedder = ConditionEmbedder(config)
         self.blocks = nn.ModuleList([Block(config, attend) for _ in range(config.num_layers)])
         self.proj_out = nn.Linear(config.dim, config.out_channels * math.prod(config.patch_size))
-        self.scale_shift_table = nn.Parameter(torch.randn(1, 2, config.dim) / config.dim**0.5)
+        self.scale_shift_table = modulation_table(2, config.dim)
         self.token_order: TokenOrder | None = None
         self.walk: Walk = all_blocks
 
