@@ -155,6 +155,7 @@ class CrossAttention(Attention):
 
     def __init__(self, config: TransformerConfig) -> None:
         super().__init__(config)
+        self.attend: Callable[..., Tensor] = sdpa
         self.sees_image = config.added_kv_proj_dim is not None
         if config.added_kv_proj_dim is not None:
             self.add_k_proj = nn.Linear(config.added_kv_proj_dim, config.dim)
@@ -172,9 +173,9 @@ class CrossAttention(Attention):
     def forward(self, x: Tensor, memory: Memory, text_bias: Tensor | None) -> Tensor:
         """x (B, L, D), or (1, L, D) where all B prompts still see the same video, to (B, L, D)."""
         q = self.heads(self.norm_q(self.to_q(x))).expand(len(memory.key), -1, -1, -1)
-        out = sdpa(q, memory.key, memory.value, text_bias)
+        out = self.attend(q, memory.key, memory.value, text_bias)
         if memory.image_key is not None and memory.image_value is not None:
-            out = out + sdpa(q, memory.image_key, memory.image_value)
+            out = out + self.attend(q, memory.image_key, memory.image_value)
         return self.to_out[0](out.flatten(2))
 
 
