@@ -40,6 +40,7 @@ Made from the rows in `benchmarks/` by `python benchmarks/ladder.py`; do not edi
 architectures, ours and the peer by turns in one process. *Ratio* is the peer's time over ours. *Of ceiling* is the time
 that the same matrix products and attention would take at the highest rates measured on the chip in the row's number
 format, over ours. *Error* is the relative distance to the run that the row names.
+*Bound* is the matrix products and self-attention of a forward alone, back to back on inputs that stand ready.
 *Sustained* is a run repeated for seconds without a pause: at the chip's limit of 700 W clocks fall from 1980 MHz until
 the power fits, so that time follows energy.
 """
