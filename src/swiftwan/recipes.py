@@ -51,7 +51,7 @@ RECIPES = {
 estimate, and have not run so."""
 
 SKIPPING = ("step-cache", "cfg-skip")
-WORTH = 0.8
+WORTH = 0.9
 """Of the time, below which a plan is taken for it."""
 EXACT_ATTENTION = ("flash4", "cudnn")
 """From the fastest on."""
