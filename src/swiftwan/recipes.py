@@ -47,8 +47,7 @@ RECIPES = {
     "80gb": Recipe("wan2.2-t2v-a14b", 1280, 720, 81, ("offload:auto:budget=46", "text-encoder:unload")),
     "141gb": Recipe("wan2.2-t2v-a14b", 1280, 720, 81, ()),
 }
-"""Exact all. ``8gb`` has run under a cap of its memory (benchmarks/h200_techniques.jsonl); the others fit by the
-estimate, and have not run so."""
+"""Exact all; how each ran under a cap of its memory is in docs/plans.md, made of benchmarks/h200_techniques.jsonl."""
 
 SKIPPING = ("step-cache", "cfg-skip")
 WORTH = 0.9
