@@ -6,6 +6,7 @@ import gc
 import os
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import replace
+from pathlib import Path
 
 import torch
 
@@ -13,7 +14,8 @@ from swiftwan.device import Device, pick_device
 from swiftwan.errors import MemoryLimitError
 from swiftwan.pipelines.generate import OnStep, generate
 from swiftwan.pipelines.request import Request
-from swiftwan.pipelines.result import Result
+from swiftwan.pipelines.result import Out, Result
+from swiftwan.pipelines.stages import words
 from swiftwan.plan import Facts, Plan, complete, describe, estimate, make_plan
 from swiftwan.prompt_cache import PromptCache
 from swiftwan.techniques.lora import find_loras, labels
@@ -56,7 +58,8 @@ class Engine:
             plan: a recipe's name, or technique specs ``name[:value][:key=value,...]``; [] is the plain run.
             device: ``cuda``, ``cuda:N`` or ``cpu``; None takes the best here.
             dtype: ``bf16``, ``fp16`` or ``fp32``; None takes the device's.
-            request: what ``plan="auto"`` shall fit; None takes the model's official size.
+            request: the first to be run. ``plan="auto"`` shall fit it (None: the model's official size), and the text
+                encoder begins to load for it beside the rest.
 
         Raises:
             PlanError, UnavailableError, WeightsError, OutputError, MemoryLimitError: in one line each.
@@ -76,9 +79,12 @@ class Engine:
                 dtype=chosen.settings.dtype,
                 vae_dtype=chosen.settings.vae_dtype,
                 transformers_on=torch.device("cpu") if chosen.settings.transformers_on_host else None,
+                text_home=chosen.settings.text_home,
                 as_loaded=chosen.settings.as_loaded,
             )
             parts.text.cache = _prompt_cache(chosen.settings.prompt_cache)
+            if request is not None:
+                parts.text.expect(words(complete(request, chosen.adapt(facts))))
             for technique in chosen.techniques:
                 technique.install(parts)
         except torch.OutOfMemoryError:
@@ -149,23 +155,31 @@ class Engine:
         _allow_tf32(chosen)
         self.plan = chosen
 
-    def run(self, request: Request, *, on_step: OnStep | None = None) -> Result:
+    def run(
+        self, request: Request, *, on_step: OnStep | None = None, out: str | Path | None = None, quality: int = 8
+    ) -> Result:
         """Run one request.
 
         Args:
             request: fields at None take the model's official values.
             on_step: told after each unit of work; what it raises ends the run within a step.
+            out: a file to write as :meth:`Result.save` would, but with its encoder at work beside the VAE.
+            quality: of that file, as in :meth:`Result.save`.
 
         Raises:
             RequestError: a task or a value that the model or the plan cannot take, or an input that cannot be read.
             MemoryLimitError: the device's memory ran out; says which settings would fit.
+            OutputError: ``out`` cannot be written; told before anything runs where that is known.
         """
         request = complete(request, self.facts)
         self.plan.check(request)
+        film = None if out is None else Out(Path(out), quality)
+        if film is not None:
+            film.check(request)
         if self.torch_device.type == "cuda":
             torch.cuda.reset_peak_memory_stats(self.torch_device)
         try:
-            return generate(self, request, on_step)
+            return generate(self, request, on_step, film)
         except torch.OutOfMemoryError:
             pass
         _free_memory()

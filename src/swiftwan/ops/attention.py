@@ -121,7 +121,7 @@ def _load_flash4() -> Attend:
 
     def hopper(q: Tensor, k: Tensor, v: Tensor) -> Any:
         # The package would take 128 x 128, and a forward longer: TI2V-5B at 1280x704x121 796 instead of 784 ms, 1.3B at
-        # 832x480x81 441 instead of 438 (H200, at its limit of 700 W; benchmarks/h200_forward.jsonl).
+        # 832x480x81 441 instead of 438 (H200, at its limit of 700 W).
         return forward(q, k, v, tile_mn=(192, 128), mma_pv_is_rs=False) if q.shape[-1] == 128 else attend(q, k, v)
 
     return _opaque("flash4", hopper)
@@ -161,10 +161,13 @@ def _opaque(name: str, function: Callable[..., Any]) -> Attend:
         out = function(q, k, v)
         return out[0] if isinstance(out, tuple) else out
 
-    op: Any = torch.library.custom_op(f"swiftwan::{name}", attend, mutates_args=())
-    op.register_fake(lambda q, k, v: torch.empty_like(q, memory_format=torch.contiguous_format))
-    attend_op: Attend = op
-    return attend_op
+    # Not ``custom_op``: its first call imports torch's compiler, a second of every cold start.
+    qualname = f"swiftwan::{name}"
+    torch.library.define(qualname, "(Tensor q, Tensor k, Tensor v) -> Tensor")
+    torch.library.impl(qualname, "CompositeExplicitAutograd", attend)
+    torch.library.register_fake(qualname, lambda q, k, v: torch.empty_like(q, memory_format=torch.contiguous_format))
+    op: Attend = getattr(torch.ops.swiftwan, name).default
+    return op
 
 
 KERNELS = (

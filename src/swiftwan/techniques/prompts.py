@@ -5,17 +5,19 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from functools import partial
-from typing import TYPE_CHECKING, Any, cast
+from typing import TYPE_CHECKING, cast
 
-import torch
 from torch import Tensor, nn
 
 from swiftwan.errors import PlanError, did_you_mean
 from swiftwan.models.parking import take_turns
 from swiftwan.models.streaming import bring_own
+from swiftwan.models.umt5 import UMT5Encoder
 from swiftwan.techniques.base import Settings, Slot, Technique
 
 if TYPE_CHECKING:
+    import torch
+
     from swiftwan.techniques.costs import Costs, Home
     from swiftwan.weights.build import Parts
 
@@ -72,17 +74,18 @@ class TextEncoderHome(Technique):
     def cost(self, costs: Costs) -> Costs:
         return replace(costs, text_home=cast("Home", self.value))
 
+    def apply(self, settings: Settings) -> Settings:
+        return replace(settings, text_home=self.value)
+
     def install(self, parts: Parts) -> None:
-        if self.value == "cpu":
-            parts.text.runs_on = torch.device("cpu")
         if self.value == "blocks":
-            parts.text.rests_on = torch.device("cpu")
             parts.text.after_load.append(partial(_by_blocks, device=parts.device))
         parts.text.stays_loaded = self.value != "unload"
 
 
-def _by_blocks(encoder: Any, device: torch.device) -> None:
-    """Make transformers' UMT5 or T5 encoder, which lies in host memory, compute on the device block by block."""
+def _by_blocks(encoder: nn.Module, device: torch.device) -> None:
+    """Make an encoder that lies in host memory compute on the device block by block."""
+    assert isinstance(encoder, UMT5Encoder)
     stack = encoder.encoder
     stack.embed_tokens = HostEmbedding(stack.embed_tokens, device)
     bring_own(stack.final_layer_norm, device)
@@ -92,7 +95,7 @@ def _by_blocks(encoder: Any, device: torch.device) -> None:
 class HostEmbedding(nn.Module):
     """Rows looked up in host memory (UMT5-XXL's table is 2 GB), sent to a device."""
 
-    def __init__(self, table: nn.Embedding, device: torch.device) -> None:
+    def __init__(self, table: nn.Module, device: torch.device) -> None:
         super().__init__()
         self.table, self.device = table, device
 
