@@ -38,9 +38,9 @@ CEILINGS = {"product": 782, "attention": 708}  # TFLOP/s in bf16, DESIGN.md
 RUNGS = {
     "few-step": ("attention:flash4",),
     "few-step, near": ("quantize:fp8", "attention:fp8"),
-    "few-step, near, sparse25": ("quantize:fp8", "sparse-attention:keep=0.25"),
+    "few-step, near, sparse25": ("quantize:fp8", "sparse-attention:keep=0.25,bits=8"),
     "few-step, sparse25": ("sparse-attention:keep=0.25",),
-    "few-step, near, sparse12": ("quantize:fp8", "sparse-attention:keep=0.125"),
+    "few-step, near, sparse12": ("quantize:fp8", "sparse-attention:keep=0.125,bits=8"),
 }
 
 
@@ -51,7 +51,8 @@ def main() -> None:
     parser.add_argument("--height", type=int, default=480)
     parser.add_argument("--frames", type=int, default=81)
     parser.add_argument("--repeats", type=int, default=2)
-    parser.add_argument("--peer-steps", type=int, default=50)
+    parser.add_argument("--rungs", nargs="*", default=list(RUNGS), choices=list(RUNGS))
+    parser.add_argument("--peer-steps", type=int, default=50, help="0: no peer")
     parser.add_argument("--device")
     parser.add_argument("--out", type=Path)
     options = parser.parse_args()
@@ -63,8 +64,8 @@ def main() -> None:
         subprocess.run([sys.executable, script, options.model.removeprefix("random:"), lora], check=True)
         exact = None
         rows: list[dict[str, Any]] = []
-        for rung, specs in RUNGS.items():
-            plan = [f"few-step:{lora}", "fused", "vae:fast", *specs]
+        for rung in options.rungs:
+            plan = [f"few-step:{lora}", "fused", "vae:fast", *RUNGS[rung]]
             try:
                 engine = sw.Engine.load(options.model, plan=plan, device=options.device)
                 engine.parts.text.cache = None
@@ -81,6 +82,8 @@ def main() -> None:
             write(rows, options.out)
             gc.collect()
             torch.cuda.empty_cache()
+        if not options.peer_steps:
+            return
         peer = DiffusersPeer(options.model, device, "bf16" if device.capability else "fp32", compile=False)
         plain = complete(sw.TextToVideo(PROMPT, seed=7, **size), describe(options.model))
         few = replace(plain, num_inference_steps=4, guidance_scale=1.0, scheduler="lcm", flow_shift=5.0)

@@ -42,6 +42,8 @@ CELLS: dict[str, tuple[str, str, str]] = {  # name: case, rung, plan
     "near-ends": (VIDEO, "near", f"{FP8} attention:fp8:keep-layers=2"),
     "sparse25": (VIDEO, "sparse25", f"{FP8} attention:flash4 sparse-attention:keep=0.25,bits=8"),
     "sparse12": (VIDEO, "sparse12", f"{FP8} attention:flash4 sparse-attention:keep=0.125,bits=8"),
+    "sparse25-graphs": (VIDEO, "sparse25", f"{FP8} sparse-attention:keep=0.25,bits=8 cuda-graphs"),
+    "sparse12-graphs": (VIDEO, "sparse12", f"{FP8} sparse-attention:keep=0.125,bits=8 cuda-graphs"),
     "sparse25-16": (VIDEO, "sparse25", f"{FP8} attention:flash4 sparse-attention:keep=0.25"),
     "sparse12-16": (VIDEO, "sparse12", f"{FP8} attention:flash4 sparse-attention:keep=0.125"),
     "large-exact": (LARGE, "exact", EXACT),
