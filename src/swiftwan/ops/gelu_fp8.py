@@ -21,7 +21,7 @@ from swiftwan.ops.fp8 import LARGEST, Fp8Linear, Rounded
 
 
 class Bound(NamedTuple):
-    """|output| <= slope * |largest input| + offset, for every output of a layer."""
+    """No output's magnitude is over 448 (slope * the scale of its row of inputs + offset)."""
 
     slope: float
     offset: float
@@ -31,11 +31,11 @@ class Bound(NamedTuple):
         """Waits for the device: once a layer, when a plan is installed."""
         sums = linear.weight.float().abs().sum(1) * linear.scale.flatten()
         offset = 0.0 if linear.bias is None else linear.bias.abs().max().item()
-        return cls(sums.max().item(), offset)
+        return cls(sums.max().item(), offset / LARGEST)
 
 
 def linear_gelu(linear: Fp8Linear, x: Rounded, bound: Bound) -> Rounded:
     """The plain way: GELU (tanh form) of the layer's result for x (..., I), rounded (..., O)."""
-    scale = bound.slope * x.scale + bound.offset / LARGEST
+    scale = bound.slope * x.scale + bound.offset
     value = F.gelu(linear(x).float(), approximate="tanh") / scale
     return Rounded(value.clamp(-LARGEST, LARGEST).to(torch.float8_e4m3fn), scale)

@@ -23,7 +23,7 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 )
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
-from swiftwan.ops.fp8 import LARGEST, Fp8Linear, Rounded
+from swiftwan.ops.fp8 import Fp8Linear, Rounded
 from swiftwan.ops.gelu_fp8 import Bound
 
 TILE = 128
@@ -188,7 +188,7 @@ def linear_gelu(linear: Fp8Linear, x: Rounded, bound: Bound) -> Rounded:
     with torch.cuda.device_of(values):
         _linear_gelu_kernel[(programs,)](
             _tokens(x.values.view(rows, -1)), _weights(linear.weight), x.scale, linear.scale, linear.bias, values, scale,
-            m_tiles, n_tiles, rows, width, blocks // turn, bound.slope, bound.offset / LARGEST,
+            m_tiles, n_tiles, rows, width, blocks // turn, *bound,
             STAGES=STAGES, GROUP=GROUP, TURN=turn, num_warps=4,
         )  # fmt: skip
     return Rounded(values, scale)
