@@ -137,7 +137,8 @@ def timed(
 
 def floor(engine: sw.Engine, request: Any) -> float:
     """Seconds of the denoising if every product and all dense attention ran at the measured rate of bf16."""
-    load, config = estimate(request, engine.facts, torch.bfloat16), engine.facts.known.transformer
+    load = estimate(request, engine.facts, engine.plan, engine.device.total_bytes)
+    config = engine.facts.known.transformer
     attention = config.num_layers * 4 * load.tokens**2 * config.dim / 1e12
     product = load.tflop_per_forward - attention
     return load.forwards * (attention / CEILINGS["attention"] + product / CEILINGS["product"])

@@ -1,10 +1,11 @@
 """One forward of each published size on an H200, beside diffusers' on the same random weights.
 
     python benchmarks/h200_forward.py CASE... [--plans 'attention:flash4 fused' ...] [--repeats 5]
-        [--peers eager compiled] [--steady 2] [--out rows.jsonl] [--profile top.txt]
+        [--peers eager compiled] [--steady 2] [--products] [--out rows.jsonl] [--profile top.txt]
 
 Ours and the peers stand in one process and take turns, so that a warm chip slows all alike. With ``--steady`` each then
-runs alone for so many seconds while NVML tells power and clocks: what the chip sustains. ``seconds`` is the median,
+runs alone for so many seconds while NVML tells power and clocks: what the chip sustains. ``--products`` measures the
+matrix products and the attention of a forward with nothing between them, too. ``seconds`` is the median,
 ``ratio`` the median of peer over ours within a turn. The floor is the work at the matrix and attention rates measured
 on the same chip (DESIGN.md); ``ceiling_fraction`` is that floor over ``seconds``.
 """
@@ -36,11 +37,13 @@ from swiftwan.measure.hardware import HardwareSampler, readers
 from swiftwan.measure.missing import Missing
 from swiftwan.models.config import KNOWN_MODELS, KnownModel
 from swiftwan.models.dit import KEEP_FP32, WanTransformer
+from swiftwan.ops.attention import kernel
 from swiftwan.plan import make_plan
 from swiftwan.weights.load import randomize
 
 TEXT_TOKENS = 64
 GUIDANCE = 5.0
+PRODUCTS = "matrix products and self-attention alone"
 
 
 @dataclass(frozen=True)
@@ -150,6 +153,34 @@ class Bench:
             flow = negative + GUIDANCE * (flow - negative)
         return flow
 
+    def products(self) -> Callable[[], Tensor]:
+        """The blocks' matrix products and self-attention back to back on inputs that stand ready, and nothing else.
+
+        No order of the rest goes below what these take at the chip's power: values are spread as in a forward, since a
+        multiplier's power depends on the bits that change.
+        """
+        config = self.case.known.transformer
+        attend, linear = kernel("flash4").load(), torch.nn.functional.linear
+        batch = 2 if self.case.guided else 1
+        draw = functools.partial(torch.randn, device=self.device, dtype=torch.bfloat16)
+        x = draw(batch, self.case.tokens, config.dim)
+        wide = torch.nn.functional.gelu(draw(batch, self.case.tokens, config.ffn_dim), approximate="tanh")
+        heads = (config.num_attention_heads, config.dim // config.num_attention_heads)
+        q, k, v = (draw(batch, self.case.tokens, *heads) for _ in range(3))
+        blocks: Any = self.weights.blocks
+        merged = [torch.cat((b.attn1.to_q.weight, b.attn1.to_k.weight, b.attn1.to_v.weight)) for b in blocks]
+
+        def run() -> Tensor:
+            for block, weight in zip(blocks, merged, strict=True):
+                linear(x, weight)
+                attend(q, k, v)
+                for layer in (block.attn1.to_out[0], block.attn2.to_q, block.attn2.to_out[0], block.ffn.net[0].proj):
+                    layer(x)
+                out: Tensor = block.ffn.net[2](wide)
+            return out
+
+        return run
+
     def peer(self, kind: str) -> Callable[[], Tensor]:
         """diffusers' transformer: ``eager``, or ``compiled`` block by block with cuDNN's attention."""
         import inspect
@@ -252,6 +283,9 @@ def measure(name: str, arguments: argparse.Namespace) -> list[dict[str, Any]]:
             traceback.print_exc()
             rows[label] = {"status": "failed", "reason": failed(problem)}
         print(name, label, rows[label], f"{time.perf_counter() - start:.1f} s", flush=True)
+    if arguments.products:
+        rows[PRODUCTS], runs[PRODUCTS] = {"status": "ok"}, bench.products()
+        timed(runs[PRODUCTS], 2)
     inner = 10 if case.guided else 1
     seconds: dict[str, list[float]] = {label: [] for label in runs}
     for _ in range(arguments.repeats):  # two runs of each went before, as warm-up
@@ -296,11 +330,13 @@ def measure(name: str, arguments: argparse.Namespace) -> list[dict[str, Any]]:
         }
         if label.startswith("diffusers"):
             row |= {"plan": [], "runner": label}
+        if label == PRODUCTS:
+            row |= {"plan": [], "runner": label, "rung": "bound"}
         finished.append(row)
         print(f"{name:32} {label:45} {row.get('seconds', 0) * 1e3:9.2f} ms  {row.get('ceiling_fraction')}", flush=True)
     if arguments.profile:
         for label, run in runs.items():
-            if not label.startswith("diffusers"):
+            if not label.startswith("diffusers") and label != PRODUCTS:
                 profile(run, Path(arguments.profile), f"{name}: {label}")
     return finished
 
@@ -328,6 +364,7 @@ def main() -> None:
     parser.add_argument("--peers", nargs="*", default=["eager", "compiled"])
     parser.add_argument("--repeats", type=int, default=5)
     parser.add_argument("--steady", type=float, default=0.0)
+    parser.add_argument("--products", action="store_true")
     parser.add_argument("--out", default="-")
     parser.add_argument("--profile")
     parser.add_argument("--commit", default="")

@@ -1,10 +1,14 @@
 """Whole runs on one H200 beside diffusers' pipeline: a video from prompt to mp4, and a cold start.
 
     python benchmarks/h200_video.py video [--steps 50] [--repeats 1] [--plans auto 'auto batched-cfg'] [--out rows]
+    python benchmarks/h200_video.py video --case seed-001 --width 1280 --height 720 --frames 97 --steps 65
+        --measured 8 --peers 'diffusers eager, fp32' [--out rows]
     python benchmarks/h200_video.py cold [--repeats 2] [--out rows.jsonl]
 
 ``video``: ours and the peers stand loaded in one process with the same random weights and take turns; each has made a
-two-step video before. Timed: text, denoising, decoding, and the mp4 that swiftwan's writer makes of either's frames.
+two-step video before, but in float32, where a step takes a minute. Timed: text, denoising, decoding, and the mp4, which
+ours encodes while it decodes and swiftwan's writer makes of the peers' frames. With ``--measured`` so many steps run, a
+float32 peer's one, and the row's ``seconds`` counts the others at their median; it says so.
 No prompt cache, unless the plan names it. ``error`` is the distance of the last latents to those of diffusers eager;
 with random weights and many steps it says how far rounding carries, not how good the video is.
 
@@ -25,6 +29,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -32,13 +37,17 @@ import torch
 
 import swiftwan as sw
 from swiftwan import media
-from swiftwan.bench.peers import DiffusersPeer
 from swiftwan.device import pick_device, versions
 from swiftwan.plan import complete, describe, estimate, make_plan
 
 PROMPT = "A ginger cat walks along a stone wall in the evening sun, the camera follows it slowly"
 CEILINGS = {"product": 782, "attention": 708}  # TFLOP/s, DESIGN.md
-PEERS = {"diffusers eager, bf16": (False, None), "diffusers compiled, bf16, cuDNN attention": (True, "_native_cudnn")}
+PEERS = {
+    "diffusers eager, bf16": (False, "bf16"),
+    "diffusers compiled, bf16, cuDNN attention": (True, "bf16"),
+    "diffusers eager, fp32": (False, "fp32"),
+}
+"""Whether by torch.compile, and in which numbers."""
 
 
 def plan_of(text: str, device: Any) -> list[str]:
@@ -47,22 +56,24 @@ def plan_of(text: str, device: Any) -> list[str]:
     return [s for spec in specs for s in (make_plan("auto", device).specs if spec == "auto" else (spec,))]
 
 
-def peer(model: str, device: Any, name: str) -> DiffusersPeer:
+def peer(model: str, device: Any, name: str) -> Any:
     """diffusers' pipeline; compiled as its documentation advises: block by block, with its best attention backend."""
-    compiled, backend = PEERS[name]
-    dtype = "bf16" if device.capability else "fp32"
-    found = DiffusersPeer(model, device, dtype, compile=False)
+    from swiftwan.bench.peers import DiffusersPeer  # a cold start of ours is not to wait for it
+
+    compiled, dtype = PEERS[name]
+    found = DiffusersPeer(model, device, dtype if device.capability else "fp32", compile=False)
     if compiled:
-        if backend and device.capability:
-            found.pipe.transformer.set_attention_backend(backend)
+        if device.capability:
+            found.pipe.transformer.set_attention_backend("_native_cudnn")
         found.pipe.transformer.compile_repeated_blocks(fullgraph=True)
     return found
 
 
-def floor_seconds(model: str, request: Any) -> float:
+def floor_seconds(model: str, request: Any, device: Any) -> float:
     """Every matrix product and all self-attention of the denoising at their measured rates; nothing else."""
     facts = describe(model)
-    load, config = estimate(request, facts, torch.bfloat16), facts.known.transformer
+    load = estimate(request, facts, make_plan([], device, facts=facts), device.total_bytes)
+    config = facts.known.transformer
     attention = config.num_layers * 4 * load.tokens**2 * config.dim / 1e12
     product = load.tflop_per_forward - attention
     return load.forwards * (attention / CEILINGS["attention"] + product / CEILINGS["product"])
@@ -72,7 +83,6 @@ def common(arguments: argparse.Namespace, device: Any) -> dict[str, Any]:
     asked = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True)
     return {
         "model": arguments.model,
-        "dtype": "bfloat16",
         "device": device.name,
         "versions": versions(device),
         "commit": arguments.commit or asked.stdout.strip(),
@@ -101,13 +111,13 @@ def video(arguments: argparse.Namespace) -> None:
         name: functools.partial(peer, arguments.model, device, name) for name in PEERS if name in arguments.peers
     }
     runners, failures = {}, {}
+    warm_up = complete(sw.TextToVideo("warm-up", seed=1, num_inference_steps=2, **size), describe(arguments.model))
     for name, make in makers.items():
         started = time.perf_counter()
         try:
             runner = make()
-            runner.run(
-                complete(sw.TextToVideo("warm-up", seed=1, num_inference_steps=2, **size), describe(arguments.model))
-            )
+            if not name.endswith("fp32"):
+                runner.run(warm_up)
             runners[name] = runner
         except Exception as problem:
             failures[name] = f"{type(problem).__name__}: {str(problem)[:300]}"
@@ -115,22 +125,28 @@ def video(arguments: argparse.Namespace) -> None:
     taken: dict[str, list[float]] = {name: [] for name in runners}
     seen: dict[str, Any] = {}
     with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "out.mp4"
         for _ in range(arguments.repeats):
             for name, runner in runners.items():
                 gc.collect()
+                steps = arguments.steps if arguments.measured is None else arguments.measured
+                steps = 1 if name.endswith("fp32") and arguments.measured else steps
+                asked = replace(request, num_inference_steps=steps)
                 started = time.perf_counter()
-                result = runner.run(request)
-                made = time.perf_counter()
-                path = media.write(
-                    Path(folder) / "out.mp4", result.frames, fps=request.fps or 16, record={"plan": name}
-                )
-                taken[name].append(time.perf_counter() - started)
-                seconds = result.seconds | {"mp4": time.perf_counter() - made}
+                if name in PEERS:
+                    result = runner.run(asked)
+                    media.write(path, result.frames, fps=request.fps or 16, record={"plan": name})
+                else:
+                    result = runner.run(asked, out=path)
+                measured = time.perf_counter() - started
+                taken[name].append(measured + (arguments.steps - steps) * statistics.median(result.step_seconds))
+                seconds = result.seconds | {"mp4": measured - result.seconds["total"]}
                 seen[name] = {
                     "latents": result.latents,
                     "seconds": seconds,
                     "peak": result.peak_bytes,
-                    "bytes": path.stat().st_size,
+                    "mp4_bytes": path.stat().st_size,
+                    "measured_steps": steps,
                 }
                 print(f"{name}: {taken[name][-1]:.2f} s { ({k: round(v, 3) for k, v in seconds.items()}) }", flush=True)
                 write_rows(arguments, request, taken, seen, failures)
@@ -158,8 +174,9 @@ def write_rows(arguments: argparse.Namespace, request: Any, taken: Any, seen: An
         }
         if name in PEERS:
             row["runner"] = name
+        about = common(arguments, device) | {"dtype": "float32" if name.endswith("fp32") else "bfloat16"}
         if name in failures:
-            rows.append(row | {"status": "failed", "reason": failures[name]} | common(arguments, device))
+            rows.append(row | {"status": "failed", "reason": failures[name]} | about)
             continue
         if not taken[name]:
             continue
@@ -170,16 +187,19 @@ def write_rows(arguments: argparse.Namespace, request: Any, taken: Any, seen: An
             "spread": [round(min(taken[name]), 3), round(max(taken[name]), 3)],
             "repeats": len(taken[name]),
             "stage_seconds": {stage: round(value, 4) for stage, value in seen[name]["seconds"].items()},
-            "ceiling_fraction": round(floor_seconds(arguments.model, request) / median, 3),
+            "ceiling_fraction": round(floor_seconds(arguments.model, request, device) / median, 3),
             "peak_bytes": seen[name]["peak"],
+            "mp4_bytes": seen[name]["mp4_bytes"],
         }
+        if arguments.measured:
+            row |= {"measured_steps": seen[name]["measured_steps"], "variant": "extrapolated from measured steps"}
         if best is not None:
             row |= {"peer": best, "peer_seconds": round(statistics.median(taken[best]), 3)}
             row |= {"ratio": round(row["peer_seconds"] / median, 3)}
-        if eager is not None:
+        if eager is not None and not arguments.measured:
             row["error"] = ((seen[name]["latents"] - eager).norm() / eager.norm()).item()
             row["error_against"] = "diffusers eager, bf16"
-        rows.append(row | common(arguments, device))
+        rows.append(row | about)
     if arguments.out == "-":
         print(json.dumps(rows[-1]))
     else:
@@ -222,6 +242,8 @@ def first_step(arguments: argparse.Namespace) -> None:
 
 
 def cold(arguments: argparse.Namespace) -> None:
+    from swiftwan.bench.peers import DiffusersPeer
+
     device = pick_device(arguments.device)
     with tempfile.TemporaryDirectory() as folder:
         path = folder if arguments.model.startswith("random:") else arguments.model
@@ -254,7 +276,7 @@ def cold(arguments: argparse.Namespace) -> None:
                     row |= {"ratio": round(medians[best] / medians[runner], 3)}
             else:
                 row |= {"status": "failed", "reason": told[-1].get("problem", "no first step")}
-            emit(row | common(arguments, device), arguments.out)
+            emit(row | common(arguments, device) | {"dtype": "bfloat16"}, arguments.out)
         print({name: round(value, 2) for name, value in medians.items()}, flush=True)
 
 
@@ -290,9 +312,10 @@ def main() -> None:
     parser.add_argument("--height", type=int, default=480)
     parser.add_argument("--frames", type=int, default=81)
     parser.add_argument("--steps", type=int, default=50)
+    parser.add_argument("--measured", type=int, help="steps to run of a video too long to run whole")
     parser.add_argument("--repeats", type=int, default=1)
     parser.add_argument("--plans", nargs="+", default=["auto"])
-    parser.add_argument("--peers", nargs="*", default=list(PEERS))
+    parser.add_argument("--peers", nargs="*", default=list(PEERS)[:2])
     parser.add_argument("--rung", default="exact", help="of the plans")
     parser.add_argument("--device")
     parser.add_argument("--out", default="-")

@@ -77,7 +77,7 @@ class Engine:
         time.sleep(STEP_SECONDS)
         return cls(model, plan, device, dtype)
 
-    def run(self, request, on_step=None):
+    def run(self, request, on_step=None, out=None, quality=8):
         import torch
 
         from swiftwan.pipelines.result import Result, StepEvent
@@ -90,7 +90,7 @@ class Engine:
                 on_step(StepEvent(phase, step, steps, time.perf_counter() - began))
         shape = request.num_frames, request.height, request.width, 3
         generator = torch.Generator().manual_seed(request.seed)
-        return Result(
+        result = Result(
             frames=torch.randint(0, 256, shape, dtype=torch.uint8, generator=generator),
             latents=torch.zeros(1, 16, 9, 16, 16),
             seconds={"text": 0.1, "denoise": 1.0, "decode": 0.2, "total": 1.3},
@@ -103,6 +103,8 @@ class Engine:
             dtype=self.dtype or "float32",
             versions={"swiftwan": "0.1.0"},
         )
+        result.save(out, quality=quality)
+        return result
 
 
 for name, members in {"swiftwan.engine": {"Engine": Engine}, "swiftwan.plan": {"explain": explain}}.items():

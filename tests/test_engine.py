@@ -4,7 +4,8 @@ import pytest
 import torch
 
 import swiftwan as sw
-from swiftwan.errors import MemoryLimitError, RequestError
+from swiftwan.errors import MemoryLimitError, OutputError, RequestError
+from swiftwan.media import read_frames
 from swiftwan.pocket.judge import judge
 from swiftwan.pocket.world import parse_prompt
 
@@ -43,6 +44,34 @@ def test_a_picture(engine, tmp_path):
     result = engine.run(sw.TextToImage("a green star over a pink background", seed=1))
     assert result.frames.shape == (1, 128, 128, 3)
     assert result.save(tmp_path / "out.png").exists()
+
+
+@pytest.mark.parametrize(("name", "frames"), [("beside.mp4", 33), ("beside.png", 1)])
+def test_a_file_written_beside_the_decoder_is_the_one_that_save_writes(engine, tmp_path, name, frames):
+    out = tmp_path / name
+    request = sw.TextToVideo(PROMPT, seed=5, num_frames=frames, num_inference_steps=1)
+    result = engine.run(request, out=out, quality=6)
+    assert out.read_bytes() == result.save(tmp_path / f"after{out.suffix}", quality=6).read_bytes()
+    assert read_frames(out).shape == result.frames.shape
+
+
+def test_a_file_that_cannot_be_is_told_before_anything_runs(engine, tmp_path):
+    steps = []
+    request = sw.TextToVideo(PROMPT, seed=5, num_frames=5, num_inference_steps=1)
+    with pytest.raises(OutputError, match="cannot hold 5 frames"):
+        engine.run(request, out=tmp_path / "x.png", on_step=steps.append)
+    assert steps == []
+
+
+def test_a_run_that_is_ended_while_it_decodes_leaves_no_file(engine, tmp_path):
+    def end(event):
+        if event.phase == "decode" and event.step == 2:
+            raise KeyboardInterrupt
+
+    request = sw.TextToVideo(PROMPT, seed=5, num_frames=33, num_inference_steps=1)
+    with pytest.raises(KeyboardInterrupt):
+        engine.run(request, out=tmp_path / "x.mp4", on_step=end)
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_run_many_yields_in_order(engine):

@@ -119,6 +119,38 @@ def test_equal_frames_give_equal_bytes(tmp_path: Path, name: str, num_frames: in
     assert media.write(tmp_path / name, frames, fps=16, record=RECORD).read_bytes() == first
 
 
+@pytest.mark.parametrize("cuts", [(1,), (16, 17), (3, 4, 30)])
+def test_frames_in_pieces_give_the_same_bytes(tmp_path: Path, cuts: tuple[int, ...]) -> None:
+    frames = torch.randint(0, 256, (33, 64, 96, 3), dtype=torch.uint8)
+    whole = media.write(tmp_path / "whole.mp4", frames, fps=16, record=RECORD).read_bytes()
+    path = tmp_path / "pieces.mp4"
+    with media.writing(path, num_frames=33, height=64, width=96, fps=16, record=RECORD) as add:
+        for piece in frames.tensor_split(cuts):
+            add(piece)
+        assert not path.exists()
+    assert path.read_bytes() == whole
+
+
+def test_what_fails_between_two_pieces_leaves_no_file(tmp_path: Path) -> None:
+    def fail(path: Path) -> None:
+        with media.writing(path, num_frames=33, height=64, width=96, fps=16, record=RECORD) as add:
+            add(moving_blocks())
+            raise ZeroDivisionError
+
+    with pytest.raises(ZeroDivisionError):
+        fail(tmp_path / "x.mp4")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_what_the_encoder_refuses_is_raised(tmp_path: Path) -> None:
+    with (
+        pytest.raises(ValueError, match="array"),
+        media.writing(tmp_path / "x.mp4", num_frames=5, height=64, width=96, fps=16, record=RECORD) as add,
+    ):
+        add(torch.zeros(5, 64, 96, 4, dtype=torch.uint8))
+    assert list(tmp_path.iterdir()) == []
+
+
 @pytest.mark.skipif(not hasattr(os, "sched_setaffinity"), reason="pins threads as Linux does")
 def test_bytes_do_not_depend_on_the_number_of_cores(tmp_path: Path) -> None:
     frames = torch.randint(0, 256, (17, 128, 128, 3), dtype=torch.uint8)

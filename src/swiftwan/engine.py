@@ -5,6 +5,7 @@ from __future__ import annotations
 import gc
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import replace
+from pathlib import Path
 
 import torch
 
@@ -12,7 +13,7 @@ from swiftwan.device import Device, pick_device
 from swiftwan.errors import MemoryLimitError
 from swiftwan.pipelines.generate import OnStep, generate
 from swiftwan.pipelines.request import Request
-from swiftwan.pipelines.result import Result
+from swiftwan.pipelines.result import Out, Result
 from swiftwan.plan import Facts, Plan, complete, describe, estimate, make_plan
 from swiftwan.prompt_cache import PromptCache
 from swiftwan.techniques.lora import find_loras, labels
@@ -146,23 +147,31 @@ class Engine:
         _allow_tf32(chosen)
         self.plan = chosen
 
-    def run(self, request: Request, *, on_step: OnStep | None = None) -> Result:
+    def run(
+        self, request: Request, *, on_step: OnStep | None = None, out: str | Path | None = None, quality: int = 8
+    ) -> Result:
         """Run one request.
 
         Args:
             request: fields at None take the model's official values.
             on_step: told after each unit of work; what it raises ends the run within a step.
+            out: a file to write as :meth:`Result.save` would, but with its encoder at work beside the VAE.
+            quality: of that file, as in :meth:`Result.save`.
 
         Raises:
             RequestError: a task or a value that the model or the plan cannot take, or an input that cannot be read.
             MemoryLimitError: the device's memory ran out; says which settings would fit.
+            OutputError: ``out`` cannot be written; told before anything runs where that is known.
         """
         request = complete(request, self.facts)
         self.plan.check(request)
+        film = None if out is None else Out(Path(out), quality)
+        if film is not None:
+            film.check(request)
         if self.torch_device.type == "cuda":
             torch.cuda.reset_peak_memory_stats(self.torch_device)
         try:
-            return generate(self, request, on_step)
+            return generate(self, request, on_step, film)
         except torch.OutOfMemoryError:
             pass
         _free_memory()

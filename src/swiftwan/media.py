@@ -11,7 +11,8 @@ import io
 import json
 import os
 import shutil
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -61,21 +62,36 @@ def write(path: Path, frames: Tensor, *, fps: float, quality: int = 8, record: d
         RequestError: quality is out of range.
         UnavailableError: this build of PyAV has no H.264 encoder.
     """
-    assert frames.ndim == 4
-    assert frames.shape[3] == 3
-    path = Path(path)
     num_frames, height, width, _ = frames.shape
+    size = {"num_frames": num_frames, "height": height, "width": width}
+    with writing(path, **size, fps=fps, quality=quality, record=record) as add:
+        add(frames)
+    return Path(path)
+
+
+@contextmanager
+def writing(
+    path: Path, *, num_frames: int, height: int, width: int, fps: float, quality: int = 8, record: dict[str, Any]
+) -> Iterator[Callable[[Tensor], None]]:
+    """Write as :func:`write` does, to the byte, frames that come in pieces: yields what takes the next (F, H, W, 3).
+
+    That returns at once: a thread encodes beside whatever makes the next piece. The file appears when the block ends,
+    and not at all if it raises.
+    """
+    path = Path(path)
     _check_name(path, num_frames=num_frames, height=height, width=width)
     if not 1 <= quality <= 10:
         raise RequestError(f"quality is {quality}; allowed: 1 (small) to 10 (visually lossless).")
     # ASCII, so that a prompt in any script fits a PNG's Latin-1 text and survives a file's round trip.
     text = json.dumps(record)
+    buffer = io.BytesIO()
     if path.suffix.lower() == ".png":
-        data = _png(frames, text)
+        encoding = _png(buffer, text)
     else:
-        data = _mp4(frames, fps=fps, crf=round(40 - (quality - 1) * 28 / 9), text=text)
-    _write_whole(path, data)
-    return path
+        encoding = _mp4(buffer, height=height, width=width, fps=fps, crf=round(40 - (quality - 1) * 28 / 9), text=text)
+    with encoding as add:
+        yield add
+    _write_whole(path, buffer.getvalue())
 
 
 def check_writable(path: Path, *, num_frames: int, height: int, width: int) -> None:
@@ -188,37 +204,41 @@ def _check_name(path: Path, *, num_frames: int, height: int, width: int) -> None
         raise OutputError(f"'{path}' cannot hold {width}x{height}: H.264 needs even sizes (a .png does not).")
 
 
-def _png(frames: Tensor, text: str) -> bytes:
+@contextmanager
+def _png(buffer: io.BytesIO, text: str) -> Iterator[Callable[[Tensor], None]]:
     from PIL import Image
     from PIL.PngImagePlugin import PngInfo
 
     info = PngInfo()
     info.add_text(_TAG, text)
-    buffer = io.BytesIO()
-    Image.fromarray(frames[0].contiguous().numpy()).save(buffer, format="png", pnginfo=info)
-    return buffer.getvalue()
+    yield lambda frames: Image.fromarray(frames[0].contiguous().numpy()).save(buffer, format="png", pnginfo=info)
 
 
-def _mp4(frames: Tensor, *, fps: float, crf: int, text: str) -> bytes:
+@contextmanager
+def _mp4(
+    buffer: io.BytesIO, *, height: int, width: int, fps: float, crf: int, text: str
+) -> Iterator[Callable[[Tensor], None]]:
     import av
     from av.video.reformatter import ColorPrimaries, ColorRange, Colorspace, ColorTrc, Interpolation
 
     if problem := h264_problem():
         raise UnavailableError(f"no video can be written: {problem}.")
-    buffer = io.BytesIO()
-    with av.open(
-        buffer,
-        "w",
-        format="mp4",
-        options={"movflags": "use_metadata_tags+faststart"},
-        # faststart moves the index to the front by reading the file once more.
-        io_open=lambda url, flags, options: io.BytesIO(buffer.getvalue()),
-    ) as container:
+    with (
+        av.open(
+            buffer,
+            "w",
+            format="mp4",
+            options={"movflags": "use_metadata_tags+faststart"},
+            # faststart moves the index to the front by reading the file once more.
+            io_open=lambda url, flags, options: io.BytesIO(buffer.getvalue()),
+        ) as container,
+        ThreadPoolExecutor(1) as beside,
+    ):
         container.metadata.update({_TAG: text, "comment": f"{_TAG} {text}"})
         # x264's macroblock tree gives other bytes for the same frames now and then (32x32: 4 files in 10 runs). Without
         # it a clip of flat colours takes twice the bytes, 16 kB for 33 frames of 128x128.
         stream = container.add_stream("libx264", rate=_rate(fps), options={"crf": str(crf), "mbtree": "0"})
-        stream.height, stream.width = frames.shape[1:3]
+        stream.height, stream.width = height, width
         stream.pix_fmt = "yuv420p"
         stream.thread_count = _X264_THREADS
         # Untagged, some players take BT.601 and some BT.709, and colours shift (33 dB becomes 27).
@@ -226,17 +246,26 @@ def _mp4(frames: Tensor, *, fps: float, crf: int, text: str) -> bytes:
         stream.codec_context.color_primaries = ColorPrimaries.BT709
         stream.codec_context.color_trc = ColorTrc.BT709
         stream.codec_context.color_range = ColorRange.MPEG
-        for image in frames.contiguous().numpy():
-            yuv = av.VideoFrame.from_ndarray(image, format="rgb24").reformat(
-                format="yuv420p",
-                dst_colorspace=Colorspace.ITU709,
-                dst_color_range=ColorRange.MPEG,
-                # The mean of four pixels: 45 dB against 38 of the default on hard edges (crf 12).
-                interpolation=Interpolation.AREA,
-            )
-            container.mux(stream.encode(yuv))
+
+        def encode(frames: Tensor) -> None:
+            for image in frames.contiguous().numpy():
+                yuv = av.VideoFrame.from_ndarray(image, format="rgb24").reformat(
+                    format="yuv420p",
+                    dst_colorspace=Colorspace.ITU709,
+                    dst_color_range=ColorRange.MPEG,
+                    # The mean of four pixels: 45 dB against 38 of the default on hard edges (crf 12).
+                    interpolation=Interpolation.AREA,
+                )
+                container.mux(stream.encode(yuv))
+
+        pieces: list[Future[None]] = []
+        try:
+            yield lambda frames: pieces.append(beside.submit(encode, frames))
+            for piece in pieces:
+                piece.result()
+        finally:
+            beside.shutdown(cancel_futures=True)
         container.mux(stream.encode())
-    return buffer.getvalue()
 
 
 def _rate(fps: float) -> Any:

@@ -32,12 +32,12 @@ def generate(asked: Asked) -> None:
         typer.echo(_likeness(asked.like, run), err=True)
     # Libraries may print; standard output is ours alone, for the path or the JSON object.
     with redirect_stdout(sys.stderr), shown(plain=asked.as_json) as display:
-        result, path = _run(run, display, quality=asked.file_quality)
+        result = _run(run, display, quality=asked.file_quality)
     if asked.as_json:
-        typer.echo(json.dumps(_to_json(result, path)))
+        typer.echo(json.dumps(_to_json(result, run.out)))
     else:
         typer.echo(_summary(result), err=True)
-        typer.echo(path)
+        typer.echo(run.out)
 
 
 def _generate_many(asked: Asked) -> None:
@@ -74,7 +74,7 @@ def _explain(run: Run) -> Explanation:
     return explain(run.model, run.request, plan=run.plan, device=run.device, dtype=run.dtype)
 
 
-def _run(run: Run, display: Display, *, quality: int) -> tuple[Result, Path]:
+def _run(run: Run, display: Display, *, quality: int) -> Result:
     before = _identity(run.out)
     try:
         with cancellable(display):
@@ -84,15 +84,13 @@ def _run(run: Run, display: Display, *, quality: int) -> tuple[Result, Path]:
 
             engine = Engine.load(run.model, plan=run.plan, device=run.device, dtype=run.dtype, request=run.request)
             display.begin("image" if run.request.brings_pixels else "text")
-            result = engine.run(run.request, on_step=display.on_step)
-            display.begin("save")
-            path = result.save(run.out, quality=quality)
+            result = engine.run(run.request, on_step=display.on_step, out=run.out, quality=quality)
             display.end()
     except Cancelled:
         if _identity(run.out) != before:  # Ctrl-C came in the instant after the file got its name
             raise Cancelled(f"cancelled, but '{run.out}' was already written, whole") from None
         raise
-    return result, path
+    return result
 
 
 def _check(run: Run) -> None:

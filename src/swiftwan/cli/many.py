@@ -137,11 +137,9 @@ class Runner:
             self.display.begin("load")
             self.engine = Engine.load(self.model, plan=self.plan, device=self.asked.device, dtype=self.asked.dtype)
         self.display.begin("image" if job.request.brings_pixels else "text")
-        result = self.engine.run(job.request, on_step=self.display.on_step)
-        self.display.begin("save")
-        path = result.save(job.out, quality=self.asked.file_quality)
+        self.engine.run(job.request, on_step=self.display.on_step, out=job.out, quality=self.asked.file_quality)
         self.display.end()
-        return path
+        return job.out
 
 
 def _folder(asked: Asked) -> Path:

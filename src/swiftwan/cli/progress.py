@@ -23,7 +23,7 @@ from swiftwan.errors import Cancelled, SwiftwanError
 if TYPE_CHECKING:
     from swiftwan.pipelines.result import StepEvent
 
-_AFTER = {"image": "text", "text": "denoise", "denoise": "decode"}
+_AFTER = {"image": "text", "text": "denoise", "denoise": "decode", "decode": "save"}
 
 
 class Display:

@@ -178,6 +178,13 @@ class CrossAttention(Attention):
         return self.to_out[0](out.flatten(2))
 
 
+def modulation_table(rows: int, dim: int) -> nn.Parameter:
+    """Normal with a standard deviation of 1/sqrt(dim); on meta, where weights are loaded into it, nothing is drawn."""
+    table = torch.empty(1, rows, dim)
+    # On meta torch would import its compiler to draw nothing: a second of every cold start.
+    return nn.Parameter(table if table.is_meta else table.normal_(0, dim**-0.5))
+
+
 class Block(nn.Module):
     """Self-attention, cross-attention, feed-forward; the first and last modulated by the timestep.
 
@@ -193,7 +200,7 @@ class Block(nn.Module):
         self.attn2 = CrossAttention(config)
         self.norm2 = LayerNorm32(dim, config.eps)
         self.ffn = FeedForward(dim, config.ffn_dim, dim, approximate="tanh")
-        self.scale_shift_table = nn.Parameter(torch.randn(1, 6, dim) / dim**0.5)
+        self.scale_shift_table = modulation_table(6, dim)
 
     def remember(self, text: Tensor, image: Tensor | None) -> Memory:
         """What cross-attention needs of text (B, S, D) and image tokens: once a prompt."""
@@ -318,7 +325,7 @@ class WanTransformer(nn.Module):
         self.condition_embedder = ConditionEmbedder(config)
         self.blocks = nn.ModuleList([Block(config, attend) for _ in range(config.num_layers)])
         self.proj_out = nn.Linear(config.dim, config.out_channels * math.prod(config.patch_size))
-        self.scale_shift_table = nn.Parameter(torch.randn(1, 2, config.dim) / config.dim**0.5)
+        self.scale_shift_table = modulation_table(2, config.dim)
         self.token_order: TokenOrder | None = None
         self.walk: Walk = all_blocks
 

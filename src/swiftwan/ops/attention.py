@@ -161,10 +161,13 @@ def _opaque(name: str, function: Callable[..., Any]) -> Attend:
         out = function(q, k, v)
         return out[0] if isinstance(out, tuple) else out
 
-    op: Any = torch.library.custom_op(f"swiftwan::{name}", attend, mutates_args=())
-    op.register_fake(lambda q, k, v: torch.empty_like(q, memory_format=torch.contiguous_format))
-    attend_op: Attend = op
-    return attend_op
+    # Not ``custom_op``: its first call imports torch's compiler, a second of every cold start.
+    qualname = f"swiftwan::{name}"
+    torch.library.define(qualname, "(Tensor q, Tensor k, Tensor v) -> Tensor")
+    torch.library.impl(qualname, "CompositeExplicitAutograd", attend)
+    torch.library.register_fake(qualname, lambda q, k, v: torch.empty_like(q, memory_format=torch.contiguous_format))
+    op: Attend = getattr(torch.ops.swiftwan, name).default
+    return op
 
 
 KERNELS = (

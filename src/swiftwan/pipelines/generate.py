@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
+from contextlib import nullcontext
 from functools import partial
 from typing import TYPE_CHECKING
 
@@ -14,7 +15,7 @@ from swiftwan.device import peak_bytes, versions
 from swiftwan.inputs import read
 from swiftwan.pipelines.clock import Clock
 from swiftwan.pipelines.request import Request
-from swiftwan.pipelines.result import Phase, Result, StepEvent
+from swiftwan.pipelines.result import Origin, Out, Phase, Result, StepEvent
 from swiftwan.pipelines.stages import decode, denoise, denoise_progressively, encode_image, encode_text, schedule
 from swiftwan.pipelines.start import Material, begin, draw_noise
 
@@ -24,7 +25,7 @@ if TYPE_CHECKING:
 OnStep = Callable[[StepEvent], None]
 
 
-def generate(engine: Engine, request: Request, on_step: OnStep | None) -> Result:
+def generate(engine: Engine, request: Request, on_step: OnStep | None, out: Out | None = None) -> Result:
     """Run a completed, checked request of any task; one frame makes a picture."""
     assert request.seed is not None
     parts, plan = engine.parts, engine.plan
@@ -52,14 +53,7 @@ def generate(engine: Engine, request: Request, on_step: OnStep | None) -> Result
     )
     parts.enter("vae")
     chunks = -(-latents.shape[2] // parts.vae.latent_frames_at_once(latents))
-    frames = decode(parts.vae, latents, plan.tiling, lambda: progress.tell("decode", chunks))
-
-    return Result(
-        frames=frames,
-        latents=latents.float().cpu(),
-        seconds=progress.clock.seconds(),
-        step_seconds=progress.clock.units("denoise"),
-        peak_bytes=peak_bytes(engine.device),
+    origin = Origin(
         request=request,
         inputs=given.inputs if given else (),
         plan=plan.specs,
@@ -67,6 +61,22 @@ def generate(engine: Engine, request: Request, on_step: OnStep | None) -> Result
         device=engine.device.name,
         dtype=engine.dtype_name,
         versions=versions(engine.device),
+    )
+    with out.writing(origin) if out else nullcontext(lambda frames: None) as write:
+
+        def after_chunk(frames: Tensor) -> None:
+            write(frames)
+            progress.tell("decode", chunks)
+
+        frames = decode(parts.vae, latents, plan.tiling, after_chunk)
+
+    return Result(
+        frames=frames,
+        latents=latents.float().cpu(),
+        seconds=progress.clock.seconds(),
+        step_seconds=progress.clock.units("denoise"),
+        peak_bytes=peak_bytes(engine.device),
+        **vars(origin),
     )
 
 

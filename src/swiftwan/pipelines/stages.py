@@ -169,21 +169,38 @@ def decode(
     vae: WanVAE,
     latents: Tensor,
     tiling: Tiling | None,
-    after_chunk: Callable[[], None],
+    after_chunk: Callable[[Tensor], None],
 ) -> Tensor:
     """Decode to uint8 frames (F, H, W, 3) on the CPU, a chunk at a time, so that memory stays bounded.
 
-    The frames lie in page-locked memory where there is CUDA: the GPU goes on while a chunk is copied.
+    ``after_chunk`` is given each chunk's frames as soon as they are there. They lie in page-locked memory where there
+    is CUDA, and a chunk is waited for when the next one is in the GPU's queue, which so never runs empty.
     """
     _, _, count, rows, columns = latents.shape
     time, space = vae.config.scale_factor_temporal, vae.config.scale_factor_spatial
     shape = ((count - 1) * time + 1, rows * space, columns * space, 3)
     frames = torch.empty(shape, dtype=torch.uint8, pin_memory=latents.is_cuda)
-    at = 0
+    at, copied = 0, None
     for chunk in vae.stream_frames(latents, vae.latent_frames_at_once(latents), tiling):
-        frames[at : at + len(chunk)].copy_(chunk, non_blocking=True)
+        before, copied = copied, _Copied(frames[at : at + len(chunk)], chunk)
         at += len(chunk)
-        after_chunk()
-    if latents.is_cuda:
-        torch.cuda.synchronize(latents.device)
+        if before is not None:
+            after_chunk(before.frames())
+    assert copied is not None
+    after_chunk(copied.frames())
     return frames
+
+
+class _Copied:
+    """A chunk on its way to the host."""
+
+    def __init__(self, host: Tensor, chunk: Tensor) -> None:
+        self._host = host.copy_(chunk, non_blocking=True)
+        self._done = torch.cuda.Event(blocking=True) if chunk.is_cuda else None
+        if self._done is not None:
+            self._done.record()
+
+    def frames(self) -> Tensor:
+        if self._done is not None:
+            self._done.synchronize()
+        return self._host
