@@ -38,6 +38,9 @@ GROUP = 16
 TURN = 12
 """Blocks of one turn of the loop, at most: nothing may be on its way over its edge."""
 
+LEAD = 2
+"""Blocks by which the first group is ahead of the second, so that they do not end their tiles together."""
+
 _MMA = gl.constexpr(gl.NVMMADistributedLayout([3, 0], [4, 1], [16, TILE, 32]))
 # What a thread has of a tile once channels are in order: 16 in a row of two groups of 64, of four tokens.
 _ROWS = gl.constexpr(
@@ -61,9 +64,11 @@ def _place(tile, m_tiles, n_tiles, GROUP: gl.constexpr):
 
 
 @gluon.jit
-def _multiply(PART: gl.constexpr, memory, tensors, sizes, bound, STAGES: gl.constexpr, GROUP: gl.constexpr,
-              TURN: gl.constexpr):  # fmt: skip
-    x_ring, w_ring, ready, free = memory
+def _multiply(
+    PART: gl.constexpr, memory, tensors, sizes, bound,
+    STAGES: gl.constexpr, GROUP: gl.constexpr, TURN: gl.constexpr, LEAD: gl.constexpr,
+):  # fmt: skip
+    x_ring, w_ring, ready, free, led = memory
     x_scale, w_scale, bias, values, scale = tensors
     m_tiles, n_tiles, rows, width, turns = sizes
     slope, offset = bound
@@ -74,6 +79,8 @@ def _multiply(PART: gl.constexpr, memory, tensors, sizes, bound, STAGES: gl.cons
         total = gl.zeros([TILE, TILE], gl.float32, _MMA)
         for _ in range(turns):
             total = warpgroup_mma_init(total)
+            if PART == 1:
+                mbarrier.wait(led, (step // TURN) & 1)
             for part in gl.static_range(TURN):
                 slot = step % STAGES
                 mbarrier.wait(ready.index(slot), (step // STAGES) & 1)
@@ -82,6 +89,8 @@ def _multiply(PART: gl.constexpr, memory, tensors, sizes, bound, STAGES: gl.cons
                 if part > 0:
                     total = warpgroup_mma_wait(1, deps=(total,))
                     mbarrier.arrive(free.index((step - 1) % STAGES))
+                if PART == 0 and part == LEAD:
+                    mbarrier.arrive(led)
                 step += 1
             total = warpgroup_mma_wait(0, deps=(total,))
             mbarrier.arrive(free.index((step - 1) % STAGES))
@@ -122,7 +131,7 @@ def _multiply(PART: gl.constexpr, memory, tensors, sizes, bound, STAGES: gl.cons
 
 @gluon.jit
 def _fetch(x_map, w_map, memory, sizes, STAGES: gl.constexpr, GROUP: gl.constexpr, TURN: gl.constexpr):
-    x_ring, w_ring, ready, free = memory
+    x_ring, w_ring, ready, free, led = memory
     m_tiles, n_tiles, rows, width, turns = sizes
     TILE: gl.constexpr = w_ring.shape[1]
     step = 0
@@ -144,25 +153,27 @@ def _fetch(x_map, w_map, memory, sizes, STAGES: gl.constexpr, GROUP: gl.constexp
 @gluon.jit
 def _linear_gelu_kernel(
     x_map, w_map, x_scale, w_scale, bias, values, scale, m_tiles, n_tiles, rows, width, turns, slope, offset,
-    STAGES: gl.constexpr, GROUP: gl.constexpr, TURN: gl.constexpr,
+    STAGES: gl.constexpr, GROUP: gl.constexpr, TURN: gl.constexpr, LEAD: gl.constexpr,
 ):  # fmt: skip
     TILE: gl.constexpr = x_map.block_shape[0]
     x_ring = gl.allocate_shared_memory(gl.float8e4nv, [2 * STAGES, TILE, TILE], x_map.layout)
     w_ring = gl.allocate_shared_memory(gl.float8e4nv, [STAGES, TILE, TILE], x_map.layout)
     ready = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
     free = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
+    led = gl.allocate_shared_memory(gl.int64, [1], mbarrier.MBarrierLayout())
     for slot in gl.static_range(STAGES):
         mbarrier.init(ready.index(slot), count=1)
         mbarrier.init(free.index(slot), count=2)
+    mbarrier.init(led, count=1)
     fence_async_shared()
-    memory = (x_ring, w_ring, ready, free)
+    memory = (x_ring, w_ring, ready, free, led)
     tensors = (x_scale, w_scale, bias, values, scale)
     sizes = (m_tiles, n_tiles, rows, width, turns)
     bound = (slope, offset)
     gl.warp_specialize(
         [
-            (_multiply, (gl.constexpr(0), memory, tensors, sizes, bound, STAGES, GROUP, TURN)),
-            (_multiply, (gl.constexpr(1), memory, tensors, sizes, bound, STAGES, GROUP, TURN)),
+            (_multiply, (gl.constexpr(0), memory, tensors, sizes, bound, STAGES, GROUP, TURN, LEAD)),
+            (_multiply, (gl.constexpr(1), memory, tensors, sizes, bound, STAGES, GROUP, TURN, LEAD)),
             (_fetch, (x_map, w_map, memory, sizes, STAGES, GROUP, TURN)),
         ],
         [4, 1],
@@ -171,8 +182,14 @@ def _linear_gelu_kernel(
 
 
 def fits(linear: Fp8Linear) -> bool:
-    """Whether a layer divides into whole tiles and has a bias, as every published Wan's."""
-    return linear.in_features % TILE == linear.out_features % TILE == 0 and linear.bias is not None
+    """Whether a layer divides into whole tiles and turns and has a bias, as every published Wan's."""
+    whole = linear.in_features % TILE == linear.out_features % TILE == 0
+    return whole and bool(_turn(linear.in_features)) and linear.bias is not None
+
+
+def _turn(inner: int) -> int:
+    """Blocks of a turn: at least STAGES, so that no group of warps is a turn ahead of the other one; 0 if none fits."""
+    return next((count for count in range(TURN, STAGES - 1, -1) if inner // TILE % count == 0), 0)
 
 
 def linear_gelu(linear: Fp8Linear, x: Rounded, bound: Bound) -> Rounded:
@@ -182,14 +199,13 @@ def linear_gelu(linear: Fp8Linear, x: Rounded, bound: Bound) -> Rounded:
     values = torch.empty(*x.values.shape[:-1], width, dtype=torch.float8_e4m3fn, device=device)
     scale = torch.empty_like(x.scale)
     m_tiles, n_tiles = triton.cdiv(rows, 2 * TILE), width // TILE
-    blocks = linear.in_features // TILE
-    turn = next(count for count in range(TURN, 0, -1) if blocks % count == 0)
+    turn = _turn(linear.in_features)
     programs = min(m_tiles * n_tiles, torch.cuda.get_device_properties(device).multi_processor_count)
     with torch.cuda.device_of(values):
         _linear_gelu_kernel[(programs,)](
             _tokens(x.values.view(rows, -1)), _weights(linear.weight), x.scale, linear.scale, linear.bias, values, scale,
-            m_tiles, n_tiles, rows, width, blocks // turn, *bound,
-            STAGES=STAGES, GROUP=GROUP, TURN=turn, num_warps=4,
+            m_tiles, n_tiles, rows, width, linear.in_features // (turn * TILE), *bound,
+            STAGES=STAGES, GROUP=GROUP, TURN=turn, LEAD=LEAD, num_warps=4,
         )  # fmt: skip
     return Rounded(values, scale)
 
