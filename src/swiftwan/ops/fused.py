@@ -16,6 +16,7 @@ import triton
 import triton.language as tl
 from torch import Tensor, nn
 
+from swiftwan.ops.attention import norm_attend
 from swiftwan.ops.block import BlockOps
 from swiftwan.ops.rope import Rope
 
@@ -184,6 +185,7 @@ FUSED = BlockOps(
     gated_add_norm=gated_add_norm,
     add_norm_modulate=add_norm_modulate,
     norm_rope=norm_rope,
+    norm_attend=norm_attend,
 )
 
 

@@ -20,6 +20,7 @@ from torch import Tensor
 from swiftwan.ops.block import BlockOps
 from swiftwan.ops.fp8 import Fp8Linear, Rounded
 from swiftwan.ops.fused import FUSED, refuse_gradient
+from swiftwan.ops.text_attention import norm_attend
 
 
 def empty_rounded(shape: Sequence[int], device: torch.device) -> Rounded:
@@ -154,6 +155,7 @@ FUSED_FP8 = BlockOps(
     gated_add_norm=gated_add_norm,
     add_norm_modulate=add_norm_modulate,
     norm_rope=FUSED.norm_rope,
+    norm_attend=norm_attend,
 )
 """For a block whose linear layers are all :class:`Fp8Linear`."""
 

@@ -15,7 +15,6 @@ from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
 
 from swiftwan.ops.fp8 import LARGEST, Fp8Linear, Rounded
 

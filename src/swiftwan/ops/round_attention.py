@@ -34,7 +34,8 @@ def _statistics_kernel(
     line = (batch * tl.num_programs(1) + head) * tl.num_programs(0) + part
     parts += line * 6 * WIDTH
     if tl.program_id(2) % 2 == 0:
-        _statistics(k + batch.to(tl.int64) * k_batch + head * WIDTH, parts, part * PART, length, k_row, PART, ROWS, WIDTH)
+        k += batch.to(tl.int64) * k_batch + head * WIDTH
+        _statistics(k, parts, part * PART, length, k_row, PART, ROWS, WIDTH)
     else:
         v += batch.to(tl.int64) * v_batch + head * WIDTH
         _statistics(v, parts + 3 * WIDTH, part * PART, length, v_row, PART, ROWS, WIDTH)

@@ -74,8 +74,8 @@ def _norm_attend_kernel(
 def norm_attend(
     q: Tensor, weight: Tensor, key: Tensor, value: Tensor, bias: Tensor | None, eps: float
 ) -> Tensor | Rounded:
-    """:func:`swiftwan.ops.attention.norm_attend`, rounded; of more than 128 keys, or heads of another width than a power of
-    two, as it is."""
+    """:func:`swiftwan.ops.attention.norm_attend`, rounded; of more than 128 keys, or heads whose width is no power of
+    two, the plain function's result."""
     batch, count, heads, width = key.shape
     if count > MOST_KEYS or width != triton.next_power_of_2(width):
         return plain(q, weight, key, value, bias, eps)

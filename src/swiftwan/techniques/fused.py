@@ -94,7 +94,7 @@ def _is_plain(layer: nn.Module) -> bool:
 def _is_fp8(block: Block) -> bool:
     one, other, gelu = block.attn1, block.attn2, cast(GELU, block.ffn.net[0])
     # Those that read what a fused kernel wrote.
-    readers = (one.to_q, one.to_k, one.to_v, other.to_q, gelu.proj, block.ffn.net[2])
+    readers = (one.to_q, one.to_k, one.to_v, other.to_q, other.to_out[0], gelu.proj, block.ffn.net[2])
     return all(type(layer) is Fp8Linear for layer in readers)
 
 
