@@ -15,8 +15,8 @@ from swiftwan.ops import attention, modulate, rope
 class BlockOps:
     """Each field has the signature and the meaning of the plain function that :data:`PLAIN` holds in it.
 
-    What a norm, or the text's attention, returns goes to linear layers and nowhere else: so it is whatever those take, a Tensor or, for 8-bit
-    layers, :class:`swiftwan.ops.fp8.Rounded`.
+    What a norm, or the text's attention, returns goes to linear layers and nowhere else: so it is whatever those take,
+    a Tensor or, for 8-bit layers, :class:`swiftwan.ops.fp8.Rounded`.
     """
 
     norm_modulate: Callable[..., Any]

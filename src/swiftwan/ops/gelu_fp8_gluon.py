@@ -203,7 +203,8 @@ def linear_gelu(linear: Fp8Linear, x: Rounded, bound: Bound) -> Rounded:
     programs = min(m_tiles * n_tiles, torch.cuda.get_device_properties(device).multi_processor_count)
     with torch.cuda.device_of(values):
         _linear_gelu_kernel[(programs,)](
-            _tokens(x.values.view(rows, -1)), _weights(linear.weight), x.scale, linear.scale, linear.bias, values, scale,
+            _tokens(x.values.view(rows, -1)), _weights(linear.weight),
+            x.scale, linear.scale, linear.bias, values, scale,
             m_tiles, n_tiles, rows, width, linear.in_features // (turn * TILE), *bound,
             STAGES=STAGES, GROUP=GROUP, TURN=turn, LEAD=LEAD, num_warps=4,
         )  # fmt: skip
