@@ -22,6 +22,7 @@ PART = 512
 
 ROWS = 32
 WARPS = 4
+ROUND_WARPS = 8
 
 
 @triton.jit
@@ -182,6 +183,6 @@ def _round_attention(q: Tensor, k: Tensor, v: Tensor, means: bool) -> tuple[Roun
         q, k, v, k_mean, v_mean, k_scale, v_scale, rounded.q, rounded.k, rounded.v, rounded.factor, *pooled,
         length, q.stride(0), q.stride(1), k.stride(0), k.stride(1), v.stride(0), v.stride(1),
         heads * WIDTH, blocks * BLOCK, WIDTH**-0.5 * math.log2(math.e),
-        BLOCK=BLOCK, WIDTH=WIDTH, MEANS=means, num_warps=8,
+        BLOCK=BLOCK, WIDTH=WIDTH, MEANS=means, num_warps=ROUND_WARPS,
     )  # fmt: skip
     return rounded, pooled[0], pooled[1]
