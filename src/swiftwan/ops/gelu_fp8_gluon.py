@@ -38,9 +38,6 @@ GROUP = 16
 TURN = 12
 """Blocks of one turn of the loop, at most: nothing may be on its way over its edge."""
 
-LEAD = 2
-"""Blocks by which the first group is ahead of the second, so that they do not end their tiles together."""
-
 _MMA = gl.constexpr(gl.NVMMADistributedLayout([3, 0], [4, 1], [16, TILE, 32]))
 # What a thread has of a tile once channels are in order: 16 in a row of two groups of 64, of four tokens.
 _ROWS = gl.constexpr(
@@ -66,9 +63,9 @@ def _place(tile, m_tiles, n_tiles, GROUP: gl.constexpr):
 @gluon.jit
 def _multiply(
     PART: gl.constexpr, memory, tensors, sizes, bound,
-    STAGES: gl.constexpr, GROUP: gl.constexpr, TURN: gl.constexpr, LEAD: gl.constexpr,
+    STAGES: gl.constexpr, GROUP: gl.constexpr, TURN: gl.constexpr,
 ):  # fmt: skip
-    x_ring, w_ring, ready, free, led = memory
+    x_ring, w_ring, ready, free = memory
     x_scale, w_scale, bias, values, scale = tensors
     m_tiles, n_tiles, rows, width, turns = sizes
     slope, offset = bound
@@ -79,8 +76,6 @@ def _multiply(
         total = gl.zeros([TILE, TILE], gl.float32, _MMA)
         for _ in range(turns):
             total = warpgroup_mma_init(total)
-            if PART == 1:
-                mbarrier.wait(led, (step // TURN) & 1)
             for part in gl.static_range(TURN):
                 slot = step % STAGES
                 mbarrier.wait(ready.index(slot), (step // STAGES) & 1)
@@ -89,8 +84,6 @@ def _multiply(
                 if part > 0:
                     total = warpgroup_mma_wait(1, deps=(total,))
                     mbarrier.arrive(free.index((step - 1) % STAGES))
-                if PART == 0 and part == LEAD:
-                    mbarrier.arrive(led)
                 step += 1
             total = warpgroup_mma_wait(0, deps=(total,))
             mbarrier.arrive(free.index((step - 1) % STAGES))
@@ -131,7 +124,7 @@ def _multiply(
 
 @gluon.jit
 def _fetch(x_map, w_map, memory, sizes, STAGES: gl.constexpr, GROUP: gl.constexpr, TURN: gl.constexpr):
-    x_ring, w_ring, ready, free, led = memory
+    x_ring, w_ring, ready, free = memory
     m_tiles, n_tiles, rows, width, turns = sizes
     TILE: gl.constexpr = w_ring.shape[1]
     step = 0
@@ -153,27 +146,25 @@ def _fetch(x_map, w_map, memory, sizes, STAGES: gl.constexpr, GROUP: gl.constexp
 @gluon.jit
 def _linear_gelu_kernel(
     x_map, w_map, x_scale, w_scale, bias, values, scale, m_tiles, n_tiles, rows, width, turns, slope, offset,
-    STAGES: gl.constexpr, GROUP: gl.constexpr, TURN: gl.constexpr, LEAD: gl.constexpr,
+    STAGES: gl.constexpr, GROUP: gl.constexpr, TURN: gl.constexpr,
 ):  # fmt: skip
     TILE: gl.constexpr = x_map.block_shape[0]
     x_ring = gl.allocate_shared_memory(gl.float8e4nv, [2 * STAGES, TILE, TILE], x_map.layout)
     w_ring = gl.allocate_shared_memory(gl.float8e4nv, [STAGES, TILE, TILE], x_map.layout)
     ready = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
     free = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
-    led = gl.allocate_shared_memory(gl.int64, [1], mbarrier.MBarrierLayout())
     for slot in gl.static_range(STAGES):
         mbarrier.init(ready.index(slot), count=1)
         mbarrier.init(free.index(slot), count=2)
-    mbarrier.init(led, count=1)
     fence_async_shared()
-    memory = (x_ring, w_ring, ready, free, led)
+    memory = (x_ring, w_ring, ready, free)
     tensors = (x_scale, w_scale, bias, values, scale)
     sizes = (m_tiles, n_tiles, rows, width, turns)
     bound = (slope, offset)
     gl.warp_specialize(
         [
-            (_multiply, (gl.constexpr(0), memory, tensors, sizes, bound, STAGES, GROUP, TURN, LEAD)),
-            (_multiply, (gl.constexpr(1), memory, tensors, sizes, bound, STAGES, GROUP, TURN, LEAD)),
+            (_multiply, (gl.constexpr(0), memory, tensors, sizes, bound, STAGES, GROUP, TURN)),
+            (_multiply, (gl.constexpr(1), memory, tensors, sizes, bound, STAGES, GROUP, TURN)),
             (_fetch, (x_map, w_map, memory, sizes, STAGES, GROUP, TURN)),
         ],
         [4, 1],
@@ -188,8 +179,9 @@ def fits(linear: Fp8Linear) -> bool:
 
 
 def _turn(inner: int) -> int:
-    """Blocks of a turn: at least STAGES, so that no group of warps is a turn ahead of the other one; 0 if none fits."""
-    return next((count for count in range(TURN, STAGES - 1, -1) if inner // TILE % count == 0), 0)
+    """Blocks of a turn, the most of 4 to 12; 0 where a layer's inputs are no multiple of any. Shorter ones would wait for
+    their products more than they multiply."""
+    return next((count for count in range(TURN, 3, -1) if inner // TILE % count == 0), 0)
 
 
 def linear_gelu(linear: Fp8Linear, x: Rounded, bound: Bound) -> Rounded:
@@ -206,7 +198,7 @@ def linear_gelu(linear: Fp8Linear, x: Rounded, bound: Bound) -> Rounded:
             _tokens(x.values.view(rows, -1)), _weights(linear.weight),
             x.scale, linear.scale, linear.bias, values, scale,
             m_tiles, n_tiles, rows, width, linear.in_features // (turn * TILE), *bound,
-            STAGES=STAGES, GROUP=GROUP, TURN=turn, LEAD=LEAD, num_warps=4,
+            STAGES=STAGES, GROUP=GROUP, TURN=turn, num_warps=4,
         )  # fmt: skip
     return Rounded(values, scale)
 

@@ -17,12 +17,8 @@ from torch import Tensor
 
 from swiftwan.ops.attention_fp8 import BLOCK, WIDTH, RoundedAttention
 
-PART = 512
-"""Tokens that one program of the first pass reads: 1536 programs for 32,760 tokens of 12 heads, of k and of v."""
-
-ROWS = 32
-WARPS = 4
-ROUND_WARPS = 8
+PART = 1024
+"""Tokens that one program of the first pass reads: 768 programs for 32,760 tokens of 12 heads, of k and of v."""
 
 
 @triton.jit
@@ -173,7 +169,7 @@ def _round_attention(q: Tensor, k: Tensor, v: Tensor, means: bool) -> tuple[Roun
     pooled = [empty(batch, heads, blocks if means else 0, WIDTH) for _ in range(2)]
     _statistics_kernel[(parts, heads, 2 * batch)](
         k, v, sums, length, k.stride(0), k.stride(1), v.stride(0), v.stride(1),
-        PART=PART, ROWS=ROWS, WIDTH=WIDTH, num_warps=WARPS,
+        PART=PART, ROWS=32, WIDTH=WIDTH, num_warps=4,
     )  # fmt: skip
     _finish_kernel[(batch * heads, 2)](
         sums, k_mean, v_mean, k_scale, v_scale, parts, length,
@@ -183,6 +179,6 @@ def _round_attention(q: Tensor, k: Tensor, v: Tensor, means: bool) -> tuple[Roun
         q, k, v, k_mean, v_mean, k_scale, v_scale, rounded.q, rounded.k, rounded.v, rounded.factor, *pooled,
         length, q.stride(0), q.stride(1), k.stride(0), k.stride(1), v.stride(0), v.stride(1),
         heads * WIDTH, blocks * BLOCK, WIDTH**-0.5 * math.log2(math.e),
-        BLOCK=BLOCK, WIDTH=WIDTH, MEANS=means, num_warps=ROUND_WARPS,
+        BLOCK=BLOCK, WIDTH=WIDTH, MEANS=means, num_warps=4,
     )  # fmt: skip
     return rounded, pooled[0], pooled[1]

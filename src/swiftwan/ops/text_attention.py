@@ -26,15 +26,14 @@ MOST_KEYS = 128
 """Above these scores would not fit into registers, and the plain way runs."""
 
 TOKENS = 64
-WARPS = 4
-STAGES = 2
+"""Of one program. 0.12 ms for 32,760 tokens of 12 heads and 29 keys on an H200, 0.18 for 70; cuDNN, the norm and the
+rounding before and behind it 0.21. Loads ahead of their use (Triton's stages) made it slower."""
 
 
 @triton.jit
 def _norm_attend_kernel(
     q, weight, key, value, bias, largest, out, scale, length, count, q_batch, text_batch, eps, softmax_scale,
     HEADS: tl.constexpr, WIDTH: tl.constexpr, TOKENS: tl.constexpr, KEYS: tl.constexpr, BIASED: tl.constexpr,
-    STAGES: tl.constexpr,
 ):  # fmt: skip
     batch = tl.program_id(1)
     token = tl.program_id(0) * TOKENS + tl.arange(0, TOKENS)
@@ -48,7 +47,7 @@ def _norm_attend_kernel(
     value += batch * text_batch
 
     squares = tl.zeros([TOKENS], tl.float32)
-    for head in tl.range(HEADS, num_stages=STAGES):
+    for head in tl.range(HEADS, num_stages=1):
         query = tl.load(q + place + head * WIDTH, inside, other=0.0).to(tl.float32)
         squares += tl.sum(query * query, 1)
     inverse = tl.rsqrt(squares / (HEADS * WIDTH) + eps)
@@ -59,7 +58,7 @@ def _norm_attend_kernel(
     step = tl.maximum(tl.load(largest).to(tl.float32), 1e-12) / 448.0
     tl.store(scale + batch * length + token, tl.zeros([TOKENS], tl.float32) + step, token < length)
     text_place = text[:, None] * (HEADS * WIDTH) + channel[None, :]
-    for head in tl.range(HEADS, num_stages=STAGES):
+    for head in tl.range(HEADS, num_stages=1):
         query = tl.load(q + place + head * WIDTH, inside, other=0.0).to(tl.float32)
         query *= inverse[:, None] * tl.load(weight + head * WIDTH + channel)[None, :].to(tl.float32)
         keys = tl.load(key + text_place + head * WIDTH, seen[:, None], other=0.0)
@@ -84,11 +83,12 @@ def norm_attend(
     length = q.shape[1]
     out = torch.empty(batch, length, heads * width, dtype=torch.float8_e4m3fn, device=q.device)
     scale = torch.empty(batch, length, 1, dtype=torch.float32, device=q.device)
-    largest = torch.linalg.vector_norm(value, math.inf)
+    # In two steps: torch would take all of it with one processor.
+    largest = torch.linalg.vector_norm(torch.linalg.vector_norm(value, math.inf, dim=-1), math.inf)
     _norm_attend_kernel[(triton.cdiv(length, TOKENS), batch)](
         q, weight, key, value, largest if bias is None else bias.flatten(), largest, out, scale, length, count,
         q.stride(0) if len(q) == batch else 0, count * heads * width, eps, width**-0.5 * math.log2(math.e),
         HEADS=heads, WIDTH=width, TOKENS=TOKENS, KEYS=max(16, triton.next_power_of_2(count)), BIASED=bias is not None,
-        STAGES=STAGES, num_warps=WARPS,
+        num_warps=4,
     )  # fmt: skip
     return Rounded(out, scale)
