@@ -24,7 +24,6 @@ from swiftwan.ops.attention import kernel, sdpa
 from swiftwan.ops.fp8 import quantize_rows as plain_rows
 from swiftwan.ops.sparse import select_blocks, sparse_flash4, sparse_flex, sparse_reference
 
-
 MEMORY = 4800
 """GB/s, of the data sheet."""
 
@@ -77,8 +76,8 @@ def products(size: str) -> None:
 
 
 def rounding(size: str) -> None:
-    from swiftwan.ops.fused_fp8 import FUSED_FP8, linear_gelu, quantize_rows
     from swiftwan.ops.attention import norm_attend
+    from swiftwan.ops.fused_fp8 import FUSED_FP8, linear_gelu, quantize_rows
     from swiftwan.ops.round_attention import round_and_pool, round_attention
     from swiftwan.ops.text_attention import norm_attend as in_one
 

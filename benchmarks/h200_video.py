@@ -137,7 +137,7 @@ def video(arguments: argparse.Namespace) -> None:
                     result = runner.run(asked)
                     media.write(path, result.frames, fps=request.fps or 16, record={"plan": name})
                 else:
-                    whole = count_forwards(runner)
+                    blocks = count_blocks(runner)
                     result = runner.run(asked, out=path)
                 measured = time.perf_counter() - started
                 taken[name].append(measured + (arguments.steps - steps) * statistics.median(result.step_seconds))
@@ -148,17 +148,17 @@ def video(arguments: argparse.Namespace) -> None:
                     "peak": result.peak_bytes,
                     "mp4_bytes": path.stat().st_size,
                     "measured_steps": steps,
-                    "forwards": None if name in PEERS else len(whole),
+                    "forwards": None if name in PEERS else len(blocks) / len(runner.parts.transformer.blocks),
                 }
                 print(f"{name}: {taken[name][-1]:.2f} s { ({k: round(v, 3) for k, v in seconds.items()}) }", flush=True)
                 write_rows(arguments, request, taken, seen, failures)
 
 
-def count_forwards(engine: sw.Engine) -> list[None]:
-    """Grows by each forward that reaches the last block from now on; a step that a cache answers does not. Recorded
-    forwards are not seen."""
+def count_blocks(engine: sw.Engine) -> list[None]:
+    """Grows by each block that runs from now on; what a cache answers does not. Recorded forwards are not seen."""
     seen: list[None] = []
-    engine.parts.transformer.blocks[-1].register_forward_hook(lambda *_: seen.append(None))
+    for block in engine.parts.transformer.blocks:
+        block.register_forward_hook(lambda *_: seen.append(None))
     return seen
 
 
@@ -202,7 +202,7 @@ def write_rows(arguments: argparse.Namespace, request: Any, taken: Any, seen: An
             "mp4_bytes": seen[name]["mp4_bytes"],
         }
         if arguments.rung == "approximate":
-            row["whole_forwards"] = seen[name]["forwards"]
+            row["forwards"] = round(seen[name]["forwards"], 1)  # whole ones' worth of blocks
         if arguments.measured:
             row |= {"measured_steps": seen[name]["measured_steps"], "variant": "extrapolated from measured steps"}
         if best is not None:

@@ -7,9 +7,9 @@ What is rounded, and how (after SageAttention, arXiv 2410.02367 and 2411.10958, 
   query, and softmax does not see it. As 8-bit floats they erred five times as much (11 instead of 2 % of the pocket
   model's final latents): normed queries and keys have no outliers for which a float's range would pay.
 - Softmax's numerators to E4M3 floats, at most 2**8: below 2**-6 E4M3 has less than its three bits of mantissa.
-- Of every second key, the exponential itself: a line between powers of two (:func:`exp2_by_lines`), 4 % below to 2 % above,
-  since the units for exponentials take as long as the tensor cores: 942 -> 1027 TFLOP/s on an H200 when half of them
-  are spared, and 4.86 instead of 4.72 % from float32 on white noise.
+- Of every second key, the exponential itself: a line between powers of two (:func:`exp2_by_lines`), 4 % below to 2 %
+  above, since the units for exponentials take as long as the tensor cores: 942 -> 1027 TFLOP/s on an H200 when half
+  of them are spared, and 4.86 instead of 4.72 % from float32 on white noise.
 - Values to E4M3, by the largest of each channel of each head, after their mean is taken off too: weights sum to 1, so
   it is added to the result (9.4 % before, 2.8 % after, of the same latents).
 

@@ -67,7 +67,7 @@ def _as_float(scores):
 
 @gluon.jit
 def _exp2(scores, factor, offset):
-    """2 ** (scores * factor + offset), of every second number as :func:`swiftwan.ops.attention_fp8.exp2_by_lines` has it.
+    """2 ** (scores * factor + offset), of every second number as in :func:`swiftwan.ops.attention_fp8.exp2_by_lines`.
 
     That is a fixed-point number with the bits of a float: the exponent and 13 bits behind it, moved up by 10.
     """

@@ -179,8 +179,8 @@ def fits(linear: Fp8Linear) -> bool:
 
 
 def _turn(inner: int) -> int:
-    """Blocks of a turn, the most of 4 to 12; 0 where a layer's inputs are no multiple of any. Shorter ones would wait for
-    their products more than they multiply."""
+    """Blocks of a turn, the most of 4 to 12; 0 where a layer's inputs are no multiple of any. Shorter turns would wait
+    for their products more than they multiply."""
     return next((count for count in range(TURN, 3, -1) if inner // TILE % count == 0), 0)
 
 
