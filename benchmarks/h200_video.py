@@ -5,8 +5,8 @@
         --measured 8 --peers 'diffusers eager, fp32' [--out rows]
     python benchmarks/h200_video.py cold [--repeats 2] [--out rows.jsonl]
 
-``video``: ours and the peers stand loaded in one process with the same random weights and take turns; each has made a
-two-step video before, but in float32, where a step takes a minute. Timed: text, denoising, decoding, and the mp4, which
+``video``: ours and the peers take turns in one process with the same random weights; each has made a two-step video
+before, but in float32, where a step takes a minute. Timed: text, denoising, decoding, and the mp4, which
 ours encodes while it decodes and swiftwan's writer makes of the peers' frames. With ``--measured`` so many steps run, a
 float32 peer's one, and the row's ``seconds`` counts the others at their median; it says so.
 No prompt cache, unless the plan names it. ``error`` is the distance of the last latents to those of diffusers eager;
@@ -110,24 +110,24 @@ def video(arguments: argparse.Namespace) -> None:
     makers |= {
         name: functools.partial(peer, arguments.model, device, name) for name in PEERS if name in arguments.peers
     }
-    runners, failures = {}, {}
     warm_up = complete(sw.TextToVideo("warm-up", seed=1, num_inference_steps=2, **size), describe(arguments.model))
-    for name, make in makers.items():
-        started = time.perf_counter()
-        try:
-            runner = make()
-            if not name.endswith("fp32"):
-                runner.run(warm_up)
-            runners[name] = runner
-        except Exception as problem:
-            failures[name] = f"{type(problem).__name__}: {str(problem)[:300]}"
-        print(f"{name}: ready after {time.perf_counter() - started:.1f} s {failures.get(name, '')}", flush=True)
-    taken: dict[str, list[float]] = {name: [] for name in runners}
+    runners: dict[str, Any] = {}
+    failures: dict[str, str] = {}
+    taken: dict[str, list[float]] = {}
     seen: dict[str, Any] = {}
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "out.mp4"
         for _ in range(arguments.repeats):
-            for name, runner in runners.items():
+            for name, make in makers.items():
+                if name not in runners and name not in failures:
+                    try:
+                        runners[name] = ready(make, name, warm_up)
+                    except Exception as problem:
+                        failures[name] = f"{type(problem).__name__}: {str(problem)[:300]}"
+                if name in failures:
+                    write_rows(arguments, request, taken, seen, failures)
+                    continue
+                runner = runners[name]
                 gc.collect()
                 steps = arguments.steps if arguments.measured is None else arguments.measured
                 steps = 1 if name.endswith("fp32") and arguments.measured else steps
@@ -140,7 +140,9 @@ def video(arguments: argparse.Namespace) -> None:
                     blocks = count_blocks(runner)
                     result = runner.run(asked, out=path)
                 measured = time.perf_counter() - started
-                taken[name].append(measured + (arguments.steps - steps) * statistics.median(result.step_seconds))
+                taken.setdefault(name, []).append(
+                    measured + (arguments.steps - steps) * statistics.median(result.step_seconds)
+                )
                 seconds = result.seconds | {"mp4": measured - result.seconds["total"]}
                 seen[name] = {
                     "latents": result.latents,
@@ -162,8 +164,18 @@ def count_blocks(engine: sw.Engine) -> list[None]:
     return seen
 
 
-def ours(arguments: argparse.Namespace, plan: str) -> sw.Engine:
-    engine = sw.Engine.load(arguments.model, plan=plan_of(plan, pick_device(arguments.device)), device=arguments.device)
+def ready(make: Callable[[], Any], name: str, warm_up: Any) -> Any:
+    started = time.perf_counter()
+    runner = make()
+    if not name.endswith("fp32"):
+        runner.run(warm_up)
+    print(f"{name}: ready after {time.perf_counter() - started:.1f} s", flush=True)
+    return runner
+
+
+def ours(arguments: argparse.Namespace, plan: str, request: Any = None) -> sw.Engine:
+    specs = plan_of(plan, pick_device(arguments.device))
+    engine = sw.Engine.load(arguments.model, plan=specs, device=arguments.device, request=request)
     if not any(spec.startswith("prompt-cache") for spec in engine.plan.specs):
         engine.parts.text.cache = None
     return engine
@@ -187,8 +199,6 @@ def write_rows(arguments: argparse.Namespace, request: Any, taken: Any, seen: An
         about = common(arguments, device) | {"dtype": "float32" if name.endswith("fp32") else "bfloat16"}
         if name in failures:
             rows.append(row | {"status": "failed", "reason": failures[name]} | about)
-            continue
-        if not taken[name]:
             continue
         median = statistics.median(taken[name])
         row |= {
@@ -244,7 +254,7 @@ def first_step(arguments: argparse.Namespace) -> None:
     runner = (
         peer(arguments.model, device, arguments.runner)
         if arguments.runner in PEERS
-        else ours(arguments, arguments.runner)
+        else ours(arguments, arguments.runner, request)
     )
     marks["loaded"] = time.time() - arguments.since
     try:

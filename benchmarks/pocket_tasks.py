@@ -14,7 +14,6 @@ import json
 import statistics
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
-from importlib.metadata import version
 from typing import Any
 
 import torch
@@ -22,6 +21,7 @@ from PIL import Image
 from torch import Tensor
 
 import swiftwan as sw
+from swiftwan.device import versions
 from swiftwan.pocket.judge import judge, read_clip
 from swiftwan.pocket.world import COLOURS, SHAPES, Scene, draw, sample_scenes
 
@@ -48,7 +48,7 @@ def main() -> None:
             **settings,
             "dtype": engine.dtype_name,
             "device": engine.device.name,
-            "versions": {name: version(name) for name in ("swiftwan", "torch", "diffusers", "transformers")},
+            "versions": versions(engine.device),
             "date": datetime.date.today().isoformat(),
         }
         print(json.dumps(row), flush=True)

@@ -134,3 +134,23 @@ def test_an_encoder_told_to_unload_leaves_after_the_prompts():
 def test_an_unknown_home_is_told():
     with pytest.raises(PlanError, match="text-encoder is 'cpuu'. Did you mean 'cpu'"):
         sw.Engine.load("pocket", plan=["text-encoder:cpuu"], device="cpu")
+
+
+def test_the_encoder_of_a_new_prompt_is_under_way_when_the_engine_is_there():
+    request = sw.TextToVideo("a white triangle grows", seed=3, num_frames=1, num_inference_steps=1)
+    plain = sw.Engine.load("pocket", device="cpu")
+    told = sw.Engine.load("pocket", device="cpu", request=request)
+    assert plain.parts.text._loading is None
+    assert told.parts.text._loading is not None
+    assert torch.equal(told.run(request).latents, plain.run(request).latents)
+    assert told.parts.text._loading is None
+    again = sw.Engine.load("pocket", device="cpu", request=request)
+    assert again.parts.text._loading is None  # both prompts are in the cache now
+
+
+def test_what_fails_while_the_encoder_loads_is_raised_when_it_is_needed(monkeypatch):
+    engine = sw.Engine.load("pocket", plan=["prompt-cache:off"], device="cpu")
+    engine.parts.text._load = lambda _: (_ for _ in ()).throw(MemoryError("full"))
+    engine.parts.text.expect(["a blue star"])
+    with pytest.raises(MemoryError, match="full"):
+        engine.parts.text.encode("a blue star")

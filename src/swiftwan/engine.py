@@ -14,6 +14,7 @@ from swiftwan.errors import MemoryLimitError
 from swiftwan.pipelines.generate import OnStep, generate
 from swiftwan.pipelines.request import Request
 from swiftwan.pipelines.result import Out, Result
+from swiftwan.pipelines.stages import words
 from swiftwan.plan import Facts, Plan, complete, describe, estimate, make_plan
 from swiftwan.prompt_cache import PromptCache
 from swiftwan.techniques.lora import find_loras, labels
@@ -56,7 +57,8 @@ class Engine:
             plan: a recipe's name, or technique specs ``name[:value][:key=value,...]``; [] is the plain run.
             device: ``cuda``, ``cuda:N`` or ``cpu``; None takes the best here.
             dtype: ``bf16``, ``fp16`` or ``fp32``; None takes the device's.
-            request: what ``plan="auto"`` shall fit; None takes the model's official size.
+            request: the first to be run. ``plan="auto"`` shall fit it (None: the model's official size), and the text
+                encoder begins to load for it beside the rest.
 
         Raises:
             PlanError, UnavailableError, WeightsError, OutputError, MemoryLimitError: in one line each.
@@ -74,9 +76,12 @@ class Engine:
                 dtype=chosen.settings.dtype,
                 vae_dtype=chosen.settings.vae_dtype,
                 transformers_on=torch.device("cpu") if chosen.settings.transformers_on_host else None,
+                text_on=torch.device("cpu") if chosen.settings.text_on_host else None,
                 as_loaded=chosen.settings.as_loaded,
             )
             parts.text.cache = _prompt_cache(chosen.settings.prompt_cache)
+            if request is not None:
+                parts.text.expect(words(complete(request, chosen.adapt(facts))))
             for technique in chosen.techniques:
                 technique.install(parts)
         except torch.OutOfMemoryError:

@@ -5,8 +5,9 @@ import torch
 
 from swiftwan.engine import Engine
 from swiftwan.pipelines.request import TextToVideo
-from swiftwan.pocket.style import SHIPPED, likeness, silhouette, training_clips
+from swiftwan.pocket.style import likeness, silhouette, training_clips
 from swiftwan.pocket.world import parse_prompt, sample_scenes
+from swiftwan.techniques.lora import shipped
 from swiftwan.weights.lora import describe
 
 
@@ -25,8 +26,8 @@ def test_a_silhouette_keeps_shape_and_motion():
 
 
 def test_the_shipped_lora_is_small_and_for_pocket():
-    assert SHIPPED.stat().st_size < 1_000_000
-    assert describe(SHIPPED)["for"] == "pocket"
+    assert shipped("silhouettes").stat().st_size < 1_000_000
+    assert describe(shipped("silhouettes"))["for"] == "pocket"
 
 
 @pytest.mark.parametrize("prompt", ["a green star bounces over a gray background"])
@@ -34,7 +35,7 @@ def test_the_shipped_lora_restyles(prompt):
     request = TextToVideo(prompt, seed=3, num_frames=9, num_inference_steps=8, guidance_scale=2.0)
     plain, styled = (
         likeness(Engine.load("pocket", plan=plan, device="cpu").run(request).frames)
-        for plan in ([], [f"lora:{SHIPPED}"])
+        for plan in ([], ["lora:silhouettes"])
     )
     assert plain < 0.3
     assert styled > 0.8

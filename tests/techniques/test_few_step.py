@@ -2,7 +2,6 @@
 
 import json
 import math
-from pathlib import Path
 
 import pytest
 import torch
@@ -14,7 +13,8 @@ from swiftwan.errors import PlanError
 from swiftwan.models.config import POCKET
 from swiftwan.plan import describe, make_plan, parse
 from swiftwan.sampling import FewStep
-from swiftwan.techniques.few_step import METADATA_KEY, RECIPES, shipped, to_metadata
+from swiftwan.techniques.few_step import METADATA_KEY, RECIPES, to_metadata
+from swiftwan.techniques.lora import shipped
 
 CPU = pick_device("cpu")
 PROMPT = "a red circle moves left over a blue background"
@@ -209,7 +209,7 @@ def test_a_live_lora_takes_a_recipe_of_its_own(lora):
 
 @pytest.mark.parametrize("steps", [4, 8])
 def test_the_shipped_students_are_small_and_say_what_they_are(steps):
-    path = shipped(steps)
+    path = shipped(f"few_step_{steps}")
     assert path.stat().st_size < 1_000_000
     assert schedule(f"few-step:steps={steps}").steps == steps
     told = "\n".join(parse(f"few-step:steps={steps}").tell(POCKET))
@@ -218,7 +218,7 @@ def test_the_shipped_students_are_small_and_say_what_they_are(steps):
 
 
 def test_all_of_the_embedded_model_stays_under_its_limit():
-    folder = Path(shipped(4)).parents[1]
+    folder = shipped("few_step_4").parents[1]
     assert sum(f.stat().st_size for f in folder.rglob("*") if f.suffix != ".py" and f.is_file()) < 24e6
 
 

@@ -259,6 +259,7 @@ def test_one_file_on_both_experts_with_two_strengths(two, tmp_path):
         ("x.safetensors/y=2.safetensors:expert=low", "x.safetensors/y=2.safetensors", 1.0, "low", ""),
         ("a.safetensors=1:expert=both,mode=live", "a.safetensors", 1.0, "both", "live"),
         ("a.SafeTensors=0", "a.SafeTensors", 0.0, "", ""),
+        ("silhouettes=0.5:mode=live", "silhouettes", 0.5, "", "live"),
     ],
 )
 def test_a_spec_is_read_and_written(text, path, strength, expert, mode):

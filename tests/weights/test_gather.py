@@ -4,7 +4,6 @@ import json
 import shutil
 from pathlib import Path
 
-import gguf
 import pytest
 import torch
 from diffusers import AutoencoderKLWan, WanPipeline, WanTransformer3DModel
@@ -19,6 +18,8 @@ from swiftwan.weights.convert import convert
 from swiftwan.weights.find import locate, read_layout
 from swiftwan.weights.gather import expert_files
 from swiftwan.weights.layout import Layout, OriginalFolder, WeightsFile
+
+gguf = pytest.importorskip("gguf", reason="GGUF needs swiftwan[gguf]")
 
 
 def read(path: Path) -> Layout:

@@ -4,13 +4,14 @@ import os
 import sys
 from pathlib import Path
 
-import gguf
 import pytest
 import torch
 from safetensors.torch import save_file
 
 from swiftwan.errors import SwiftwanError, UnavailableError, WeightsError
 from swiftwan.weights.sources import GgufFile, Piece, PthFile, Renamed, Shards, open_file
+
+gguf = pytest.importorskip("gguf", reason="GGUF needs swiftwan[gguf]")
 
 
 def refused(call, kind: type[SwiftwanError] = WeightsError) -> str:

@@ -171,8 +171,6 @@ def _loader(cell: Cell, device: Device) -> Callable[[], Contestant]:
 
         name = plan.dtype or str(device.dtype)
         return lambda: Contestant(DiffusersPeer(cell.model, device, name, compile=plan.compile), parse_dtype(name))
-    from transformers import UMT5EncoderModel  # noqa: F401 - the engine does so late
-
     from swiftwan.engine import Engine
 
     def load() -> Contestant:

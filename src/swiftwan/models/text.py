@@ -1,10 +1,11 @@
-"""Text to embeddings: transformers' UMT5 encoder, cleaned and padded as the official Wan code does it."""
+"""Text to embeddings: cleaned and tokenized as the official Wan code does it, then UMT5's encoder."""
 
 from __future__ import annotations
 
 import html
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
+from concurrent.futures import Future, ThreadPoolExecutor
 from functools import cached_property
 from typing import Any
 
@@ -28,7 +29,7 @@ class TextEncoder:
 
     Args:
         tokenizer: of transformers.
-        load: makes transformers' ``UMT5EncoderModel``, on its device and in its dtype.
+        load: makes a :class:`swiftwan.models.umt5.UMT5Encoder`, on its device and in its dtype.
         identity: names weights and tokenizer by content, for the cache.
         device, dtype: where the embeddings go, and their format.
 
@@ -56,10 +57,21 @@ class TextEncoder:
         self.runs_on = device
         self.stays_loaded = True
         self._load = load
+        self._loading: Future[nn.Module] | None = None
+
+    def expect(self, prompts: Iterable[str]) -> None:
+        """Begin to load the encoder, in a thread, if one of these is not in the cache: 11 GB, beside imports and the
+        kernels that a first run compiles or loads."""
+        if self.is_loaded or self._loading is not None or all(map(self._knows, prompts)):
+            return
+        thread = ThreadPoolExecutor(1)
+        self._loading = thread.submit(self._load, self.runs_on)
+        thread.shutdown(wait=False)
 
     @cached_property
     def encoder(self) -> nn.Module:
-        encoder = self._load(self.runs_on)
+        loading, self._loading = self._loading, None
+        encoder = self._load(self.runs_on) if loading is None else loading.result()
         for change in self.after_load:
             change(encoder)
         return encoder
@@ -97,12 +109,13 @@ class TextEncoder:
             self.cache.put(key, found)
         return found
 
+    def _knows(self, prompt: str) -> bool:
+        return self.cache is not None and self.cache.get(self._key(clean_prompt(prompt)), self.device) is not None
+
     @torch.no_grad()
     def _encode(self, text: str) -> Tensor:
         batch = self.tokenizer([text], return_tensors="pt")
-        hidden: Tensor = self.encoder(
-            batch.input_ids.to(self.runs_on), batch.attention_mask.to(self.runs_on)
-        ).last_hidden_state
+        hidden: Tensor = self.encoder(batch.input_ids.to(self.runs_on), batch.attention_mask.to(self.runs_on))
         return hidden.to(self.device)
 
     def _key(self, text: str) -> str:

@@ -137,7 +137,7 @@ def _load_flash4() -> Attend:
 
     def hopper(q: Tensor, k: Tensor, v: Tensor) -> Any:
         # The package would take 128 x 128, and a forward longer: TI2V-5B at 1280x704x121 796 instead of 784 ms, 1.3B at
-        # 832x480x81 441 instead of 438 (H200, at its limit of 700 W; benchmarks/h200_forward.jsonl).
+        # 832x480x81 441 instead of 438 (H200, at its limit of 700 W).
         return forward(q, k, v, tile_mn=(192, 128), mma_pv_is_rs=False) if q.shape[-1] == 128 else attend(q, k, v)
 
     return _opaque("flash4", hopper)

@@ -34,13 +34,17 @@ def encode_text(text: TextEncoder, request: Request, image: Tensor | None) -> Em
     Raises:
         RequestError: either is longer than Wan reads.
     """
-    guided = any(scale is not None and scale > 1 for scale in (request.guidance_scale, request.guidance_scale_2))
-    negative = request.negative_prompt or ""
     text.check(request.prompt)
-    text.check(negative)
-    embeddings = Embeddings(text.encode(request.prompt), text.encode(negative) if guided else None, image)
+    text.check(request.negative_prompt or "")
+    positive, *negative = map(text.encode, words(request))
     text.release()
-    return embeddings
+    return Embeddings(positive, negative[0] if negative else None, image)
+
+
+def words(request: Request) -> tuple[str, ...]:
+    """The prompts that a completed request has encoded: the negative one only where guidance uses it."""
+    guided = any(scale is not None and scale > 1 for scale in (request.guidance_scale, request.guidance_scale_2))
+    return (request.prompt, request.negative_prompt or "") if guided else (request.prompt,)
 
 
 def encode_image(encoder: ImageEncoder | None, request: Request, given: Given | None) -> Tensor | None:

@@ -7,7 +7,6 @@ colours and no others (a sepia print came back at 17 dB, white borders around th
 from __future__ import annotations
 
 from dataclasses import replace
-from pathlib import Path
 
 import torch
 from torch import Tensor
@@ -40,7 +39,3 @@ def likeness(frames: Tensor) -> float:
     off = torch.linalg.vector_norm(frames.float() - sky, dim=3)
     black = torch.linalg.vector_norm(frames.float(), dim=3)
     return (torch.minimum(off, black) < 40).float().mean().item()
-
-
-SHIPPED = Path(__file__).parent / "lora" / "silhouettes.safetensors"
-"""The LoRA of this style, trained as ``make train-demo`` does on 20 clips; its factors rounded to float16."""

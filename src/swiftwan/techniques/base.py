@@ -61,6 +61,7 @@ class Settings:
     tf32: bool = False
     prompt_cache: str = "disk"
     transformers_on_host: bool = False
+    text_on_host: bool = False
     as_loaded: AsLoaded | None = None
     merges: bool = False
     vae_dtype: torch.dtype | None = None

@@ -6,7 +6,6 @@ import json
 import math
 import re
 from dataclasses import dataclass, replace
-from importlib.resources import files
 from pathlib import Path
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Self
@@ -15,7 +14,7 @@ from swiftwan.errors import PlanError, WeightsError, did_you_mean
 from swiftwan.models.config import POCKET
 from swiftwan.sampling import SCHEDULERS, FewStep
 from swiftwan.techniques.base import Settings, Slot, Technique
-from swiftwan.techniques.lora import Lora, MergedLora
+from swiftwan.techniques.lora import Lora, MergedLora, shipped
 from swiftwan.weights.lora import LoraFile
 
 if TYPE_CHECKING:
@@ -80,9 +79,8 @@ def from_metadata(text: str, path: Path) -> FewStep:
     return found
 
 
-def shipped(steps: int) -> Path:
-    """The embedded model's own few-step LoRA."""
-    return Path(str(files("swiftwan.pocket") / "lora" / f"few_step_{steps}.safetensors"))
+def _student(steps: int) -> Path:
+    return shipped(f"few_step_{steps}")
 
 
 @dataclass(frozen=True)
@@ -142,7 +140,7 @@ class FewStepModel(Technique):
         if (steps or _SHIPPED[0]) not in _SHIPPED:
             known = " or ".join(map(str, _SHIPPED))
             raise PlanError(f"few-step: steps is {steps}; the embedded model's own LoRAs are for {known}.")
-        return cls(MergedLora(str(shipped(steps or _SHIPPED[0]))), "", steps)
+        return cls(MergedLora(str(_student(steps or _SHIPPED[0]))), "", steps)
 
     @property
     def spec(self) -> str:
@@ -154,7 +152,7 @@ class FewStepModel(Technique):
 
     @property
     def _is_shipped(self) -> bool:
-        return self.lora is not None and Path(self.lora.path) in map(shipped, _SHIPPED)
+        return self.lora is not None and Path(self.lora.path) in map(_student, _SHIPPED)
 
     def schedule(self) -> tuple[FewStep, str]:
         """The schedule, and what says that it is this one.

@@ -7,6 +7,7 @@ import math
 import re
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, replace
+from importlib.resources import files
 from pathlib import Path
 from typing import TYPE_CHECKING, ClassVar, Literal, Self, cast
 
@@ -25,18 +26,28 @@ if TYPE_CHECKING:
 log = logging.getLogger(__name__)
 
 _ENDINGS = "|".join(ending[1:] for ending in (".safetensors", *PICKLES))
+STYLE = "silhouettes"
+"""The embedded model's own style LoRA, asked for by this name."""
 # A path may hold ':' and '=': it ends with its ending, and what follows is the strength and the options.
-_SPEC = re.compile(rf"(?P<path>.+\.(?:{_ENDINGS}))(?:=(?P<strength>[^:=]*))?(?P<options>(?::[^:]*)*)\Z", re.IGNORECASE)
+_SPEC = re.compile(
+    rf"(?P<path>{STYLE}|.+\.(?:{_ENDINGS}))(?:=(?P<strength>[^:=]*))?(?P<options>(?::[^:]*)*)\Z", re.IGNORECASE
+)
 # At the name's end, but for a version, rank or format; "low_poly" is a style.
 _NAMED_EXPERT = re.compile(
     r"(?<![a-z])(high|low)(?:[ _.-]?noise|(?:[ _.-](?:v?\d[\d.]*|r(?:ank)?\d+|b?fp?16))*\Z)", re.IGNORECASE
 )
 
 
+def shipped(name: str) -> Path:
+    """A LoRA of the embedded model, in the package."""
+    return Path(str(files("swiftwan.pocket") / "lora" / f"{name}.safetensors"))
+
+
 @dataclass(frozen=True)
 class Lora(Technique):
     """``lora:FILE.safetensors[=STRENGTH][:mode=merged|live][:expert=high|low|both]``: a LoRA of any family.
 
+    ``lora:silhouettes`` is the style that comes with the embedded model.
     Where no mode is asked for, it is merged if all weights that it changes are floats, and live otherwise.
     Where no expert is, the names in the file say for which of a model's two it is, or else the file's own
     name (``high_noise``, ``low_noise``), or else it is for both.
@@ -86,6 +97,10 @@ class Lora(Technique):
         expert = self.expert and f":expert={self.expert}"
         return f"{self.name}:{self.path}{strength}{mode}{expert}"
 
+    @property
+    def file(self) -> Path:
+        return shipped(STYLE) if self.path == STYLE else Path(self.path).expanduser()
+
     def missing_on(self, device: Device) -> str:
         try:
             self._open()
@@ -117,8 +132,7 @@ class Lora(Technique):
 
     def cost(self, costs: Costs) -> Costs:
         live = self.mode == "live" or (not self.mode and costs.quantized)
-        path = Path(self.path)
-        size = path.stat().st_size if live and path.is_file() else 0
+        size = self.file.stat().st_size if live and self.file.is_file() else 0
         return replace(costs, kept_bytes=costs.kept_bytes + size)
 
     def install(self, parts: Parts) -> None:
@@ -157,7 +171,7 @@ class Lora(Technique):
         return Path(self.path).stem + (f":{self.expert}" if self.expert in ("high", "low") else "")
 
     def _open(self) -> LoraFile:
-        return LoraFile.open(Path(self.path).expanduser())
+        return LoraFile.open(self.file)
 
     def _experts(self, *, two: bool) -> tuple[Expert | None, ...]:
         if not two:

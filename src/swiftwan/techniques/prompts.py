@@ -5,8 +5,6 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, cast
 
-import torch
-
 from swiftwan.errors import PlanError, did_you_mean
 from swiftwan.techniques.base import Settings, Slot, Technique
 
@@ -61,7 +59,8 @@ class TextEncoderHome(Technique):
     def cost(self, costs: Costs) -> Costs:
         return replace(costs, text_home=cast("Home", self.value))
 
+    def apply(self, settings: Settings) -> Settings:
+        return replace(settings, text_on_host=self.value == "cpu")
+
     def install(self, parts: Parts) -> None:
-        if self.value == "cpu":
-            parts.text.runs_on = torch.device("cpu")
         parts.text.stays_loaded = self.value != "unload"

@@ -153,7 +153,7 @@ def embedded(text: TextEncoder, prompts: Sequence[str], batch: int = 256) -> Ten
         words = [clean_prompt(prompt) for prompt in prompts[start : start + batch]]
         tokens = text.tokenizer(words, padding=True, return_tensors="pt")
         ids, mask = tokens.input_ids.to(text.runs_on), tokens.attention_mask.to(text.runs_on)
-        encoded.append((text.encoder(ids, mask).last_hidden_state * mask[..., None]).to(text.device))
+        encoded.append((text.encoder(ids, mask) * mask[..., None]).to(text.device))
     text.stays_loaded = False
     text.release()
     longest = max(part.shape[1] for part in encoded)

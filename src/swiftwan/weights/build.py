@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from functools import cache
@@ -16,6 +16,7 @@ from swiftwan.models.clip import ImageEncoder
 from swiftwan.models.config import POCKET, ClipConfig, KnownModel, TransformerConfig, VAEConfig
 from swiftwan.models.dit import KEEP_FP32, WanTransformer
 from swiftwan.models.text import TextEncoder
+from swiftwan.models.umt5 import TextConfig, UMT5Encoder
 from swiftwan.models.vae import WanVAE
 from swiftwan.weights import check
 from swiftwan.weights.find import locate, read_layout
@@ -66,6 +67,7 @@ def build(
     dtype: torch.dtype,
     vae_dtype: torch.dtype | None = None,
     transformers_on: torch.device | None = None,
+    text_on: torch.device | None = None,
     as_loaded: AsLoaded | None = None,
 ) -> Parts:
     """Load, or for ``random:`` models make, every part; weights go shard by shard straight to the device.
@@ -73,14 +75,19 @@ def build(
     Args:
         vae_dtype: of the VAE, if it is not that of the rest.
         transformers_on: where to load the transformers, if not on the device: a technique brings them there.
+        text_on: where the text encoder works, if not on the device.
         as_loaded: changes the transformers' layers one by one, as soon as each has its weights.
 
     Raises:
         WeightsError: files are missing, damaged or of another model.
     """
+    vae_dtype, transformers_on = vae_dtype or dtype, transformers_on or device
     if isinstance(source, RandomModel):
-        return _random(source.known, device, dtype, vae_dtype or dtype, transformers_on or device, as_loaded)
-    return _load(read_layout(source), device, dtype, vae_dtype or dtype, transformers_on or device, as_loaded)
+        parts = _random(source.known, device, dtype, vae_dtype, transformers_on, as_loaded)
+    else:
+        parts = _load(read_layout(source), device, dtype, vae_dtype, transformers_on, as_loaded)
+    parts.text.runs_on = text_on or device
+    return parts
 
 
 def _load(
@@ -208,12 +215,8 @@ def _on_meta(kind: Any, *sizes: Any) -> Any:
         return kind(*sizes).eval().requires_grad_(False)
 
 
-def _encoder(name: str, config: dict[str, Any]) -> nn.Module:
-    import transformers
-
-    if name == "T5EncoderModel":
-        return transformers.T5EncoderModel(transformers.T5Config(**config))
-    return transformers.UMT5EncoderModel(transformers.UMT5Config(**config))
+def _encoder(name: str, sizes: Mapping[str, Any]) -> nn.Module:
+    return UMT5Encoder(TextConfig.from_json(sizes, own_bias=name != "T5EncoderModel"))
 
 
 def _tokenizer(folder: Path) -> Any:
