@@ -27,6 +27,7 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
 from swiftwan.ops.attention_fp8 import BLOCK, WIDTH, RoundedAttention
+from swiftwan.ops.fp8_gluon import to_e4m3
 from swiftwan.ops.round_attention import round_and_pool, round_attention
 from swiftwan.ops.sparse import choose_blocks
 
@@ -46,17 +47,7 @@ def _left_side(weights, MMA: gl.constexpr):
     groups: gl.constexpr = weights.shape[1] // 16
     weights = gl.permute(gl.reshape(weights, [weights.shape[0], groups, 2, 4, 2]), [0, 1, 3, 2, 4])
     weights = gl.reshape(weights, [weights.shape[0], groups * 16])
-    weights = gl.convert_layout(weights, gl.DotOperandLayout(0, MMA, 4), assert_trivial=True)
-    # Four at once: Triton's own conversion takes a byte each, and packs them again.
-    return gl.inline_asm_elementwise(
-        "{ .reg .b16 low, high; cvt.rn.satfinite.e4m3x2.f32 low, $2, $1; "
-        "cvt.rn.satfinite.e4m3x2.f32 high, $4, $3; mov.b32 $0, {low, high}; }",
-        "=r,r,r,r,r",
-        [weights],
-        dtype=gl.float8e4nv,
-        is_pure=True,
-        pack=4,
-    )
+    return to_e4m3(gl.convert_layout(weights, gl.DotOperandLayout(0, MMA, 4), assert_trivial=True))
 
 
 @gluon.jit

@@ -24,6 +24,7 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
 from swiftwan.ops.fp8 import Fp8Linear, Rounded
+from swiftwan.ops.fp8_gluon import to_e4m3
 from swiftwan.ops.gelu_fp8 import Bound
 
 TILE = 128
@@ -106,20 +107,11 @@ def _multiply(
         half = value * (0.5 / out_scale)[:, None]
         value = gl.permute(gl.reshape(half * tanh + half, [TILE, 2, 8, 4, 2]), [0, 1, 3, 2, 4])
         value = gl.convert_layout(gl.reshape(value, [TILE, TILE]), _ROWS, assert_trivial=True)
-        rounded = gl.inline_asm_elementwise(  # as in attention_fp8_gluon.py
-            "{ .reg .b16 low, high; cvt.rn.satfinite.e4m3x2.f32 low, $2, $1; "
-            "cvt.rn.satfinite.e4m3x2.f32 high, $4, $3; mov.b32 $0, {low, high}; }",
-            "=r,r,r,r,r",
-            [value],
-            dtype=gl.float8e4nv,
-            is_pure=True,
-            pack=4,
-        )
         if n == 0:
             gl.store(scale + row, out_scale, row < rows)
         row = m * (2 * TILE) + PART * TILE + gl.arange(0, TILE, gl.SliceLayout(1, _ROWS))
         channel = n * TILE + gl.arange(0, TILE, gl.SliceLayout(0, _ROWS))
-        gl.store(values + row.to(gl.int64)[:, None] * width + channel[None, :], rounded, (row < rows)[:, None])
+        gl.store(values + row.to(gl.int64)[:, None] * width + channel[None, :], to_e4m3(value), (row < rows)[:, None])
 
 
 @gluon.jit
