@@ -2,8 +2,9 @@
 
     python benchmarks/h200_techniques.py GROUP|CASE... [--out rows.jsonl] [--steps 2]
 
-A case runs twice on one engine (unless ``--once``): the first run loads the text encoder and compiles, the second is
-timed; memory is the larger of both. A case with ``cap`` runs while torch may take no more than so many GB.
+An engine that is loaded is switched to the next case's plan where that does (``switched``; ``load_seconds`` is then
+what the switch took). A case runs twice (unless ``--once``): the first run loads the text encoder and compiles, the
+second is timed; memory is the larger of both. A case with ``cap`` runs while torch may take no more than so many GB.
 """
 
 from __future__ import annotations
@@ -18,17 +19,20 @@ import statistics
 import subprocess
 import time
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
+from pocket_pairs import Loaded
 
 import swiftwan as sw
 from swiftwan.device import pick_device, versions
 from swiftwan.pipelines.result import StepEvent
+from swiftwan.plan import parse
 from swiftwan.recipes import RECIPES
+from swiftwan.techniques.base import RELOAD
 from swiftwan.weights.check import cache_folder
 
 PROMPT = "A cat walks on the grass, realistic, its tail high, while the camera follows it slowly from behind"
@@ -90,20 +94,33 @@ GROUPS: dict[str, dict[str, Case]] = {
     "alone": {"plain": Case(SMALL, ()), "auto": Case(SMALL, "auto")}
     | alone("offload:blocks", "offload:model", "offload:auto:budget=1.5", "quantize:int4", "quantize:fp8", "fused")
     | alone("attention:cudnn", "attention:flash4", "attention:sdpa", "vae:fast", "vae:tiling", "text-encoder:unload")
-    | alone("text-encoder:cpu", "batched-cfg", "cfg-interval", "cfg-skip", "step-cache", "deepcache", "cuda-graphs")
-    | alone("sparse-attention:keep=0.25", "compile", "tf32", "dtype:fp16"),
+    | alone(
+        "text-encoder:cpu",
+        "text-encoder:blocks",
+        "batched-cfg",
+        "cfg-interval",
+        "cfg-skip",
+        "step-cache",
+        "deepcache",
+        "cuda-graphs",
+    )
+    | alone("sparse-attention:keep=0.25", "compile", "tf32", "dtype:fp16", "attention:fp8", "progressive-resolution"),
     "together": {
         "near": Case(SMALL, "auto:near"),
         "fast": Case(SMALL, "auto:fast"),
         "int4 streamed": Case(SMALL, ("quantize:int4", "offload:blocks", *EXACT)),
         "fp8 streamed": Case(SMALL, ("quantize:fp8", "offload:blocks", *EXACT)),
         "tiled": Case(SMALL, ("vae:tiling", "text-encoder:unload", *EXACT)),
+        "text by blocks": Case(SMALL, ("prompt-cache:off", "text-encoder:blocks", *EXACT)),
+        "text on the cpu": Case(SMALL, ("prompt-cache:off", "text-encoder:cpu", *EXACT)),
+        "auto picture": Case(SMALL, "auto", (832, 480, 1)),
         "picture": Case(SMALL, ("cuda-graphs", "batched-cfg", *EXACT), (832, 480, 1)),
-        "1.3b in 6 GB": Case(SMALL, ("offload:blocks", "text-encoder:cpu", "fused", "attention:flash4"), cap=6),
+        "1.3b in 6 GB": Case(SMALL, ("offload:blocks", "text-encoder:blocks", "fused", "attention:flash4"), cap=6),
     },
     "large": {
         "14b 480p resident": Case(LARGE, EXACT),
         "14b 480p streamed": Case(LARGE, ("offload:blocks", *EXACT)),
+        "14b in 12 GB": Case(LARGE, ("offload:blocks", "text-encoder:blocks", *EXACT), cap=12),
         "14b 480p fp8": Case(LARGE, ("quantize:fp8", "text-encoder:unload", *EXACT)),
         "14b 480p int4": Case(LARGE, ("quantize:int4", "text-encoder:unload", *EXACT)),
     },
@@ -129,28 +146,30 @@ class Watch:
         torch.cuda.reset_peak_memory_stats()
 
 
-def make(case: Case) -> Any:
+def make(case: Case, specs: Sequence[str], loaded: Loaded) -> Any:
     if case.peer is None:
-        return sw.Engine.load(case.model, plan=case.plan)
+        return loaded.engine(case.model, specs)
     from swiftwan.bench.peers import DiffusersPeer
 
+    loaded.engines.clear()
     peer = DiffusersPeer(case.model, pick_device("cuda"), "bf16", compile=False)
     case.peer(peer.pipe)
     return peer
 
 
-def measure(case: Case, steps: int, once: bool, repeats: int = 1) -> dict[str, Any]:
+def measure(case: Case, loaded: Loaded, steps: int, once: bool, repeats: int = 1) -> dict[str, Any]:
     shutil.rmtree(cache_folder() / "prompts", ignore_errors=True)
     width, height, frames = case.size
     request = sw.TextToVideo(PROMPT, width=width, height=height, num_frames=frames, num_inference_steps=steps, seed=1)
     told = sw.explain(case.model, request, plan=case.plan)
-    row: dict[str, Any] = {"plan": list(told.plan.specs), "estimate": told.to_json()}
+    specs = told.plan.specs
+    row: dict[str, Any] = {"plan": list(specs), "switched": loaded.has(case.model, specs), "estimate": told.to_json()}
     if case.peer is not None:
         row, request = {"plan": [], "runner": "diffusers"}, told.request
     watch = Watch()
     torch.cuda.reset_peak_memory_stats()
     started = time.perf_counter()
-    engine = make(case)
+    engine = make(case, specs, loaded)
     torch.cuda.synchronize()
     row["load_seconds"] = round(time.perf_counter() - started, 2)
     watch.note("load")
@@ -179,17 +198,21 @@ def measure(case: Case, steps: int, once: bool, repeats: int = 1) -> dict[str, A
     }
 
 
-def run(name: str, case: Case, arguments: argparse.Namespace) -> dict[str, Any]:
-    device = pick_device("cuda")
+def run(name: str, case: Case, loaded: Loaded, arguments: argparse.Namespace) -> dict[str, Any]:
+    device = loaded.device
     if case.cap is not None:
+        loaded.engines.clear()
         torch.cuda.set_per_process_memory_fraction(min(1.0, case.cap * 1e9 / device.total_bytes))
     try:
-        row = measure(case, arguments.steps, arguments.once)
+        row = measure(case, loaded, arguments.steps, arguments.once)
     except Exception as problem:
         traceback.print_exc()
+        loaded.engines.clear()
         told = f"{type(problem).__name__}: {str(problem).strip().partition(chr(10))[0][:400]}"
         row = {"status": "failed", "reason": told}
-    torch.cuda.set_per_process_memory_fraction(1.0)
+    if case.cap is not None:
+        loaded.engines.clear()
+        torch.cuda.set_per_process_memory_fraction(1.0)
     gc.collect()
     torch.cuda.empty_cache()
     return {
@@ -219,13 +242,20 @@ def main() -> None:
     wanted: dict[str, Case] = {}
     for name in arguments.names:
         wanted |= GROUPS.get(name) or {name: CASES[name]}
-    for name, case in wanted.items():
+    loaded = Loaded(pick_device("cuda"))
+    # Plans that a switch leads to follow each other on one engine.
+    for name, case in sorted(wanted.items(), key=lambda item: reloads(item[1])):
         started = time.perf_counter()
-        row = run(name, case, arguments)
+        row = run(name, case, loaded, arguments)
         row["wall_seconds"] = round(time.perf_counter() - started, 1)
         with arguments.out.open("a") as out:
             out.write(json.dumps(row) + "\n")
         print(f"{name:28} {told(row)}", flush=True)
+
+
+def reloads(case: Case) -> list[str]:
+    """What decides how the weights load; a plan by name is read as it comes."""
+    return [case.model, *(s for s in case.plan if not isinstance(case.plan, str) and parse(s).switch == RELOAD)]
 
 
 def told(row: dict[str, Any]) -> str:

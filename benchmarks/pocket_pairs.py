@@ -4,7 +4,8 @@
     python benchmarks/pocket_pairs.py --write        # the tables into docs/plans.md, from the rows
 
 A pair whose plan is refused is a row with the reason. One that is accepted runs, and its row says how far the latents
-are from the plain run's: nothing may fail that was accepted.
+are from the plain run's: nothing may fail that was accepted. A pair that the file has a row of, from this device, is
+left out, so a second call goes on where the first ended.
 """
 
 from __future__ import annotations
@@ -19,7 +20,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
 
 import swiftwan as sw
 from swiftwan.device import Device, pick_device, versions
@@ -36,7 +36,7 @@ PROOF = (
     "compile", "cuda-graphs", "deepcache:block-num=3", "dtype:bf16", "few-step", "fused", "offload:auto:budget=0.02",
     "offload:blocks", "offload:model", "prompt-cache:off", "quantize:fp8", "quantize:int4", "quantize:int8",
     "quantize:nf4", "quantize:int4:on=text", "sparse-attention:keep=0.5", "step-cache:first=1,last=1",
-    "text-encoder:cpu", "text-encoder:unload", "tf32", "vae:bf16", "vae:fast",
+    "text-encoder:blocks", "text-encoder:cpu", "text-encoder:unload", "tf32", "vae:bf16", "vae:fast",
     "vae:tiling:sample=64,stride=48",
 )  # fmt: skip
 """One spec of each technique, and more where its values are different things."""
@@ -60,31 +60,40 @@ def refusal(pair: Sequence[str], device: Device) -> str:
     return ""
 
 
-class Runner:
-    """Runs plans, on an engine that is loaded already where a switch does."""
+class Loaded:
+    """One engine at a time, switched to the next plan where that does, else loaded anew."""
 
     def __init__(self, device: Device) -> None:
         self.device = device
         self.engines: dict[tuple[str, ...], sw.Engine] = {}
 
-    def latents(self, plan: Sequence[str]) -> Tensor:
-        plan = list(dict.fromkeys(plan))
-        fixed = tuple(spec for spec in plan if parse(spec).switch == RELOAD)
-        if fixed not in self.engines:
-            self.engines = {}
-            self.engines[fixed] = sw.Engine.load("pocket", plan=fixed, device=self.device.torch_device)
-        self.engines[fixed].switch(plan)
-        return self.engines[fixed].run(REQUEST).latents
+    def has(self, model: str, plan: Sequence[str]) -> bool:
+        """Whether a switch does."""
+        return self._key(model, plan) in self.engines
+
+    def engine(self, model: str, plan: Sequence[str]) -> sw.Engine:
+        if not self.has(model, plan):
+            self.engines.clear()
+            key = self._key(model, plan)
+            self.engines[key] = sw.Engine.load(model, plan=key[1:], device=self.device.torch_device)
+        (engine,) = self.engines.values()
+        engine.switch(plan)
+        return engine
+
+    def _key(self, model: str, plan: Sequence[str]) -> tuple[str, ...]:
+        return (model, *(spec for spec in plan if parse(spec).switch == RELOAD))
 
 
-def rows(device: Device, of: Sequence[str] = (), without: Sequence[str] = ()) -> Iterator[dict[str, Any]]:
-    runner = Runner(device)
-    plain = runner.latents([])
+def rows(
+    device: Device, of: Sequence[str] = (), without: Sequence[str] = (), done: Sequence[frozenset[str]] = ()
+) -> Iterator[dict[str, Any]]:
+    loaded = Loaded(device)
+    plain = loaded.engine("pocket", []).run(REQUEST).latents
     single = {spec: refusal([spec], device) for spec in specs()}
     pairs = list(itertools.combinations_with_replacement(specs(), 2))
     if of:
         pairs = [pair for pair in pairs if set(pair) & set(of)]
-    pairs = [pair for pair in pairs if not set(pair) & set(without)]
+    pairs = [pair for pair in pairs if not set(pair) & set(without) and frozenset(pair) not in done]
     # Pairs that load alike stand together, and those that compile for seconds come last.
     pairs.sort(key=lambda pair: ("compile" in pair, [spec for spec in pair if parse(spec).switch == RELOAD]))
     for one, other in pairs:
@@ -99,7 +108,7 @@ def rows(device: Device, of: Sequence[str] = (), without: Sequence[str] = ()) ->
             yield row | {"status": "refused", "reason": reason}
         else:
             try:
-                latents = runner.latents((one, other))
+                latents = loaded.engine("pocket", list(dict.fromkeys((one, other)))).run(REQUEST).latents
             except Exception as problem:
                 yield row | {"status": "failed", "reason": f"{type(problem).__name__}: {problem}".partition("\n")[0]}
                 continue
@@ -117,8 +126,10 @@ def measure(arguments: argparse.Namespace) -> None:
         "commit": arguments.commit or commit,
         "date": datetime.date.today().isoformat(),
     }
+    known = map(json.loads, arguments.out.read_text().splitlines()) if arguments.out.exists() else ()
+    done = [frozenset(row["plan"]) for row in known if row["device"] == device.name]
     with arguments.out.open("a") as out:
-        for row in rows(device, arguments.of, arguments.without):
+        for row in rows(device, arguments.of, arguments.without, done):
             out.write(json.dumps(row | about) + "\n")
             out.flush()
             if row["status"] == "failed":

@@ -47,6 +47,7 @@ EXACT = [
     "batched-cfg",
     "prompt-cache:memory",
     "text-encoder:unload",
+    "text-encoder:blocks",
     "text-encoder:cpu",
     "offload:model",
     "offload:blocks",
@@ -262,7 +263,7 @@ def main() -> None:
                 **row(run(plan, beside)),
                 "prompts": options.prompts,
                 "steps": options.steps,
-                "versions": versions("swiftwan", "torch", "diffusers", "transformers"),
+                "versions": versions(),
                 "commit": options.commit or commit(),
                 "date": datetime.date.today().isoformat(),
             }

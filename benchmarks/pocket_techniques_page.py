@@ -1,5 +1,5 @@
 """Write the tables of docs/techniques.md from benchmarks/pocket_techniques.jsonl: of each plan the last good row
-of most prompts.
+of most prompts, then of most steps.
 
     python benchmarks/pocket_techniques_page.py
 """
@@ -30,13 +30,17 @@ def tables(lines: Iterable[str]) -> dict[str, str]:
         if row["status"] != "ok":
             continue
         key = (row["device"], *row["plan"])
-        if row["prompts"] >= last.get(key, row)["prompts"]:
+        if _trust(row) >= _trust(last.get(key, row)):
             last[key] = row
     found: dict[str, str] = {}
     for rung in dict.fromkeys(row["rung"] for row in last.values()):
         rows = sorted((row for row in last.values() if row["rung"] == rung), key=_order)
         found[rung] = HEAD + "".join(map(_line, rows))
     return found
+
+
+def _trust(row: dict[str, Any]) -> tuple[int, int]:
+    return row["prompts"], row["steps"]
 
 
 def _order(row: dict[str, Any]) -> tuple[Any, ...]:
@@ -47,6 +51,8 @@ def _line(row: dict[str, Any]) -> str:
     change = row["judge_percent"] - row["plain_judge_percent"]
     points = f"{change:+.1f}" if round(change, 1) else "0"
     where = "" if row["device"] == "NVIDIA H200" else f" (CPU, {row['dtype']}, {row['steps']} steps)"
+    if not where and row["steps"] != 50:
+        where = f" ({row['steps']} steps)"
     counts = f"{row['clips_worse']} / {row['clips_better']} of {row['prompts']}"
     return (
         f"| `{' '.join(row['plan'])}`{where} | {points} | {counts} "

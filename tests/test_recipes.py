@@ -61,6 +61,32 @@ def test_auto_is_exact_unless_told():
     assert load_of("wan2.1-t2v-14b", "auto", device)[0].specs == ("attention:flash4", "fused", "vae:fast")
 
 
+@pytest.mark.parametrize("quality", ["near", "fast"])
+def test_auto_takes_8_bits_of_attention_where_the_gpu_and_the_model_have_them(quality, monkeypatch):
+    monkeypatch.setattr("swiftwan.ops.attention._installed", lambda package: package in ("flash-attn-4", "triton"))
+    assert "attention:fp8" in load_of("wan2.1-t2v-1.3b", f"auto:{quality}", gpu(141))[0].specs
+    assert "attention:flash4" in load_of("wan2.1-t2v-1.3b", f"auto:{quality}", gpu(141, (10, 0)))[0].specs
+    assert "attention:flash4" in load_of("wan2.1-t2v-1.3b", "auto:exact", gpu(141))[0].specs
+    # The embedded model's heads are of 64.
+    assert "attention:flash4" in make_plan(f"auto:{quality}", gpu(141), None, describe("pocket")).specs
+
+
+@pytest.mark.parametrize("quality", ["exact", "near", "fast"])
+def test_auto_records_forwards_where_launches_take_most_of_the_time(quality):
+    at_once = {"batched-cfg", "cuda-graphs"}
+    picture = sw.TextToVideo("a cat", width=832, height=480, num_frames=1)
+    clip = sw.TextToVideo("a cat", width=832, height=480, num_frames=17)
+    model, device = "wan2.1-t2v-1.3b", gpu(141)
+    specs = load_of(model, f"auto:{quality}", device, picture)[0].specs
+    assert at_once <= set(specs)
+    assert not {"step-cache", "cfg-skip"} & set(specs)
+    for request in (clip, None):
+        assert not at_once & set(load_of(model, f"auto:{quality}", device, request)[0].specs)
+    # A 14B picture computes for longer than its launches take; and nothing is recorded of weights that move.
+    assert not at_once & set(load_of("wan2.1-t2v-14b", f"auto:{quality}", device, picture)[0].specs)
+    assert not at_once & set(load_of(model, f"auto:{quality}", gpu(5), picture)[0].specs)
+
+
 def test_auto_moves_less_where_there_is_more_memory():
     specs = {size: load_of("wan2.1-t2v-14b", "auto", gpu(size))[0].specs for size in (24, 44, 50, 141)}
     assert any(spec.startswith("offload:auto:budget=") for spec in specs[24])
@@ -84,13 +110,13 @@ def test_an_older_gpu_gets_what_it_can_run():
 def test_14b_in_16_gb_and_1_3b_in_6():
     request = sw.TextToVideo("a cat", width=832, height=480, num_frames=81)
     assert load_of("wan2.1-t2v-14b", "auto", gpu(16), request)[1].peak_bytes < 15.1e9
-    lean = ["offload:blocks", "text-encoder:cpu", "fused", "attention:flash4"]
+    lean = ["offload:blocks", "text-encoder:blocks", "fused", "attention:flash4"]
     assert load_of("wan2.1-t2v-1.3b", lean, gpu(6))[1].peak_bytes < 5.7e9
 
 
 def test_what_does_not_fit_gets_what_takes_least():
     plan, load = load_of("wan2.1-t2v-14b", "auto:fast", gpu(5))
-    assert {"offload:blocks", "text-encoder:cpu", "vae:tiling"} <= set(plan.specs)
+    assert {"offload:blocks", "text-encoder:blocks", "vae:tiling"} <= set(plan.specs)
     assert load.peak_bytes > 5e9
 
 

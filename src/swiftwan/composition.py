@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 from swiftwan.device import Device, parse_dtype
-from swiftwan.errors import PlanError, RequestError, did_you_mean
+from swiftwan.errors import PlanError, RequestError, WeightsError, did_you_mean
 from swiftwan.facts import Facts
 from swiftwan.guidance import Guide
 from swiftwan.models.config import KnownModel
@@ -86,10 +86,13 @@ def compose(specs: Sequence[str], device: Device, dtype: str | None = None, mode
         if missing := technique.missing_on(device):
             here = _available(technique, device)
             problems.append(f"'{technique.name}' cannot run on {device.name}: {missing}{here}")
-        elif model and (unfit := technique.unfit_for(model)):
-            problems.append(f"{technique.name}: {unfit}")
-        else:
+            continue
+        try:
+            if model is not None:
+                technique.fit(model)
             runnable.append(technique)
+        except (RequestError, WeightsError) as problem:
+            problems.append(f"{technique.name}: {problem}")
     settings = Settings(dtype=parse_dtype(dtype) if dtype else device.dtype)
     for technique in runnable:
         try:

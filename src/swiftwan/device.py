@@ -69,17 +69,32 @@ def pick_device(wanted: str | None = None) -> Device:
     """
     if wanted is None:
         return _cuda(0) if cuda_problem() is None else _cpu()
+    kind, index = check_device(wanted)
+    return _cuda(index) if kind == "cuda" else _cpu() if kind == "cpu" else _mps()
+
+
+def check_device(wanted: str) -> tuple[str, int]:
+    """Read a device's name into kind and number, and see that it is here; takes no memory on it.
+
+    Raises:
+        UnavailableError, RequestError: as :func:`pick_device`.
+    """
     word = wanted.strip().lower()
-    kind, _, index = word.partition(":")
+    kind, _, digits = word.partition(":")
+    index = int(digits) if digits.isdecimal() else 0
     if not re.fullmatch(r"(cuda|cpu|mps)(:\d+)?", word):
         raise RequestError(f"device is '{wanted}'." + did_you_mean(kind, ("cpu", "cuda", "mps")))
     if kind == "cuda":
         if problem := cuda_problem():
             raise UnavailableError(f"device is '{wanted}', but {problem}, or use '--device cpu'.")
-        return _cuda(int(index or 0))
-    if int(index or 0):
+        import torch
+
+        if index >= (count := torch.cuda.device_count()):
+            here = ", ".join(f"cuda:{i} ({torch.cuda.get_device_name(i)})" for i in range(count))
+            raise UnavailableError(f"device is 'cuda:{index}'; here are {here}.")
+    elif index:
         raise UnavailableError(f"device is '{wanted}'; there is one {kind} here. Use '--device {kind}'.")
-    return _cpu() if kind == "cpu" else _mps()
+    return kind, index
 
 
 def cuda_problem() -> str | None:
@@ -155,10 +170,6 @@ def peak_bytes(device: Device) -> int:
 def _cuda(index: int) -> Device:
     import torch
 
-    count = torch.cuda.device_count()
-    if index >= count:
-        here = ", ".join(f"cuda:{i} ({torch.cuda.get_device_name(i)})" for i in range(count))
-        raise UnavailableError(f"device is 'cuda:{index}'; here are {here}.")
     properties = torch.cuda.get_device_properties(index)
     free, total = torch.cuda.mem_get_info(index)
     share = torch.cuda.get_per_process_memory_fraction(index)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import os
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -69,6 +70,8 @@ class Engine:
         _allow_tf32(chosen)
         if where.torch_device.startswith("cuda"):
             torch.cuda.set_device(where.torch_device)  # Triton launches on the current device
+            if chosen.settings.transformers_on_host:
+                _grow_by_pages()
         try:
             parts = build(
                 locate(model),
@@ -76,7 +79,7 @@ class Engine:
                 dtype=chosen.settings.dtype,
                 vae_dtype=chosen.settings.vae_dtype,
                 transformers_on=torch.device("cpu") if chosen.settings.transformers_on_host else None,
-                text_on=torch.device("cpu") if chosen.settings.text_on_host else None,
+                text_home=chosen.settings.text_home,
                 as_loaded=chosen.settings.as_loaded,
             )
             parts.text.cache = _prompt_cache(chosen.settings.prompt_cache)
@@ -201,6 +204,15 @@ class Engine:
             if 1.1 * estimate(smaller, self.facts, self.plan, total).activation_bytes < budget:
                 return f"{told}; {frames} frames should fit, or the same frames at a smaller size, or vae:tiling."
         return f"{told}; free memory on the device, or take a smaller size or model."
+
+
+def _grow_by_pages() -> None:
+    """Let torch's allocator grow its segments instead of adding others, where a plan says that memory is short.
+
+    Fragments of segments held 1.4 GB beyond the tensors of 14B in 16 GB. What the user set stands.
+    """
+    if not {"PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF"} & os.environ.keys():
+        torch._C._accelerator_setAllocatorSettings("expandable_segments:True")
 
 
 def _allow_tf32(plan: Plan) -> None:

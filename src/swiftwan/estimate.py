@@ -153,6 +153,7 @@ def plain_costs(request: Request, facts: Facts, dtype: torch.dtype) -> Costs:
         rest_bytes=rest,
         text_bytes=facts.text_parameters * dtype.itemsize,
         text_linear_parameters=facts.text_parameters - facts.text_kept_parameters,
+        text_block_share=facts.text_block_parameters / facts.text_parameters,
         product="fp32" if dtype is torch.float32 else "16",
     )
 
@@ -269,12 +270,13 @@ def _phases(request: Request, facts: Facts, plan: Plan, costs: Costs, total_byte
     vae = parameter_count(facts.known.vae) * size
     if facts.known.transformer.image_dim is not None:
         vae += parameter_count(ClipConfig()) * plan.settings.dtype.itemsize
-    transformers, host = _transformer_bytes(facts, costs)
-    on_host = PROCESS + host + (costs.text_bytes if costs.text_home == "cpu" else 0)
-    text = costs.text_bytes if costs.text_home != "cpu" else 0
+    transformers, slots, host = _transformer_bytes(facts, costs)
+    on_host = PROCESS + host + (costs.text_bytes if costs.text_home in ("cpu", "blocks") else 0)
+    share = {"cpu": 0.0, "blocks": costs.text_block_share}.get(costs.text_home, 1.0)
+    text = costs.text_bytes * share
     stays = costs.text_bytes if costs.text_home == "gpu" else 0
-    # One at a time, the transformers are away but for their own turn.
-    around = 0.0 if costs.residency == "one at a time" else transformers
+    # One at a time, the transformers are away but for their own turn; so are the slots of streamed blocks.
+    around = 0.0 if costs.residency == "one at a time" else transformers - slots
 
     def phase(name: Literal["image", "text", "denoise", "decode"], weights: float, activations: float) -> Phase:
         frames = 2 * 3 * (request.width or 0) * (request.height or 0) * (request.num_frames or 0)
@@ -287,18 +289,18 @@ def _phases(request: Request, facts: Facts, plan: Plan, costs: Costs, total_byte
     yield phase("decode", vae + stays + around, _decoding(request, facts, plan, costs, total_bytes))
 
 
-def _transformer_bytes(facts: Facts, costs: Costs) -> tuple[float, float]:
-    """Of weights on the device while it denoises, and in host memory."""
+def _transformer_bytes(facts: Facts, costs: Costs) -> tuple[float, float, float]:
+    """Of weights on the device while it denoises, those of them in slots, and those in host memory."""
     whole = costs.block_bytes + costs.rest_bytes
     if costs.residency == "resident":
-        return facts.experts * whole, 0.0
+        return facts.experts * whole, 0.0, 0.0
     if costs.residency == "one at a time":
-        return whole, facts.experts * whole
+        return whole, 0.0, facts.experts * whole
     layers = costs.sizes.num_layers
     block = costs.block_bytes / layers
     away = facts.experts * (layers - costs.resident_blocks)
     slots = 2 * block if away else 0.0
-    return facts.experts * (costs.rest_bytes + costs.resident_blocks * block) + slots, away * block
+    return facts.experts * (costs.rest_bytes + costs.resident_blocks * block) + slots, slots, away * block
 
 
 def _denoising(costs: Costs) -> float:

@@ -22,6 +22,7 @@ class Facts:
     known: KnownModel
     text_parameters: int
     text_kept_parameters: int
+    text_block_parameters: int
 
     @property
     def grid(self) -> Grid:
@@ -40,7 +41,9 @@ def describe(model: str) -> Facts:
         WeightsError: there is no such model.
     """
     if model == POCKET.name:
-        return Facts(model, POCKET, text_parameters=1_181_184, text_kept_parameters=294_528)
+        return Facts(
+            model, POCKET, text_parameters=1_181_184, text_kept_parameters=294_528, text_block_parameters=369_280
+        )
     if known := known_model(model):
         return Facts(model, known, *_text_parameters(UMT5_XXL))
     source = locate(model)
@@ -64,10 +67,12 @@ def describe(model: str) -> Facts:
     return Facts(model, sized, *_text_parameters(text_sizes))
 
 
-def _text_parameters(sizes: dict[str, Any]) -> tuple[int, int]:
-    """All, and those that quantize leaves as they are: the embedding, and each layer's wo."""
-    kept = sizes["d_model"] * (sizes["vocab_size"] + sizes["num_layers"] * sizes["d_ff"])
-    return text_parameter_count(sizes), kept
+def _text_parameters(sizes: dict[str, Any]) -> tuple[int, int, int]:
+    """All; those that quantize leaves as they are: the embedding, and each layer's wo; those of one layer."""
+    layers, embedding = sizes["num_layers"], sizes["d_model"] * sizes["vocab_size"]
+    parameters = text_parameter_count(sizes)
+    kept = embedding + layers * sizes["d_model"] * sizes["d_ff"]
+    return parameters, kept, (parameters - embedding) // layers
 
 
 def _family(boundary_ratio: float | None, expand_timesteps: bool, in_channels: int) -> KnownModel:

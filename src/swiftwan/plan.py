@@ -83,7 +83,7 @@ class Explanation:
         ]
         for number, technique in enumerate(self.plan.techniques, 1):
             lines.append(f"{number}. {technique.spec} ({technique.kind}): {technique.reason}")
-            lines += [f"   {line}" for line in technique.tell(self.facts.known)]
+            lines += [f"   {line}" for line in technique.fit(self.facts.known)]
             lines.append(f"   a switch costs: {technique.switch}")
         return lines if self.plan.techniques else [*lines, "plan       plain: no techniques"]
 
@@ -114,7 +114,7 @@ class Explanation:
                     "kind": t.kind,
                     "reason": t.reason,
                     "slot": t.slot.name.lower(),
-                    "told": t.tell(self.facts.known),
+                    "told": t.fit(self.facts.known),
                     "switch": t.switch,
                 }
                 for t in self.plan.techniques

@@ -8,6 +8,7 @@ from typing import Literal, cast, get_args
 
 import torch
 
+from swiftwan.ceilings import H200, Ceilings
 from swiftwan.composition import Plan, compose
 from swiftwan.device import Device, parse_dtype
 from swiftwan.errors import PlanError, did_you_mean
@@ -38,9 +39,9 @@ class Recipe:
 
 
 RECIPES = {
-    "8gb": Recipe("wan2.1-t2v-1.3b", 832, 480, 81, ("offload:model", "text-encoder:cpu")),
-    "12gb": Recipe("wan2.2-ti2v-5b", 1280, 704, 121, ("offload:blocks", "text-encoder:cpu")),
-    "16gb": Recipe("wan2.1-t2v-14b", 832, 480, 81, ("offload:auto:budget=7", "text-encoder:cpu")),
+    "8gb": Recipe("wan2.1-t2v-1.3b", 832, 480, 81, ("offload:model", "text-encoder:blocks")),
+    "12gb": Recipe("wan2.2-ti2v-5b", 1280, 704, 121, ("offload:blocks", "text-encoder:blocks")),
+    "16gb": Recipe("wan2.1-t2v-14b", 832, 480, 81, ("offload:auto:budget=7", "text-encoder:blocks")),
     "24gb": Recipe("wan2.1-t2v-14b", 1280, 720, 81, ("offload:auto:budget=6", "text-encoder:unload")),
     "48gb": Recipe("wan2.2-t2v-a14b", 1280, 720, 81, ("offload:model",)),
     "80gb": Recipe("wan2.2-t2v-a14b", 1280, 720, 81, ("offload:auto:budget=46", "text-encoder:unload")),
@@ -48,6 +49,12 @@ RECIPES = {
 }
 """Exact all. ``8gb`` has run under a cap of its memory (benchmarks/h200_techniques.jsonl); the others fit by the
 estimate, and have not run so."""
+
+SKIPPING = ("step-cache", "cfg-skip")
+WORTH = 0.8
+"""Of the time, below which a plan is taken for it."""
+EXACT_ATTENTION = ("flash4", "cudnn")
+"""From the fastest on."""
 
 NAMES = ("auto", *(f"auto:{quality}" for quality in get_args(Quality)), "none", *RECIPES)
 
@@ -66,25 +73,27 @@ def specs_of(name: str, device: Device, dtype: str | None, facts: Facts | None, 
         raise PlanError(f"unknown plan '{name}'." + did_you_mean(name, NAMES))
     if name == "none":
         return []
-    fast = _kernels(device, parse_dtype(dtype) if dtype else device.dtype)
+    number_format = parse_dtype(dtype) if dtype else device.dtype
+    fast = _kernels(device, number_format, EXACT_ATTENTION)
     if name in RECIPES:
         return [*RECIPES[name].specs, *fast]
     quality = cast(Quality, name.partition(":")[2] or "exact")
     if facts is None or device.capability is None:
         return fast
+    if quality != "exact" and facts.known.transformer.attention_head_dim in kernel("fp8").widths:
+        fast = _kernels(device, number_format, ("fp8", *EXACT_ATTENTION))
     return _fitting(quality, fast, device, dtype, facts, request)
 
 
-def _kernels(device: Device, dtype: torch.dtype) -> list[str]:
-    """The fastest exact kernels that this machine has; what is measured is in benchmarks/h200_forward.jsonl.
+def _kernels(device: Device, dtype: torch.dtype, attention: Sequence[str]) -> list[str]:
+    """The fastest kernels that this machine has, of self-attention the first of those named; what is measured is in
+    benchmarks/h200_forward.jsonl and h200_rungs.jsonl.
 
-    Left out because they depend on the request's size: ``cuda-graphs`` and ``batched-cfg``, which pay for pictures and
-    short clips.
     """
     specs = [] if Fused().missing_on(device) else ["fused"]
     # cuDNN's attention is the faster one from Hopper on; before that torch's own choice, FlashAttention-2, is.
     if dtype is not torch.float32 and device.capability is not None and device.capability >= (9, 0):
-        names = (name for name in ("flash4", "cudnn") if not kernel(name).missing_on(device.capability))
+        names = (name for name in attention if not kernel(name).missing_on(device.capability))
         specs += [f"attention:{name}" for name in list(names)[:1]]
     if not FastVae("fast").missing_on(device):
         specs.append("vae:fast")
@@ -102,14 +111,35 @@ def _fitting(
         room = (1 - SPARE) * device.free_bytes - load.peak_bytes
         if room < 0:
             continue
-        streamed = [spec for spec in specs if spec == "offload:blocks"]
-        return _with_budget(specs, load, room) if streamed else specs
+        if "offload:blocks" in specs:
+            return _with_budget(specs, load, room)
+        return _launched_at_once(specs, device, dtype, facts, request)
     return specs
+
+
+def _launched_at_once(
+    specs: list[str], device: Device, dtype: str | None, facts: Facts, request: Request | None
+) -> list[str]:
+    """With recorded forwards of both predictions instead of skipped steps, where launches take most of the time.
+
+    So with one picture of 1.3B at 832x480: 16 ms a guided step instead of 63 (benchmarks/h200_rungs.jsonl). Told for
+    an H200: another GPU's launches and products stand to each other alike. Without a request nothing is known of sizes.
+    """
+    if request is None or "offload:model" in specs:
+        return specs
+    at_once = [*(spec for spec in specs if spec not in SKIPPING), "batched-cfg", "cuda-graphs"]
+    as_they_are, instead = (
+        _load(compose(plan, device, dtype, facts.known), device, facts, request, H200) for plan in (specs, at_once)
+    )
+    fits = instead.peak_bytes <= (1 - SPARE) * device.free_bytes
+    assert instead.denoise_seconds is not None
+    assert as_they_are.denoise_seconds is not None
+    return at_once if fits and instead.denoise_seconds < WORTH * as_they_are.denoise_seconds else specs
 
 
 def _candidates(quality: Quality, fast: list[str], device: Device) -> Iterator[list[str]]:
     """From the fastest to the one that takes least memory."""
-    skipping = ["step-cache", "cfg-skip"] if quality == "fast" else []
+    skipping = SKIPPING if quality == "fast" else ()
     eight = not Quantize("fp8").missing_on(device)
     lighter: tuple[Sequence[str], ...] = ((),)
     if quality != "exact":
@@ -119,10 +149,10 @@ def _candidates(quality: Quality, fast: list[str], device: Device) -> Iterator[l
         for home in homes:
             yield [*linear, *home, *fast, *skipping]
     linear = lighter[-1]
-    for place in ("unload", "cpu"):
+    for place in ("unload", "blocks"):
         yield [*linear, "offload:blocks", f"text-encoder:{place}", *fast, *skipping]
     if quality == "fast":
-        yield [*linear, "offload:blocks", "text-encoder:cpu", *fast, *skipping, "vae:tiling"]
+        yield [*linear, "offload:blocks", "text-encoder:blocks", *fast, *skipping, "vae:tiling"]
 
 
 def _with_budget(specs: list[str], load: Load, room: float) -> list[str]:
@@ -131,11 +161,11 @@ def _with_budget(specs: list[str], load: Load, room: float) -> list[str]:
     return [f"offload:auto:budget={budget:g}" if spec == "offload:blocks" else spec for spec in specs]
 
 
-def _load(plan: Plan, device: Device, facts: Facts, request: Request | None) -> Load:
+def _load(plan: Plan, device: Device, facts: Facts, request: Request | None, ceilings: Ceilings | None = None) -> Load:
     facts = plan.adapt(facts)
     if request is None:
         # Every model can be asked for its own size; what it begins with takes no memory that counts.
         request = TextToVideo("").completed(facts.known.defaults)
     else:
         request = complete(request, facts)
-    return estimate(request, facts, plan, device.total_bytes)
+    return estimate(request, facts, plan, device.total_bytes, ceilings)

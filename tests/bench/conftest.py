@@ -20,7 +20,9 @@ def matrix():
         name="toy",
         title="Toy <b>matrix</b>",
         models=("pocket",),
-        requests={"a": {"task": "TextToVideo", "prompt": "x | <script>alert(1)</script>", "seed": 1}},
+        requests={
+            "a": {"task": "TextToVideo", "prompt": "x | <script>alert(1)</script>", "seed": 1, "num_inference_steps": 3}
+        },
         plans=(
             BenchPlan("peer", peer="diffusers", dtype="fp32"),
             BenchPlan("plain"),
@@ -28,6 +30,7 @@ def matrix():
             BenchPlan("broken", ("nothing",)),
         ),
         baseline="peer",
+        warm_up_steps=1,
         metrics=("psnr",),
     )
 

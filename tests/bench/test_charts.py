@@ -28,8 +28,12 @@ def test_values_that_hardly_differ_get_an_axis_that_shows_it() -> None:
 
 
 def test_a_chart_names_its_lines_axes_and_marks() -> None:
-    svg = lines([Series("a<b", 0, [(0, 1), (2, 3)], [(2, 3, "Text")])], x="seconds", y="GiB")
-    assert "a&lt;b: Text" in svg
+    marks = [(0, 1, "text<"), (2, 3, "VAE")]
+    svg = lines([Series("a<b", 0, [(0, 1), (2, 3)], marks), Series("c", 1, [(0, 2)], marks[:1])], x="seconds", y="GiB")
+    assert "a&lt;b: VAE" in svg
+    for word in ("a&lt;b", "text&lt;", "VAE"):
+        assert svg.count(f"</svg> {word}</li>") == 1, "the legend tells each line and each kind of mark once"
+    assert svg.count("M-4 0a4") == 3, "both lines' text and the legend's"
     assert 'aria-label="GiB against seconds"' in svg
 
 

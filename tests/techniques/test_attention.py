@@ -35,7 +35,7 @@ def test_each_kernel_says_whether_it_is_exact():
     ("spec", "words"),
     [
         ("attention:flash5", "Did you mean 'flash"),
-        ("attention", "needs a value"),
+        ("attention", r"needs a value: attention:sdpa, cudnn.* for self-attention\.$"),
         ("attention:cudnn", "it needs an NVIDIA GPU of compute capability 8.0"),
         ("attention:flash4", "it needs an NVIDIA GPU of compute capability 9.0"),
     ],

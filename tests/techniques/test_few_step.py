@@ -212,7 +212,7 @@ def test_the_shipped_students_are_small_and_say_what_they_are(steps):
     path = shipped(f"few_step_{steps}")
     assert path.stat().st_size < 1_000_000
     assert schedule(f"few-step:steps={steps}").steps == steps
-    told = "\n".join(parse(f"few-step:steps={steps}").tell(POCKET))
+    told = "\n".join(parse(f"few-step:steps={steps}").fit(POCKET))
     assert "unmatched" not in told
     assert "mis-shaped" not in told
 

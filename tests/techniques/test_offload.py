@@ -29,8 +29,21 @@ def test_streamed_blocks_give_the_same_bits(resident, more):
     assert kinds == [i >= resident for i in range(7)]
 
 
+def test_slots_take_memory_for_a_transformers_turn_alone():
+    engine, latents = run("offload:blocks", "prompt-cache:off")
+    slots = engine.parts.transformer.blocks[0].slots
+    assert [memory.untyped_storage().size() for memory in slots.memory] == [0, 0]
+    seen = []
+    again = engine.run(
+        REQUEST, on_step=lambda event: seen.append((event.phase, slots.memory[0].untyped_storage().size()))
+    )
+    assert dict(seen) == {"text": 0, "denoise": slots.size, "decode": 0}
+    assert torch.equal(again.latents, latents)
+
+
 def test_streamed_blocks_share_two_slots():
     engine, _ = run("offload:blocks")
+    engine.parts.enter("transformer")
     homes = {
         parameter.untyped_storage().data_ptr()
         for block in engine.parts.transformer.blocks
@@ -105,3 +118,12 @@ def test_streamed_blocks_give_the_same_bits_on_a_gpu(resident, more):
         _, expected = run(*more, device="cuda", dtype="bf16")
         _, latents = run(f"offload:blocks:resident={resident}", *more, device="cuda", dtype="bf16")
         assert torch.equal(latents, expected)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+def test_a_text_encoder_that_works_block_by_block_gives_the_same_bits_on_a_gpu():
+    _, expected = run("prompt-cache:off", device="cuda", dtype="bf16")
+    engine, latents = run("prompt-cache:off", "text-encoder:blocks", device="cuda", dtype="bf16")
+    assert torch.equal(latents, expected)
+    assert {parameter.device.type for parameter in engine.parts.text.encoder.encoder.block.parameters()} == {"cpu"}

@@ -82,7 +82,7 @@ def test_channels_last_is_the_same_but_for_rounding(dtype):
     parse("channels-last").install(SimpleNamespace(vae=vae))
     assert vae.decoder.conv_in.weight.is_contiguous(memory_format=torch.channels_last_3d)
     error = (vae.decode(latents).float() - plain).norm() / plain.norm()
-    assert error < (1e-5 if dtype == torch.float32 else 0.02)
+    assert error < (1e-5 if dtype == torch.float32 else 0.04)
 
 
 def test_channels_last_says_where_it_gives_nothing():

@@ -12,6 +12,9 @@ _LEFT, _RIGHT, _TOP, _BOTTOM = 100, 18, 16, 50
 COLOURS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#8c6d31", "#444444")
 """Told apart by colour-blind readers too (Okabe and Ito); from the ninth line on dashes differ."""
 
+_SHAPES = ("M-4 0a4 4 0 1 0 8 0a4 4 0 1 0-8 0z", "M-4-4h8v8h-8z", "M0-5 5 4H-5z", "M0-5.5 5.5 0 0 5.5-5.5 0z")
+"""Of marks: circle, square, triangle, diamond. Letters beside them ran into each other from five lines on."""
+
 
 @dataclass(frozen=True)
 class Series:
@@ -21,7 +24,7 @@ class Series:
     number: int
     points: Sequence[tuple[float, float]]
     marks: Sequence[tuple[float, float, str]] = ()
-    """Moments on the line, with a word each, of which the chart shows the first letter."""
+    """Moments on the line, with a word each; every word has a shape, which the legend tells."""
 
 
 def colour(number: int) -> str:
@@ -35,7 +38,7 @@ def dash(number: int) -> str:
 def lines(series: Sequence[Series], *, x: str, y: str) -> str:
     """A line a series, with a legend; y begins at 0."""
     frame = _Frame([p for s in series for p in s.points], x, y, from_zero=True)
-    return frame.svg(_polylines(frame, series)) + _legend(series)
+    return frame.svg(_polylines(frame, series)) + _legend([*map(_line_swatch, series), *_mark_swatches(series)])
 
 
 def figure(series: Sequence[Series], *, x: str, y: str) -> str:
@@ -57,18 +60,23 @@ def figure(series: Sequence[Series], *, x: str, y: str) -> str:
 
 
 def _polylines(frame: _Frame, series: Sequence[Series]) -> str:
-    drawn = []
+    drawn, shapes = [], _shapes(series)
     for one in series:
         path = " ".join(f"{frame.x(a):.1f},{frame.y(b):.1f}" for a, b in one.points)
         style = f'fill="none" stroke="{colour(one.number)}" stroke-width="2" stroke-dasharray="{dash(one.number)}"'
         marks = "".join(
-            f'<circle cx="{frame.x(a):.1f}" cy="{frame.y(b):.1f}" r="4" class="mark" stroke="{colour(one.number)}">'
-            f"<title>{escape(f'{one.name}: {word}')}</title></circle>"
-            f'<text x="{frame.x(a):.1f}" y="{frame.y(b) - 8:.1f}" text-anchor="middle">{escape(word[0])}</text>'
+            f'<path d="{shapes[word]}" transform="translate({frame.x(a):.1f} {frame.y(b):.1f})" class="mark"'
+            f' stroke="{colour(one.number)}"><title>{escape(f"{one.name}: {word}")}</title></path>'
             for a, b, word in one.marks
         )
         drawn.append(f'<g><title>{escape(one.name)}</title><polyline points="{path}" {style}/>{marks}</g>')
     return "".join(drawn)
+
+
+def _shapes(series: Sequence[Series]) -> dict[str, str]:
+    """The shape of each word that marks a moment, in the order in which they come."""
+    words = dict.fromkeys(word for one in series for _, _, word in one.marks)
+    return {word: _SHAPES[place % len(_SHAPES)] for place, word in enumerate(words)}
 
 
 def scatter(points: Sequence[Series], edge: Sequence[tuple[float, float]], *, x: str, y: str) -> str:
@@ -80,20 +88,37 @@ def scatter(points: Sequence[Series], edge: Sequence[tuple[float, float]], *, x:
         for a, b in one.points:
             drawn.append(
                 f'<circle cx="{frame.x(a):.1f}" cy="{frame.y(b):.1f}" r="6" fill="{colour(one.number)}"'
-                f' fill-opacity="{0.45 if dash(one.number) else 1}"><title>{escape(one.name)}</title></circle>'
+                f' fill-opacity="{_opacity(one.number)}"><title>{escape(one.name)}</title></circle>'
             )
-    return frame.svg("".join(drawn)) + _legend(points)
+    return frame.svg("".join(drawn)) + _legend(list(map(_dot_swatch, points)))
 
 
-def _legend(series: Sequence[Series]) -> str:
-    items = []
-    for one in series:
-        swatch = (
-            f'<svg width="26" height="10" aria-hidden="true"><line x1="0" y1="5" x2="26" y2="5" stroke-width="3"'
-            f' stroke="{colour(one.number)}" stroke-dasharray="{dash(one.number)}"/></svg>'
-        )
-        items.append(f"<li>{swatch} {escape(one.name)}</li>")
-    return f'<ul class="legend">{"".join(items)}</ul>'
+def _opacity(number: int) -> float:
+    """Of dots: they have no dashes to tell the ninth from the first."""
+    return 0.45 if dash(number) else 1
+
+
+def _line_swatch(one: Series) -> tuple[str, str]:
+    stroke = f'stroke="{colour(one.number)}" stroke-dasharray="{dash(one.number)}"'
+    return f'<line x1="0" y1="6" x2="26" y2="6" stroke-width="3" {stroke}/>', one.name
+
+
+def _dot_swatch(one: Series) -> tuple[str, str]:
+    return f'<circle cx="20" cy="6" r="5" fill="{colour(one.number)}" fill-opacity="{_opacity(one.number)}"/>', one.name
+
+
+def _mark_swatches(series: Sequence[Series]) -> list[tuple[str, str]]:
+    style = 'class="mark" stroke="currentColor" transform="translate(20 6)"'
+    return [(f'<path d="{shape}" {style}/>', word) for word, shape in _shapes(series).items()]
+
+
+def _legend(items: Sequence[tuple[str, str]]) -> str:
+    """A list of drawings and what they stand for."""
+    told = "".join(
+        f'<li><svg width="26" height="12" aria-hidden="true">{drawing}</svg> {escape(name)}</li>'
+        for drawing, name in items
+    )
+    return f'<ul class="legend">{told}</ul>'
 
 
 class _Frame:

@@ -12,7 +12,7 @@ from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any
 
-from swiftwan.errors import RequestError, did_you_mean
+from swiftwan.errors import PlanError, RequestError, did_you_mean
 
 NAMED = Path(__file__).parent / "matrices"
 PEERS = ("diffusers",)
@@ -229,6 +229,7 @@ def _plan(name: str, told: Any) -> BenchPlan:
         raise RequestError(f"plan '{name}': dtype is '{told['dtype']}'." + did_you_mean(str(told["dtype"]), DTYPES))
     if not isinstance(specs, str) and not all(isinstance(spec, str) for spec in specs):
         raise RequestError(f"plan '{name}': with is {specs!r}; it must be a recipe's name or a list of techniques.")
+    _check_specs(name, specs)
     return BenchPlan(
         name=name,
         with_=specs if isinstance(specs, str) else tuple(specs),
@@ -239,6 +240,23 @@ def _plan(name: str, told: Any) -> BenchPlan:
         rung=told.get("rung"),
         request=_request(name, {"prompt": "of the request", **told.get("request", {})}, partial=True),
     )
+
+
+def _check_specs(plan: str, specs: str | Sequence[str]) -> None:
+    """Refuse what no machine knows before the first cell runs; what this machine lacks is told by the cell."""
+    from swiftwan.composition import parse
+    from swiftwan.recipes import NAMES
+
+    if isinstance(specs, str):
+        if specs not in NAMES:
+            raise RequestError(f"plan '{plan}': with is '{specs}'." + did_you_mean(specs, NAMES))
+        return
+    for spec in specs:
+        try:
+            if "$" not in spec:  # a variable is known when its cell runs
+                parse(spec)
+        except PlanError as problem:
+            raise RequestError(f"plan '{plan}': {problem}") from None
 
 
 def _request(name: str, told: Any, *, partial: bool = False) -> dict[str, Any]:

@@ -17,7 +17,7 @@ figcaption { font-weight: 600; margin-bottom: .3rem; }
 .note { color: var(--mute); font-size: .85rem; margin: .3rem 0; }
 .scroll { overflow-x: auto; }
 table { border-collapse: collapse; font-size: .9rem; font-variant-numeric: tabular-nums; width: 100%; }
-th, td { border-bottom: 1px solid var(--line); padding: .35rem .6rem; text-align: right; white-space: nowrap; }
+th, td { border-bottom: 1px solid var(--line); padding: .35rem .45rem; text-align: right; white-space: nowrap; }
 thead th { background: var(--soft); white-space: normal; vertical-align: bottom; }
 .scroll th:first-child { position: sticky; left: 0; background: var(--back); }
 .scroll thead th:first-child { background: var(--soft); }
@@ -30,7 +30,7 @@ td.reason { color: #b3261e; }
 .charts, .pairs { grid-template-columns: repeat(auto-fit, minmax(min(100%, 500px), 1fr)); }
 .pairs table { font-size: .8rem; } .pairs th, .pairs td { padding: .3rem .35rem; }
 .chart { width: 100%; height: auto; } .chart text { fill: currentColor; font-size: 12px; }
-.chart .grid { stroke: var(--line); } .chart .mark { fill: var(--back); stroke-width: 2; }
+.chart .grid { stroke: var(--line); } .mark { fill: var(--back); stroke-width: 2; }
 .legend { list-style: none; display: flex; flex-wrap: wrap; gap: .1rem 1rem; padding: 0; margin: 0; font-size: .85rem; }
 .videos { display: grid; gap: 1rem; grid-template-columns: repeat(auto-fill, minmax(min(100%, 220px), 1fr)); }
 .videos figure { margin: 0; } .videos figcaption { font-weight: 400; font-size: .85rem; overflow-wrap: anywhere; }

@@ -131,12 +131,12 @@ def _charts(rows: Sequence[Row]) -> str:
     done = [row for row in rows if row["seconds"] is not None]
     if not done:
         return ""
-    numbers = {row["plan_name"]: number for number, row in enumerate(done)}
+    places = {row["plan_name"]: place for place, row in enumerate(done)}
 
     def series(
         row: Row, points: Sequence[tuple[float, float]], marks: Sequence[tuple[float, float, str]] = ()
     ) -> Series:
-        return Series(row["plan_name"], numbers[row["plan_name"]], points, marks)
+        return Series(row["plan_name"], places[row["plan_name"]], points, marks)
 
     steps = [series(row, [(float(i), 1000 * s) for i, s in enumerate(row["step_seconds"], 1)]) for row in done]
     drawn = [_chart("Time of each denoising step", charts.lines(steps, x="step", y="ms"))]
@@ -147,7 +147,7 @@ def _charts(rows: Sequence[Row]) -> str:
         if (points := [(seconds, used / 2**30) for seconds, used in device])
     ]
     if memory:
-        note = "Rings end a phase, by the host's clock: " + ", ".join(_PHASES.values()) + "."
+        note = "Marks end a phase, by the host's clock."
         drawn.append(_chart("Memory over time, all processes", charts.lines(memory, x="seconds", y="GiB"), note))
     for figure in QUALITY_FIGURES[:2]:
         dots = [series(row, [(row["seconds"], value)]) for row in done if (value := number(row, figure.field))]
@@ -160,8 +160,7 @@ def _charts(rows: Sequence[Row]) -> str:
     return f"<div class='charts'>{''.join(drawn)}</div>"
 
 
-_PHASES = {"image": "Image", "text": "Text", "denoise": "Denoise", "decode": "VAE"}
-"""As the chart of memory calls them; their first letters differ."""
+_PHASES = {"image": "end of image", "text": "end of text", "denoise": "end of denoising", "decode": "end of VAE"}
 
 
 def _phase_ends(row: Row, points: Sequence[tuple[float, float]]) -> list[tuple[float, float, str]]:

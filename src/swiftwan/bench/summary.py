@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Sequence
 from statistics import median
 from typing import Any
@@ -9,8 +10,18 @@ from typing import Any
 from swiftwan.bench.matrix import Cell, Matrix
 from swiftwan.bench.rows import Row
 
-RUNGS = {"exact": "exact", "near": "near", "approximate": "approximate", "retrained": "few-step"}
-"""A technique's kind, and how rows call it, from the strictest on."""
+_KINDS = ("exact", "near", "approximate", "retrained")
+"""Of techniques, from the strictest on."""
+
+_AS_SMALL = 1.05
+"""A plan that needs this much more memory than the smallest still counts as small, and may be far faster."""
+
+
+def rung_of(specs: Iterable[str], kinds: Iterable[str]) -> str:
+    """How exact a plan is: the loosest of its techniques' kinds, where a few-step model is told from other LoRAs."""
+    if any(spec.split(":")[0] == "few-step" for spec in specs):
+        return "few-step"
+    return max(kinds, key=_KINDS.index, default="exact")
 
 
 def rows_of(matrix: Matrix, lines: Sequence[Row]) -> list[Row]:
@@ -45,7 +56,7 @@ def _row(cell: Cell, lines: list[Row], last: Row) -> Row:
         "is_baseline": cell.is_baseline,
         "status": bad["status"] if bad else "ok",
         "reason": bad["reason"] if bad else None,
-        "rung": cell.plan.rung or (_rung(done[0]["kinds"]) if done else None),
+        "rung": cell.plan.rung or (rung_of(done[0]["plan"], done[0]["kinds"]) if done else None),
         "plan": done[0]["plan"] if done else list(cell.plan.with_ if not isinstance(cell.plan.with_, str) else ()),
         "request": done[0]["request"] if done else dict(cell.request),
         "repeats": 0,
@@ -54,7 +65,12 @@ def _row(cell: Cell, lines: list[Row], last: Row) -> Row:
         "commit": last["commit"],
         "date": last["date"],
     }
-    return row | (_numbers(done) if done else {"seconds": None, "spread": None, "peak_bytes": None, "error": None})
+    if not done:
+        return row | {"seconds": None, "spread": None, "peak_bytes": None, "error": None}
+    row |= _numbers(done)
+    # The warm-up is a first clip of fewer steps: the others have still to come.
+    steps_to_come = row["request"]["num_inference_steps"] - cell.warm_up_steps
+    return row | {"first_clip_seconds": row["first_output_seconds"] + steps_to_come * row["step_median_seconds"]}
 
 
 def _numbers(lines: list[Row]) -> Row:
@@ -97,11 +113,6 @@ def _numbers(lines: list[Row]) -> Row:
     }
 
 
-def _rung(kinds: Iterable[str]) -> str:
-    order = list(RUNGS)
-    return RUNGS[max(kinds, key=order.index, default="exact")]
-
-
 def _relate(row: Row, baseline: Row | None) -> None:
     """Put the baseline beside a row: the fields of the contract of DESIGN's benchmark rows."""
     known = baseline is not None and baseline["seconds"] is not None
@@ -109,6 +120,8 @@ def _relate(row: Row, baseline: Row | None) -> None:
     row["peer_seconds"] = baseline["seconds"] if baseline and known else None
     row["peer_spread"] = baseline["spread"] if baseline and known else None
     row["ratio"] = baseline["seconds"] / row["seconds"] if baseline and known and row["seconds"] else None
+    if row["rung"] == "exact" and known and baseline and row.get("dtype") != baseline["dtype"] == "float32":
+        row["rung"] = "near"  # the same maths in 16 bits
 
 
 # Reading a row
@@ -124,6 +137,13 @@ def why_missing(row: Row, name: str) -> str | None:
     """The reason that stands where a value would."""
     value: Any = row.get(name, (row.get("quality") or {}).get(name))
     return value["missing"] if isinstance(value, dict) and "missing" in value else None
+
+
+def short_dtype(row: Row) -> str:
+    return _SHORT.get(row["dtype"], str(row["dtype"]))
+
+
+_SHORT = {"float32": "fp32", "float16": "fp16", "bfloat16": "bf16"}
 
 
 def frontier(rows: Sequence[Row], quality: str) -> list[Row]:
@@ -144,10 +164,12 @@ def conclusion(rows: Sequence[Row]) -> list[str]:
 
     def told(row: Row, figure: str) -> str:
         ratio = "" if row["ratio"] is None or row["is_baseline"] else f", {row['ratio']:.2f}x the baseline's speed"
-        return f"{row['plan_name']} ({row['rung']}): {figure}{ratio}"
+        return f"{row['plan_name']} ({row['rung']}, {short_dtype(row)}): {figure}{ratio}"
 
-    def cold(row: Row) -> float:
-        return float(row["first_output_seconds"] + row["seconds"])
+    def cold(row: Row) -> str:
+        return (
+            f"{row['first_clip_seconds']:.1f} s from nothing to a clip of {row['request']['num_inference_steps']} steps"
+        )
 
     def each(row: Row) -> str:
         return f"{row['seconds']:.2f} s a clip once loaded"
@@ -155,11 +177,13 @@ def conclusion(rows: Sequence[Row]) -> list[str]:
     def gib(row: Row) -> float:
         return float(row["peak_bytes"] / 2**30)
 
-    single, batch = min(done, key=cold), min(done, key=lambda row: row["seconds"])
-    small = min(done, key=lambda row: row["peak_bytes"])
+    single = min(done, key=lambda row: row["first_clip_seconds"])
+    batch = min(done, key=lambda row: row["seconds"])
+    least = min(row["peak_bytes"] for row in done)
+    small = min((row for row in done if row["peak_bytes"] <= _AS_SMALL * least), key=lambda row: row["seconds"])
     alike = [row["plan_name"] for row in done if row is not batch and row["spread"][0] <= batch["spread"][1]]
     said = [
-        f"Single prompts: {told(single, f'{cold(single):.1f} s with load and warm-up')}.",
+        f"Single prompts: {told(single, cold(single))}.{_later(single, done)}",
         f"Batches: {told(batch, each(batch))}." + (f" Within its spread: {', '.join(alike)}." if alike else ""),
         f"Little memory: {told(small, f'{gib(small):.2f} GiB at its peak')}.",
     ]
@@ -169,5 +193,20 @@ def conclusion(rows: Sequence[Row]) -> list[str]:
     if lost := [row for row in rows if row["status"] != "ok"]:
         said.append(f"{len(lost)} of {len(rows)} cells did not run: {', '.join(row['plan_name'] for row in lost)}.")
     if any(row["model"].startswith("random:") for row in rows):
-        said.append("The weights are random: times and memory are real, what the videos show is not.")
+        said.append("The weights are random: times and memory are real; the videos and their distances say nothing.")
     return said
+
+
+def _later(single: Row, done: Sequence[Row]) -> str:
+    """From how many steps on a plan that takes longer to come up is the first with a clip after all."""
+    fast = min(done, key=lambda row: row["step_median_seconds"])
+    slower = [row for row in done if row["step_median_seconds"] > fast["step_median_seconds"]]
+    if fast is single or not slower:
+        return ""
+    steps = fast["request"]["num_inference_steps"]
+    lead = max(
+        (fast["first_clip_seconds"] - row["first_clip_seconds"])
+        / (row["step_median_seconds"] - fast["step_median_seconds"])
+        for row in slower
+    )
+    return f" From {steps + math.ceil(lead)} steps on {fast['plan_name']} is sooner than all."

@@ -8,7 +8,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 from swiftwan.bench.rows import ITSELF, Row
-from swiftwan.bench.summary import number, why_missing
+from swiftwan.bench.summary import number, short_dtype, why_missing
 
 
 @dataclass(frozen=True)
@@ -57,11 +57,8 @@ QUALITY_FIGURES = (
     Figure("CLIP score", "clip_score", "{:.3f}".format),
     Figure("Judge", "judge_percent", "{:.0f} %".format),
     *POCKET_FIGURES,
-    Figure("Latent error", "error", "{:.2e}".format),
+    Figure("Latent error", "error", "{:.3g}".format),
 )
-
-
-_SHORT = {"float32": "fp32", "float16": "fp16", "bfloat16": "bf16"}
 
 
 def overview(rows: Sequence[Row]) -> list[list[str]]:
@@ -77,7 +74,7 @@ def overview(rows: Sequence[Row]) -> list[list[str]]:
             [
                 _named(row),
                 row["rung"],
-                _SHORT.get(str(row["dtype"]), str(row["dtype"])),
+                short_dtype(row),
                 _s(row["seconds"]) if row["status"] == "ok" else _status(row),
                 f"{low:.3g} to {high:.3g} s",
                 f"{row['ratio']:.2f}x" if row["ratio"] else "",

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from swiftwan.bench.summary import RUNGS
+from swiftwan.bench.summary import rung_of
 from swiftwan.device import pick_device
 from swiftwan.engine import Engine
 from swiftwan.measure.missing import Missing, to_json
@@ -42,6 +42,7 @@ LIMITS = {
     "exact": Limits(33, 0.98, 0.1),
     "near": Limits(23, 0.91, 0.6),
     "approximate": Limits(22.5, 0.88, 0.75),
+    "retrained": Limits(None, None, None),
     "few-step": Limits(None, None, None),
 }
 EXACT_FP32 = Limits(50, 0.995, 0.01)
@@ -147,7 +148,7 @@ def verify(
         finite = finite and _is_whole(result)
         tell(f"run {number} of {runs}: {seconds[-1]:.2f} s, {memory[-1] / MIB:.0f} MiB in use")
     kinds = [technique.kind for technique in engine.plan.techniques]
-    rung = RUNGS[max(kinds, key=list(RUNGS).index, default="exact")]
+    rung = rung_of(engine.plan.specs, kinds)
     strict = rung == "exact" and engine.plan.settings.dtype == torch.float32
     limits = EXACT_FP32 if strict else LIMITS[rung]
     on = engine.torch_device

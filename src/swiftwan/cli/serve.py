@@ -14,9 +14,10 @@ from typing import TYPE_CHECKING, Annotated
 
 from typer import Option, echo
 
-from swiftwan.errors import RequestError, UnavailableError
+from swiftwan.errors import RequestError, UnavailableError, did_you_mean
 
 if TYPE_CHECKING:
+    from swiftwan.serve.jobs.service import ServiceSettings
     from swiftwan.serve.jobs.supervisor import Supervisor
 
 _START_S = 120.0
@@ -56,7 +57,11 @@ class Options:
     grace: Annotated[float, Option(help="Seconds that running jobs get when stopped.", min=0, metavar="S")] = 30.0
     keep: Annotated[
         float | None,
-        Option(help="Hours that files of ended jobs are kept. Unset: for ever.", min=0.001, metavar="H"),
+        Option(
+            help="Hours that files of ended jobs are kept, twice that their records. Unset: for ever.",
+            min=0.001,
+            metavar="H",
+        ),
     ] = None
 
 
@@ -87,7 +92,7 @@ def run(options: Options, *, page: bool) -> None:
     """
     try:
         from swiftwan.serve.http.app import make_app
-        from swiftwan.serve.http.server import check_safe
+        from swiftwan.serve.http.server import check_safe, take_port
         from swiftwan.serve.http.server import serve as answer_calls
         from swiftwan.serve.jobs.service import Service, ServiceSettings
 
@@ -114,21 +119,22 @@ def run(options: Options, *, page: bool) -> None:
         grace_s=options.grace,
         keep_s=None if options.keep is None else 3600 * options.keep,
     )
-    _check(models, settings.plan)
+    _check(models, settings)
     _warn_of_pillow()
-    service = Service(settings)
-    service.start()
-    try:
-        app = make_app(service, key=key)
-        if page:
-            _wait_for_a_device(service.supervisor)
-            mount(app, service)
-        echo(f"http://{options.host}:{options.port}{'/' if page else '/v1/videos'}", err=True)
-        answer_calls(app, service, host=options.host, port=options.port)
-    finally:
-        if service.admitting:
-            service.drain()
-        service.close()
+    with take_port(options.host, options.port) as port:
+        service = Service(settings)
+        service.start()
+        try:
+            app = make_app(service, key=key)
+            if page:
+                _wait_for_a_device(service.supervisor)
+                mount(app, service)
+            echo(f"http://{options.host}:{options.port}{'/' if page else '/v1/videos'}", err=True)
+            answer_calls(app, service, port)
+        finally:
+            if service.admitting:
+                service.drain()
+            service.close()
 
 
 def _wait_for_a_device(supervisor: "Supervisor") -> None:
@@ -179,11 +185,20 @@ def _warn_of_pillow() -> None:
         )
 
 
-def _check(models: Sequence[str], plan: str | Sequence[str]) -> None:
-    """Raise now what every job would fail with."""
+def _check(models: Sequence[str], settings: "ServiceSettings") -> None:
+    """Raise now what every job would fail with, or no worker would come up with."""
+    from swiftwan.device import check_device, parse_dtype
     from swiftwan.plan import describe, parse
+    from swiftwan.recipes import NAMES
 
+    for device in settings.devices:
+        check_device(device)
+    if settings.dtype is not None:
+        parse_dtype(settings.dtype)
     for model in models:
         describe(model)
-    for spec in () if isinstance(plan, str) else plan:
-        parse(spec)
+    if not isinstance(settings.plan, str):
+        for spec in settings.plan:
+            parse(spec)
+    elif settings.plan not in NAMES:
+        raise RequestError(f"unknown plan '{settings.plan}'." + did_you_mean(settings.plan, NAMES))

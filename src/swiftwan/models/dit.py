@@ -155,6 +155,7 @@ class CrossAttention(Attention):
 
     def __init__(self, config: TransformerConfig) -> None:
         super().__init__(config)
+        self.attend: Callable[..., Tensor] = sdpa
         self.sees_image = config.added_kv_proj_dim is not None
         if config.added_kv_proj_dim is not None:
             self.add_k_proj = nn.Linear(config.added_kv_proj_dim, config.dim)
@@ -173,9 +174,11 @@ class CrossAttention(Attention):
         """x (B, L, D), or (1, L, D) where all B prompts still see the same video, to (B, L, D)."""
         q = self.to_q(x)
         if memory.image_key is None or memory.image_value is None:
-            return self.to_out[0](ops.norm_attend(q, self.norm_q.weight, memory.key, memory.value, text_bias, self.eps))
+            text = (memory.key, memory.value, text_bias)
+            return self.to_out[0](ops.norm_attend(q, self.norm_q.weight, *text, self.eps, self.attend))
         q = self.heads(self.norm_q(q)).expand(len(memory.key), -1, -1, -1)
-        out = sdpa(q, memory.key, memory.value, text_bias) + sdpa(q, memory.image_key, memory.image_value)
+        out = self.attend(q, memory.key, memory.value, text_bias)
+        out = out + self.attend(q, memory.image_key, memory.image_value)
         return self.to_out[0](out.flatten(2))
 
 

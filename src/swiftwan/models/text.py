@@ -34,7 +34,8 @@ class TextEncoder:
         device, dtype: where the embeddings go, and their format.
 
     Attributes:
-        runs_on: where the encoder works; ``device`` unless a technique says otherwise.
+        runs_on: where the encoder works.
+        rests_on: where it is loaded to; elsewhere if a technique brings it there piece by piece.
         stays_loaded: whether it waits for the next prompt in memory.
         after_load: changes to make to a freshly loaded encoder.
     """
@@ -55,6 +56,7 @@ class TextEncoder:
         self.cache: PromptCache | None = None
         self.after_load: list[Callable[[nn.Module], None]] = []
         self.runs_on = device
+        self.rests_on = device
         self.stays_loaded = True
         self._load = load
         self._loading: Future[nn.Module] | None = None
@@ -65,13 +67,13 @@ class TextEncoder:
         if self.is_loaded or self._loading is not None or all(map(self._knows, prompts)):
             return
         thread = ThreadPoolExecutor(1)
-        self._loading = thread.submit(self._load, self.runs_on)
+        self._loading = thread.submit(self._load, self.rests_on)
         thread.shutdown(wait=False)
 
     @cached_property
     def encoder(self) -> nn.Module:
         loading, self._loading = self._loading, None
-        encoder = self._load(self.runs_on) if loading is None else loading.result()
+        encoder = self._load(self.rests_on) if loading is None else loading.result()
         for change in self.after_load:
             change(encoder)
         return encoder

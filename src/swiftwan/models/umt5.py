@@ -57,7 +57,7 @@ class UMT5Encoder(nn.Module):
 class Stack(nn.Module):
     def __init__(self, config: TextConfig, embed_tokens: nn.Embedding) -> None:
         super().__init__()
-        self.embed_tokens = embed_tokens
+        self.embed_tokens: nn.Module = embed_tokens
         self.block = nn.ModuleList(Block(config, has_bias=config.own_bias or not i) for i in range(config.num_layers))
         self.final_layer_norm = Norm(config)
         self.buckets = config.relative_attention_num_buckets
@@ -68,12 +68,9 @@ class Stack(nn.Module):
         place = torch.arange(ids.shape[1], device=ids.device)
         buckets = bucket(place[None] - place[:, None], self.buckets, self.reach)
         hidden = torch.zeros(mask.shape, dtype=x.dtype, device=x.device).masked_fill(mask == 0, -math.inf)
-        bias = hidden
+        bias = None
         for block in self.block:
-            assert isinstance(block, Block)
-            if block.table is not None:
-                bias = (block.table(buckets).permute(2, 0, 1)[None] + hidden[:, None, None]).contiguous()
-            x = block(x, bias)
+            x, bias = block(x, bias, buckets, hidden)
         out: Tensor = self.final_layer_norm(x)
         return out
 
@@ -83,15 +80,18 @@ class Block(nn.Module):
         super().__init__()
         self.layer = nn.ModuleList((SelfAttentionLayer(config, has_bias=has_bias), FeedForwardLayer(config)))
 
-    @property
-    def table(self) -> nn.Embedding | None:
-        """Of what each head adds to the scores of tokens so far apart."""
+    def forward(self, x: Tensor, bias: Tensor | None, buckets: Tensor, hidden: Tensor) -> tuple[Tensor, Tensor | None]:
+        """x (B, S, D) and what the last block added to the scores, to x and what this one adds: (B, H, S, S).
+
+        Args:
+            buckets: (S, S) by :func:`bucket`.
+            hidden: (B, S), -inf at padding.
+        """
         attention = self.layer[0]
         assert isinstance(attention, SelfAttentionLayer)
-        return attention.SelfAttention.relative_attention_bias
-
-    def forward(self, x: Tensor, bias: Tensor) -> Tensor:
-        return bounded(self.layer[1](bounded(self.layer[0](x, bias))))
+        if (table := attention.SelfAttention.relative_attention_bias) is not None:
+            bias = (table(buckets).permute(2, 0, 1)[None] + hidden[:, None, None]).contiguous()
+        return bounded(self.layer[1](bounded(attention(x, bias)))), bias
 
 
 class SelfAttentionLayer(nn.Module):

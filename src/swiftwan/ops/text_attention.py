@@ -12,6 +12,7 @@ A result is a mean of values, so no number exceeds the largest value: that is wh
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 
 import torch
 import triton
@@ -19,6 +20,7 @@ import triton.language as tl
 from torch import Tensor
 
 from swiftwan.ops.attention import norm_attend as plain
+from swiftwan.ops.attention import sdpa
 from swiftwan.ops.fp8 import Rounded
 from swiftwan.ops.fused import refuse_gradient
 
@@ -71,13 +73,19 @@ def _norm_attend_kernel(
 
 
 def norm_attend(
-    q: Tensor, weight: Tensor, key: Tensor, value: Tensor, bias: Tensor | None, eps: float
+    q: Tensor,
+    weight: Tensor,
+    key: Tensor,
+    value: Tensor,
+    bias: Tensor | None,
+    eps: float,
+    attend: Callable[..., Tensor] = sdpa,
 ) -> Tensor | Rounded:
     """:func:`swiftwan.ops.attention.norm_attend`, rounded; of more than 128 keys, or heads whose width is no power of
     two, the plain function's result."""
     batch, count, heads, width = key.shape
     if count > MOST_KEYS or width != triton.next_power_of_2(width):
-        return plain(q, weight, key, value, bias, eps)
+        return plain(q, weight, key, value, bias, eps, attend)
     refuse_gradient(q)
     q, key, value = q.contiguous(), key.contiguous(), value.contiguous()
     length = q.shape[1]

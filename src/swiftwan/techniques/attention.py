@@ -73,11 +73,13 @@ class Attention(Technique):
     def missing_on(self, device: Device) -> str:
         return kernel(self.value).missing_on(device.capability)
 
-    def unfit_for(self, model: KnownModel) -> str:
+    def fit(self, model: KnownModel) -> list[str]:
         width, widths = model.transformer.attention_head_dim, kernel(self.value).widths
         if widths and width not in widths:
-            return f"'{self.value}' takes heads of {' or '.join(map(str, widths))}, those of '{model.name}' are {width}"
-        return ""
+            raise PlanError(
+                f"'{self.value}' takes heads of {' or '.join(map(str, widths))}, those of '{model.name}' are {width}"
+            )
+        return []
 
     def apply(self, settings: Settings) -> Settings:
         if kernel(self.value).half and settings.dtype is torch.float32:

@@ -61,7 +61,7 @@ class Settings:
     tf32: bool = False
     prompt_cache: str = "disk"
     transformers_on_host: bool = False
-    text_on_host: bool = False
+    text_home: str = "gpu"
     as_loaded: AsLoaded | None = None
     merges: bool = False
     vae_dtype: torch.dtype | None = None
@@ -98,9 +98,13 @@ class Technique:
         """What this machine lacks to run it, in words; empty if nothing."""
         return ""
 
-    def unfit_for(self, model: KnownModel) -> str:
-        """Why this model cannot take it, in words; empty if it can."""
-        return ""
+    def fit(self, model: KnownModel) -> list[str]:
+        """What it will do to this model, a line each, beyond its reason.
+
+        Raises:
+            PlanError, WeightsError: the model cannot take it; says why.
+        """
+        return []
 
     def unfit_for_request(self, request: Request) -> str:
         """Why it cannot meet this request, in words; empty if it can."""
@@ -115,10 +119,6 @@ class Technique:
             for fact in one.refuses.keys() & two.makes:
                 return f"{one.name} cannot run beside {two.name}: {one.refuses[fact]}"
         return ""
-
-    def tell(self, model: KnownModel) -> list[str]:
-        """What it will do to a model that can take it, a line each, beyond its reason."""
-        return []
 
     def apply(self, settings: Settings) -> Settings:
         """Decide what is settled before loading."""
@@ -154,7 +154,7 @@ class Technique:
                     wanted = types[known[key].name].__name__
                     raise PlanError(f"{cls.name}: {key} is '{value}'; it must be {wanted}.") from None
         if "value" in known and "value" not in options and known["value"].default is MISSING:
-            raise PlanError(f"technique '{cls.name}' needs a value: {cls.__doc__}")
+            raise PlanError(f"technique '{cls.name}' needs a value: {_summary(cls.__doc__ or '')}")
         return cls(**options)
 
     @property
@@ -164,6 +164,11 @@ class Technique:
         value = said.pop("value", None)
         options = ",".join(f"{_word(key)}={item}" for key, item in said.items())
         return ":".join(part for part in (self.name, value, options) if part)
+
+
+def _summary(told: str) -> str:
+    """What a docstring says before it goes into options, on one line."""
+    return " ".join(told.partition("Args:")[0].replace("``", "").split())
 
 
 def _word(field: str) -> str:

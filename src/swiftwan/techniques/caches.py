@@ -53,10 +53,10 @@ class DeepCache(Technique):
         """How many of so many blocks are cached."""
         return self.block_num or max(1, layers // 3)
 
-    def unfit_for(self, model: KnownModel) -> str:
+    def fit(self, model: KnownModel) -> list[str]:
         if self.block_num >= (layers := model.transformer.num_layers):
-            return f"block-num is {self.block_num}, and '{model.name}' has {layers} blocks; take fewer"
-        return ""
+            raise PlanError(f"block-num is {self.block_num}, and '{model.name}' has {layers} blocks; take fewer")
+        return []
 
     def cost(self, costs: Costs) -> Costs:
         layers = costs.sizes.num_layers

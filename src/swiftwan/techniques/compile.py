@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from dataclasses import dataclass, replace
+from pathlib import Path
 from types import MappingProxyType
 from typing import TYPE_CHECKING
 
@@ -21,6 +22,15 @@ if TYPE_CHECKING:
 
 MODES = ("default", "max-autotune-no-cudagraphs")
 """torch's names; those with CUDA graphs are left out, since a block's output is the next one's input."""
+
+
+def _keep_in(folder: Path) -> None:
+    """Have torch keep what it compiles in a folder, unless the user named another."""
+    from torch._inductor.runtime.cache_dir_utils import default_cache_dir
+
+    # Torch itself sets the variable as it is imported, to a folder of temporary files.
+    if os.environ.get("TORCHINDUCTOR_CACHE_DIR") in (None, default_cache_dir()):
+        os.environ["TORCHINDUCTOR_CACHE_DIR"] = str(folder)
 
 
 @dataclass(frozen=True)
@@ -55,8 +65,7 @@ class Compile(Technique):
         return replace(costs, fused=True)
 
     def install(self, parts: Parts) -> None:
-        folder = cache_folder() / "inductor"
-        os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", str(folder))
+        _keep_in(cache_folder() / "inductor")
         # One compilation a shape: a run over many sizes must not hit torch's limit of eight.
         torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, 64)
         for block in each_block(parts.transformer, parts.transformer_2):

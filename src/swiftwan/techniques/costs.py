@@ -10,7 +10,7 @@ if TYPE_CHECKING:
 
     from swiftwan.models.config import KnownModel, TransformerConfig
 
-Home = Literal["gpu", "cpu", "unload"]
+Home = Literal["gpu", "cpu", "blocks", "unload"]
 Residency = Literal["resident", "streamed", "one at a time"]
 
 
@@ -23,6 +23,7 @@ class Costs:
         block_bytes: one transformer's blocks at rest.
         rest_bytes: what a transformer has beside its blocks.
         text_bytes, text_linear_parameters: the text encoder, and how many of its weights are in linear layers.
+        text_block_share: of its bytes, those of one block.
         scratch_bytes: taken by a layer while it computes, beyond its inputs and outputs.
         kept_bytes: kept from step to step, and by adapters.
         residency: where transformers wait. ``streamed``: all blocks but the first ``resident_blocks`` in host memory.
@@ -47,6 +48,7 @@ class Costs:
     rest_bytes: float
     text_bytes: float
     text_linear_parameters: int
+    text_block_share: float
     scratch_bytes: float = 0.0
     kept_bytes: float = 0.0
     residency: Residency = "resident"

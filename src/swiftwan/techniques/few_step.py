@@ -173,11 +173,6 @@ class FewStepModel(Technique):
             return str(problem)
         return self.lora.missing_on(device) if self.lora else ""
 
-    def unfit_for(self, model: KnownModel) -> str:
-        if self._is_shipped and model.transformer != POCKET.transformer:
-            return f"no few-step LoRA for '{model.name}' comes with swiftwan; give one: few-step:FILE.safetensors"
-        return self.lora.unfit_for(model) if self.lora else ""
-
     def conflict(self, other: Technique) -> str:
         if isinstance(other, FewStepModel):
             if self.lora is None or other.lora is None or (self.recipe, self.steps) != (other.recipe, other.steps):
@@ -185,11 +180,15 @@ class FewStepModel(Technique):
             return self.lora.conflict(other.lora)
         return super().conflict(other)
 
-    def tell(self, model: KnownModel) -> list[str]:
+    def fit(self, model: KnownModel) -> list[str]:
+        if self._is_shipped and model.transformer != POCKET.transformer:
+            raise PlanError(
+                f"no few-step LoRA for '{model.name}' comes with swiftwan; give one: few-step:FILE.safetensors"
+            )
         schedule, source = self.schedule()
         levels = ", ".join(f"{1000 * level:.0f}" for level in schedule.levels_for(schedule.steps, schedule.flow_shift))
         told = f"sets {schedule.steps} steps of {schedule.scheduler} at timesteps {levels}, no guidance ({source})"
-        return [told, *(self.lora.tell(model) if self.lora else ())]
+        return [told, *(self.lora.fit(model) if self.lora else ())]
 
     def apply(self, settings: Settings) -> Settings:
         settings = replace(settings, few_step=self.schedule()[0])

@@ -115,18 +115,7 @@ class Lora(Technique):
                 return "the same LoRA twice: give it once, with one strength, or once for each expert"
         return super().conflict(other)
 
-    def unfit_for(self, model: KnownModel) -> str:
-        try:
-            self._open()
-        except WeightsError:
-            return ""  # missing_on tells it
-        try:
-            self.tell(model)
-        except WeightsError as problem:
-            return str(problem)
-        return ""
-
-    def tell(self, model: KnownModel) -> list[str]:
+    def fit(self, model: KnownModel) -> list[str]:
         fits = self._fits(model.transformer, two=model.boundary_ratio is not None)
         return [line for expert, fitted in fits.items() for line in self._report(fitted, expert)]
 

@@ -38,7 +38,7 @@ class Offload(Technique):
     makes = frozenset({"moving weights"})
     refuses = MappingProxyType(
         {
-            "scales beside weights": "bitsandbytes keeps them out of reach of a copy; take quantize:int4",
+            "scales beside transformer weights": "bitsandbytes keeps them out of reach of a copy; take quantize:int4",
         }
     )
 
@@ -58,10 +58,10 @@ class Offload(Technique):
         if self.budget and self.value != "auto":
             raise PlanError(f"offload:{self.value} has no budget; that is for offload:auto.")
 
-    def unfit_for(self, model: KnownModel) -> str:
+    def fit(self, model: KnownModel) -> list[str]:
         if self.value == "experts" and model.boundary_ratio is None:
-            return f"'{model.name}' has one transformer; take offload:model or offload:blocks"
-        return ""
+            raise PlanError(f"'{model.name}' has one transformer; take offload:model or offload:blocks")
+        return []
 
     def apply(self, settings: Settings) -> Settings:
         return replace(settings, transformers_on_host=True)
@@ -92,6 +92,7 @@ class Offload(Technique):
         if resident < layers:
             parts.weights_move = True
             slots = Slots(size, parts.device)
+            parts.enter = slots.enter
             for transformer in transformers:
                 stream(transformer.blocks, resident, slots)
         for transformer in transformers:

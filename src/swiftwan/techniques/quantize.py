@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import importlib.util
-import logging
 from copy import deepcopy
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
@@ -11,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 from torch import nn
 
 from swiftwan.errors import PlanError, did_you_mean
+from swiftwan.noise import silence
 from swiftwan.ops.fp8 import Fp8Linear
 from swiftwan.ops.int4 import GROUP, Int4Linear
 from swiftwan.techniques.base import Settings, Slot, Technique
@@ -82,7 +82,7 @@ class Quantize(Technique):
     def makes(self) -> frozenset[str]:  # type: ignore[override]
         made = {"quantized"}
         if self.value == "nf4":
-            made.add("scales beside weights")
+            made.add(f"scales beside {self.on} weights")
         if self.keep_steps:
             made.add("steps-differ")
         return frozenset(made)
@@ -177,9 +177,7 @@ class Quantize(Technique):
                 return self._by_torchao(linear)
 
     def _by_torchao(self, linear: nn.Linear) -> nn.Module:
-        # Its wheel warns of each GPU's kernels that this machine cannot load, and of torch 2.13's new registry.
-        for name in ("torchao", "torch.utils._pytree"):
-            logging.getLogger(name).setLevel(logging.ERROR)
+        silence()
         from torchao import quantization as ao
 
         config: Any
@@ -202,6 +200,7 @@ def _by_16(linear: nn.Linear) -> bool:
 
 
 def _nf4(linear: nn.Linear) -> nn.Module:
+    silence()
     import bitsandbytes
 
     device, has_bias = linear.weight.device, linear.bias is not None

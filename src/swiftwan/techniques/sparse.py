@@ -76,11 +76,12 @@ class SparseAttention(Technique):
     def missing_on(self, device: Device) -> str:
         return kernel("fp8").missing_on(device.capability) if self.bits == 8 else ""
 
-    def unfit_for(self, model: KnownModel) -> str:
+    def fit(self, model: KnownModel) -> list[str]:
         width, widths = model.transformer.attention_head_dim, kernel("fp8").widths
         if self.bits == 8 and width not in widths:
-            return f"bits=8 takes heads of {' or '.join(map(str, widths))}, those of '{model.name}' are {width}"
-        return ""
+            told = f"bits=8 takes heads of {' or '.join(map(str, widths))}, those of '{model.name}' are {width}"
+            raise PlanError(told)
+        return []
 
     def cost(self, costs: Costs) -> Costs:
         """But for the dense first steps, of which there are few."""

@@ -11,10 +11,10 @@ import torch
 from torch import nn
 
 from swiftwan.device import parse_dtype
-from swiftwan.errors import PlanError, WeightsError, did_you_mean
+from swiftwan.errors import PlanError, did_you_mean
 from swiftwan.models.vae import Tiling
 from swiftwan.techniques.base import Settings, Slot, Technique
-from swiftwan.weights.tiny import find_tiny, load_tiny, misfit
+from swiftwan.weights.tiny import check_tiny, find_tiny, load_tiny
 
 if TYPE_CHECKING:
     from swiftwan.device import Device
@@ -134,11 +134,9 @@ class TinyVae(Technique):
     def spec(self) -> str:
         return f"vae:tiny={self.path}"
 
-    def unfit_for(self, model: KnownModel) -> str:
-        try:
-            return misfit(find_tiny(self.path), model.vae)
-        except WeightsError as problem:
-            return str(problem)
+    def fit(self, model: KnownModel) -> list[str]:
+        check_tiny(find_tiny(self.path), model.vae)
+        return []
 
     def cost(self, costs: Costs) -> Costs:
         return replace(costs, decoder="tiny")

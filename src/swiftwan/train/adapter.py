@@ -6,7 +6,6 @@ is ours, since peft widens the activations to the factors' float32 where we cast
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Sequence
 from typing import Any, TypeGuard, cast
 
@@ -17,10 +16,10 @@ from torch import Tensor, nn
 from swiftwan.device import Device
 from swiftwan.errors import RequestError, UnavailableError, did_you_mean
 from swiftwan.models.dit import WanTransformer
+from swiftwan.noise import silence
 from swiftwan.ops.fp8_training import Fp8FrozenLinear
 
-for _name in ("torchao", "torch.utils._pytree", "bitsandbytes"):  # peft imports them, and they tell what they lack
-    logging.getLogger(_name).setLevel(logging.ERROR)
+silence()
 try:
     from peft import LoraConfig, inject_adapter_in_model
     from peft.tuners.lora import Linear

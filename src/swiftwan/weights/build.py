@@ -18,6 +18,7 @@ from swiftwan.models.dit import KEEP_FP32, WanTransformer
 from swiftwan.models.text import TextEncoder
 from swiftwan.models.umt5 import TextConfig, UMT5Encoder
 from swiftwan.models.vae import WanVAE
+from swiftwan.noise import silence
 from swiftwan.weights import check
 from swiftwan.weights.find import locate, read_layout
 from swiftwan.weights.layout import Folder, Layout, RandomModel, Source
@@ -67,7 +68,7 @@ def build(
     dtype: torch.dtype,
     vae_dtype: torch.dtype | None = None,
     transformers_on: torch.device | None = None,
-    text_on: torch.device | None = None,
+    text_home: str = "gpu",
     as_loaded: AsLoaded | None = None,
 ) -> Parts:
     """Load, or for ``random:`` models make, every part; weights go shard by shard straight to the device.
@@ -75,7 +76,7 @@ def build(
     Args:
         vae_dtype: of the VAE, if it is not that of the rest.
         transformers_on: where to load the transformers, if not on the device: a technique brings them there.
-        text_on: where the text encoder works, if not on the device.
+        text_home: ``cpu`` if the text encoder works in host memory, ``blocks`` if it only waits there.
         as_loaded: changes the transformers' layers one by one, as soon as each has its weights.
 
     Raises:
@@ -86,7 +87,9 @@ def build(
         parts = _random(source.known, device, dtype, vae_dtype, transformers_on, as_loaded)
     else:
         parts = _load(read_layout(source), device, dtype, vae_dtype, transformers_on, as_loaded)
-    parts.text.runs_on = text_on or device
+    host = torch.device("cpu")
+    parts.text.runs_on = host if text_home == "cpu" else device
+    parts.text.rests_on = host if text_home in ("cpu", "blocks") else device
     return parts
 
 
@@ -220,6 +223,7 @@ def _encoder(name: str, sizes: Mapping[str, Any]) -> nn.Module:
 
 
 def _tokenizer(folder: Path) -> Any:
+    silence()
     from transformers import AutoTokenizer
 
     return AutoTokenizer.from_pretrained(folder, local_files_only=True)
@@ -250,8 +254,12 @@ def transformer_bytes(config: TransformerConfig, dtype: torch.dtype) -> tuple[in
 
 
 def text_parameter_count(sizes: dict[str, Any]) -> int:
-    """The same for a UMT5 encoder."""
-    return _count(_on_meta(_encoder, "UMT5EncoderModel", sizes).parameters())
+    """The same for a UMT5 encoder; by a formula, since importing transformers takes seconds."""
+    dim, heads, inner = sizes["d_model"], sizes["num_heads"], sizes["num_heads"] * sizes["d_kv"]
+    wide = 3 if sizes.get("feed_forward_proj", "gated-gelu").startswith("gated") else 2
+    positions = sizes.get("relative_attention_num_buckets", 32) * heads
+    layer = 4 * dim * inner + positions + wide * dim * sizes["d_ff"] + 2 * dim
+    return sizes["vocab_size"] * dim + sizes["num_layers"] * layer + dim
 
 
 def _count(parameters: Any) -> int:

@@ -62,7 +62,7 @@ def read_header(path: Path) -> dict[str, tuple[str, Shape]]:
     except FileNotFoundError:
         if path.is_symlink():
             raise _broken(path, f"links to {os.readlink(path)}, which is gone") from None
-        raise _broken(path, "is missing") from None
+        raise WeightsError(f"{path} is missing; check the path, or download it again") from None
     except IsADirectoryError:
         raise WeightsError(f"{path} is a folder, not a safetensors file") from None
     except OSError as error:

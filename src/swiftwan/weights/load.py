@@ -29,6 +29,10 @@ _STEM = "diffusion_pytorch_model"
 _TYPE_NAMES = {dtype: name for name, dtype in TYPES.items()}
 
 
+DRAWN_AT_ONCE = 2**27
+"""Random numbers: half a GB of float32. UMT5-XXL's embedding would take 4 GB whole."""
+
+
 AsLoaded = Callable[[nn.Module, str, nn.Module], nn.Module]
 """(the model, path of a layer in it, the layer, its weights just there) to what shall stand in its place."""
 
@@ -119,7 +123,9 @@ def randomize(
     for slot, names in slots.items():
         name = names[0]
         wanted = _dtype_of(name, dtype, keep_fp32) if slot.is_floating_point() else slot.dtype
-        tensor = torch.zeros(slot.shape, dtype=wanted, device=device)
+        # What nothing changes goes straight to where it rests, and only what is being drawn is on the device.
+        home = device if as_loaded is not None else rest_on or device
+        tensor = torch.zeros(slot.shape, dtype=wanted, device=home)
         owner, _, leaf = name.rpartition(".")
         if "norm" in type(module.get_submodule(owner)).__name__.lower() and leaf in ("weight", "gamma"):
             tensor.fill_(1)
@@ -127,8 +133,9 @@ def randomize(
             # Linear and Conv weights are (out, in, ...); lone tables (scale_shift_table) are (1, n, dim).
             fan_in = math.prod(slot.shape[1:]) if leaf == "weight" else slot.shape[-1]
             # Drawn in float32 and rounded: drawn in 16 bits they would be other numbers, and no dtype's run comparable.
-            drawn = torch.empty(slot.shape, device=device)
-            tensor.copy_(drawn.normal_(0, max(fan_in, 1) ** -0.5, generator=generator))
+            for piece in tensor.view(-1).split(DRAWN_AT_ONCE):
+                drawn = torch.empty(piece.shape, device=device)
+                piece.copy_(drawn.normal_(0, max(fan_in, 1) ** -0.5, generator=generator))
         if rest_on is not None and len(names) > 1:  # one tensor of several layers: all of them get the one that rests
             tensor = tensor.to(rest_on)
         _assign(module, names, tensor)

@@ -32,17 +32,17 @@ def find_tiny(name: str) -> Path:
     return download_file(on_hub["id"], on_hub["file"])
 
 
-def misfit(path: Path, vae: VAEConfig) -> str:
-    """Why a file's decoder is not for this VAE, in words; empty if it is.
+def check_tiny(path: Path, vae: VAEConfig) -> None:
+    """Check that a file's decoder is for this VAE.
 
     Raises:
-        WeightsError: the file is no TAEHV, or is damaged.
+        WeightsError: the file is no TAEHV, is damaged, or is of another VAE.
     """
     sizes = TinySizes.of(open_file(path).shapes, str(path))
     pixels = vae.scale_factor_spatial
     if (sizes.latent_channels, 8 * sizes.patch) == (vae.z_dim, pixels):
-        return ""
-    return (
+        return
+    raise WeightsError(
         f"{path} decodes {sizes.latent_channels} latent channels to {8 * sizes.patch} pixels a side; this model's "
         f"VAE has {vae.z_dim} and {pixels}; take {'taew2_2' if pixels == 16 else 'taew2_1'} of "
         "github.com/madebyollin/taehv"

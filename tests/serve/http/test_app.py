@@ -100,19 +100,27 @@ def test_the_model_is_listed(client: TestClient) -> None:
     assert [model["id"] for model in client.get("/v1/models").json()["data"]] == ["pocket"]
 
 
-def test_files_expire_and_their_record_stays(client: TestClient, desk: Service, finish: Any, error_of: Any) -> None:
+def test_files_expire_and_their_record_stays_as_long_again(
+    client: TestClient, desk: Service, finish: Any, error_of: Any
+) -> None:
     job_id = client.post("/v1/videos", json=SMALL).json()["id"]
     job = finish()
     assert client.get(f"/v1/videos/{job_id}").json()["expires_at"] is None
     object.__setattr__(desk.settings, "keep_s", 60.0)
     assert client.get(f"/v1/videos/{job_id}").json()["expires_at"] == int(job.finished_at + 60)
     assert desk.store.expire(time.time() - 60) == []
-    desk.supervisor.keep_s = 1e-9
+    desk.supervisor.keep_s = 60.0
+    desk.store._db.execute("UPDATE jobs SET finished_at = finished_at - 90")
     desk.supervisor._tidy()
     assert not list(desk.folder.root.rglob(f"*{job_id}*"))
     assert error_of(client.get(f"/v1/videos/{job_id}/content")) == (410, None, "expired")
     after = client.get(f"/v1/videos/{job_id}").json()
     assert (after["status"], after["wan"]["seed"], after["wan"]["content_url"]) == ("completed", 1, None)
+    desk.store._db.execute("UPDATE jobs SET finished_at = finished_at - 60")
+    desk.supervisor._next_expiry = 0.0
+    desk.supervisor._tidy()
+    assert client.get(f"/v1/videos/{job_id}").status_code == 404
+    assert "swiftwan_job_seconds_count 1.0" in client.get("/metrics").text
 
 
 def test_a_server_of_two_models_takes_jobs_for_both(client: TestClient, desk: Service, error_of: Any) -> None:

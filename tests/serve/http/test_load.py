@@ -18,12 +18,13 @@ SERVER = """
 import sys
 from pathlib import Path
 from swiftwan.serve.http.app import make_app
-from swiftwan.serve.http.server import serve
+from swiftwan.serve.http.server import serve, take_port
 from swiftwan.serve.jobs.service import Service, ServiceSettings
 service = Service(ServiceSettings(Path(sys.argv[1]), command=sys.argv[3:], queue_limit=20))
 service.store.pause(paused=True)
 service.start()
-serve(make_app(service, key=None), service, host="127.0.0.1", port=int(sys.argv[2]))
+with take_port("127.0.0.1", int(sys.argv[2])) as port:
+    serve(make_app(service, key=None), service, port)
 service.close()
 """
 

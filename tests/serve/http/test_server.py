@@ -186,6 +186,17 @@ def test_others_are_not_served_without_a_key(host: str) -> None:
     check_safe(host, "x" * 16)
 
 
+def test_a_port_that_is_taken_is_told_before_anything_starts(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as other:
+        port = other.getsockname()[1]
+        assert main(["serve", "--device", "cpu", "--data", str(tmp_path / "data"), "--port", str(port)]) == 2
+    last = capsys.readouterr().err.splitlines()[-1]
+    assert last == f"error: port {port} of '127.0.0.1' cannot be had: Address already in use; choose another --port."
+    assert not (tmp_path / "data").exists()
+
+
 @pytest.mark.parametrize("key", ["", "short", "x" * 15, "sixteen signs äöü", "line\nbreak and more"])
 def test_a_weak_key_is_refused(key: str) -> None:
     with pytest.raises(RequestError, match="16 or more"):
@@ -201,6 +212,10 @@ def test_a_weak_key_is_refused(key: str) -> None:
         (["--model", "pocket", "--model", "pokcet"], "pokcet"),
         (["--keep", "0"], "--keep"),
         (["--with", "quantise:fp8"], "quantise"),
+        (["--plan", "auot"], "Did you mean 'auto'?"),
+        (["--dtype", "bf61"], "Did you mean 'bf16'?"),
+        (["--device", "cpu", "--device", "cpu:1"], "there is one cpu here"),
+        (["--device", "cdua"], "Did you mean 'cuda'?"),
     ],
 )
 def test_the_command_line_says_what_is_wrong(

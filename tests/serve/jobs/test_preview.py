@@ -1,5 +1,6 @@
 import io
 
+import numpy as np
 import pytest
 import torch
 from PIL import Image
@@ -52,6 +53,15 @@ def test_a_preview_is_a_small_jpeg_whatever_the_video(
     picture = preview_jpeg(engine.parts.vae, latents)
     assert picture is not None
     assert Image.open(io.BytesIO(picture)).size == pixels
+
+
+def test_it_shows_the_first_frame_as_it_will_be(engine: Engine) -> None:
+    request = TextToVideo("a red circle moves left over a blue background", num_frames=9, num_inference_steps=4, seed=3)
+    result = engine.run(request)
+    picture = preview_jpeg(engine.parts.vae, result.latents)
+    assert picture is not None
+    seen = torch.from_numpy(np.array(Image.open(io.BytesIO(picture)))).float()
+    assert float((seen - result.frames[0]).abs().mean()) < 3, "but for what JPEG loses"
 
 
 def test_without_memory_to_spare_there_is_no_preview(engine: Engine, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -316,14 +316,20 @@ def test_another_versions_file_is_refused(tmp_path: Path) -> None:
         Store(path)
 
 
-def test_a_file_of_the_first_schema_is_brought_up_to_date(tmp_path: Path, request_json: dict[str, Any]) -> None:
+@pytest.mark.parametrize("schema", [1, 2])
+def test_a_file_of_an_earlier_schema_is_brought_up_to_date(
+    tmp_path: Path, request_json: dict[str, Any], schema: int
+) -> None:
     path = tmp_path / "old.sqlite3"
     store = Store(path)
     job, _ = store.add(request_json, model="pocket", plan="auto")
-    store._db.executescript("ALTER TABLE jobs DROP COLUMN expired; PRAGMA user_version = 1;")
+    store._db.executescript("UPDATE jobs SET state = 'completed', started_at = 1, finished_at = 3.5")
+    older = "ALTER TABLE jobs DROP COLUMN expired;" if schema == 1 else ""
+    store._db.executescript(f"DROP TRIGGER counted; DROP TABLE totals; {older} PRAGMA user_version = {schema};")
     store.close()
     store = Store(path)
     assert store.get(job.id).expired is False
+    assert store.seconds_of_jobs() == (1, 2.5), "what was completed before counts"
     store.close()
 
 
@@ -340,3 +346,38 @@ def test_only_what_ended_long_ago_expires_and_its_inputs_cannot_be_tried_again(s
     assert [store.get(job.id).state for job in (running, waiting)] == ["in_progress", "queued"]
     with pytest.raises(WrongStateError, match="expired"):
         store.retry(old.id)
+
+
+def test_records_of_what_ended_long_ago_are_pruned_and_still_count(store: Store, add: Any) -> None:
+    ended = {"completed": add(key="once"), "failed": add(), "cancelled": add()}
+    first, second = store.claim("cpu"), store.claim("cpu")
+    assert first is not None
+    assert second is not None
+    store.complete(first, {}, {})
+    store.fail(second, "internal", "no")
+    store.cancel(ended["cancelled"].id)
+    running, waiting = add(), add()
+    assert store.claim("cpu") is not None
+    count, seconds = store.seconds_of_jobs()
+    assert count == 1
+    assert store.prune(store.get(first.id).finished_at or 0) == [], "only what ended before"
+    assert {job.state: job.id for job in store.prune(2e9)} == {state: job.id for state, job in ended.items()}
+    for job in ended.values():
+        with pytest.raises(UnknownJobError):
+            store.get(job.id)
+    assert [store.get(job.id).state for job in (running, waiting)] == ["in_progress", "queued"]
+    assert store.seconds_of_jobs() == (1, seconds), "a counter of Prometheus must not fall"
+    assert add(key="once").id != ended["completed"].id, "a key lives as long as its record"
+
+
+def test_a_pruned_history_does_not_grow(store: Store, add: Any) -> None:
+    pages = []
+    for _ in range(40):
+        add()
+        job = store.claim("cpu")
+        assert job is not None
+        store.complete(job, {"video": "results/a.mp4"}, {"step_seconds": [1.0] * 500})
+        store.prune(2e9)
+        pages.append(store._db.execute("PRAGMA page_count").fetchone()[0])
+    assert pages[-1] == pages[9]
+    assert (store.counts()["completed"], store.seconds_of_jobs()[0]) == (0, 40)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import socket
 import threading
 from types import FrameType
 
@@ -39,18 +40,32 @@ class DrainingServer(uvicorn.Server):
         self.should_exit = True
 
 
-def serve(app: FastAPI, service: Service, *, host: str, port: int) -> None:
+def take_port(host: str, port: int) -> socket.socket:
+    """Take a port before anything starts; it listens once calls can be answered.
+
+    Raises:
+        RequestError: it cannot be had.
+    """
+    taken = socket.socket(socket.AF_INET6 if ":" in host else socket.AF_INET)
+    try:
+        taken.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        taken.bind((host, port))
+    except OSError as error:
+        taken.close()
+        raise RequestError(f"port {port} of '{host}' cannot be had: {error.strerror}; choose another --port.") from None
+    return taken
+
+
+def serve(app: FastAPI, service: Service, port: socket.socket) -> None:
     """Answer calls until a signal comes; the service is started by the caller."""
     config = uvicorn.Config(
         app,
-        host=host,
-        port=port,
         access_log=False,  # addresses of users are not ours to keep
         server_header=False,
         timeout_graceful_shutdown=5,
         log_level="info",
     )
-    DrainingServer(config, service).run()
+    DrainingServer(config, service).run(sockets=[port])
 
 
 def check_safe(host: str, key: str | None) -> None:

@@ -11,10 +11,18 @@ from typing import Any
 
 from swiftwan.errors import SwiftwanError
 
-_SCHEMA_VERSION = 2
+_SCHEMA_VERSION = 3
+
+# What was completed is counted when it happens: rows go, and a counter that falls tells Prometheus of a restart.
+_TOTALS = """
+CREATE TABLE totals (jobs INTEGER NOT NULL, seconds REAL NOT NULL) STRICT;
+INSERT INTO totals SELECT count(*), coalesce(sum(finished_at - started_at), 0) FROM jobs WHERE state = 'completed';
+CREATE TRIGGER counted AFTER UPDATE OF state ON jobs WHEN NEW.state = 'completed' AND OLD.state != 'completed' BEGIN
+    UPDATE totals SET jobs = jobs + 1, seconds = seconds + NEW.finished_at - NEW.started_at;
+END;
+"""
 
 _SCHEMA = f"""
-BEGIN;
 CREATE TABLE IF NOT EXISTS jobs (
     number INTEGER PRIMARY KEY AUTOINCREMENT,
     id TEXT NOT NULL UNIQUE,
@@ -47,16 +55,15 @@ CREATE TABLE IF NOT EXISTS jobs (
 ) STRICT;
 CREATE INDEX IF NOT EXISTS by_state ON jobs (state, place);
 CREATE TABLE IF NOT EXISTS settings (name TEXT PRIMARY KEY, value TEXT NOT NULL) STRICT;
-PRAGMA user_version = {_SCHEMA_VERSION};
-COMMIT;
+{_TOTALS}
 """
 
-_FROM_1 = f"""
-BEGIN;
-ALTER TABLE jobs ADD COLUMN expired INTEGER NOT NULL DEFAULT 0;
-PRAGMA user_version = {_SCHEMA_VERSION};
-COMMIT;
-"""
+_FROM = {
+    0: _SCHEMA,
+    1: f"ALTER TABLE jobs ADD COLUMN expired INTEGER NOT NULL DEFAULT 0; {_TOTALS}",
+    2: _TOTALS,
+}
+"""What brings a file of an earlier version, or a new one, up to this version."""
 
 
 class StoreError(SwiftwanError):
@@ -89,7 +96,7 @@ class Database:
                 f"{_SCHEMA_VERSION}); use that version or another folder."
             )
         if found < _SCHEMA_VERSION:
-            self._db.executescript(_SCHEMA if found == 0 else _FROM_1)
+            self._db.executescript(f"BEGIN; {_FROM[found]} PRAGMA user_version = {_SCHEMA_VERSION}; COMMIT;")
 
     def close(self) -> None:
         with self._lock:

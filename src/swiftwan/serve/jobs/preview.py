@@ -1,8 +1,10 @@
-"""A look at a video while it is made: the VAE on one latent frame, shrunk where it is large.
+"""A look at a video while it is made: its first frame by the VAE, shrunk where it is large.
 
 A linear map from latents to colours would be cheaper, but the best one there is, fitted to three finished clips of the
 pocket model itself, misses their colours by 19 to 31 of 255 on average. One shrunk frame costs the VAE little: 60 ms
-on one core at the pocket's size, and memory for 384 pixels whatever the size of the video.
+on one core at the pocket's size, and memory for 384 pixels whatever the size of the video. It is the first because a
+causal VAE makes that one of its latents alone; the middle one, decoded alone, misses its colours by 25 of 255 (finished
+clip of the pocket model), and with one before it by 2.7, at five times the cost.
 """
 
 from __future__ import annotations
@@ -20,11 +22,11 @@ MAX_CELLS = 48
 
 
 def preview_jpeg(vae: WanVAE, latents: Tensor) -> bytes | None:
-    """The middle frame of (1, C, f, h, w) as a small JPEG; None if the device has no memory to spare for it."""
+    """The first frame of (1, C, f, h, w) as a small JPEG; None if the device has no memory to spare for it."""
     from PIL import Image
 
     try:
-        frame = _middle(vae, latents)
+        frame = _first(vae, latents)
     except torch.OutOfMemoryError:
         return None
     buffer = io.BytesIO()
@@ -32,9 +34,9 @@ def preview_jpeg(vae: WanVAE, latents: Tensor) -> bytes | None:
     return buffer.getvalue()
 
 
-def _middle(vae: WanVAE, latents: Tensor) -> Tensor:
-    """Decode one latent frame as if it were a clip's first: uint8 (H, W, 3)."""
-    frame = latents[:, :, latents.shape[2] // 2]
+def _first(vae: WanVAE, latents: Tensor) -> Tensor:
+    """Decode the first latent frame: uint8 (H, W, 3)."""
+    frame = latents[:, :, 0]
     shrink = MAX_CELLS / max(frame.shape[-2:])
     if shrink < 1:
         frame = F.interpolate(frame, scale_factor=shrink, mode="area")

@@ -39,7 +39,7 @@ class ServiceSettings:
         devices: one worker each.
         queue_limit: jobs that may wait.
         grace_s: how long a drain waits for running jobs.
-        keep_s: how long the files of ended jobs are kept; None is for ever.
+        keep_s: how long the files of ended jobs are kept, and as long again their records; None is for ever.
         patience, command: of the supervisor.
     """
 

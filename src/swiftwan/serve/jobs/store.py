@@ -201,13 +201,22 @@ class Store(Attempts):
         return self.get(job_id)
 
     def expire(self, before: float) -> list[Job]:
-        """Mark jobs that ended before a time as expired; return them, so that their files can go. Records stay."""
+        """Mark jobs that ended before a time as expired; return them, so that their files can go.
+
+        Their records stay until :meth:`prune`.
+        """
         with self._write() as db:
             rows = db.execute(
                 f"UPDATE jobs SET expired = 1 WHERE NOT expired AND finished_at < ? AND state IN {ENDED} RETURNING *",
                 (before,),
             ).fetchall()
             return [from_row(row) for row in rows]
+
+    def prune(self, before: float) -> list[Job]:
+        """Remove the records of jobs that ended before a time; return them, so that files can go that are left."""
+        with self._write() as db:
+            query = f"DELETE FROM jobs WHERE finished_at < ? AND state IN {ENDED} RETURNING *"
+            return [from_row(row) for row in db.execute(query, (before,)).fetchall()]
 
     def move(self, job_id: str, position: int) -> Job:
         """Put a waiting job at a position of the queue; 0 runs next.
@@ -270,11 +279,8 @@ class Store(Attempts):
             return self._seconds_per_tflop(self._db)
 
     def seconds_of_jobs(self) -> tuple[int, float]:
-        """How many completed jobs the store holds, and the seconds they took."""
-        row = self._row(
-            "SELECT count(*) AS jobs, coalesce(sum(finished_at - started_at), 0) AS seconds FROM jobs"
-            " WHERE state = 'completed'"
-        )
+        """How many jobs were ever completed, and the seconds they took; deleted and forgotten ones count."""
+        row = self._row("SELECT jobs, seconds FROM totals")
         assert row is not None
         return row["jobs"], row["seconds"]
 

@@ -72,7 +72,7 @@ class Supervisor:
     """Start, watch, restart and drain the workers of a folder.
 
     ``command`` starts a worker; its settings follow as one JSON argument. Files of jobs go ``keep_s`` seconds after
-    their end.
+    their end, and their records as long after that: a client that comes late learns that it is late.
     """
 
     folder: Folder
@@ -193,6 +193,7 @@ class Supervisor:
             if self.keep_s is not None and time.monotonic() >= self._next_expiry:
                 self._next_expiry = time.monotonic() + min(60.0, self.keep_s / 10)
                 gone += self.store.expire(time.time() - self.keep_s)
+                gone += self.store.prune(time.time() - 2 * self.keep_s)
             for job in gone:
                 self.folder.remove_job(job)
         except sqlite3.OperationalError as error:

@@ -97,8 +97,8 @@ def build(page: Page) -> gr.Blocks:
                 pause = gr.Button("Pause or resume the queue", elem_classes="small")
             with gr.Tab("Gallery", id="gallery"), gr.Column(elem_classes="glass"):
                 gallery = _list(page.gallery())
-            with gr.Tab("Compare", id="compare"), gr.Column(elem_classes="glass"):
-                _compare(page, blocks)
+            with gr.Tab("Compare", id="compare") as compare, gr.Column(elem_classes="glass"):
+                _compare(page, [blocks.load, compare.select])
             with gr.Tab("Benchmark", id="benchmark"), gr.Column(elem_classes="glass"):
                 _benchmark(page, blocks)
         shown = (page.refresh, current, [header, stage, announcement, *panels, queue])
@@ -118,7 +118,8 @@ def build(page: Page) -> gr.Blocks:
 
         quietly: dict[str, Any] = {"show_progress": "hidden", "queue": False}
         changes = [one.change for one in form.values]
-        gr.on([*changes, blocks.load], page.explain, form.values, explained, trigger_mode="always_last", **quietly)
+        changes += [blocks.load, announcement.change]  # what ended tells how long the next will take
+        gr.on(changes, page.explain, form.values, explained, trigger_mode="always_last", **quietly)
         gr.Timer(1.0).tick(*shown, **quietly)
         gr.Timer(4.0).tick(page.gallery, None, gallery, **quietly)
         blocks.load(page.newest, None, current).then(*shown)
@@ -314,20 +315,24 @@ def _act(page: Page) -> Any:
 # The other tabs
 
 
-def _compare(page: Page, blocks: gr.Blocks) -> None:
+def _compare(page: Page, opened: Sequence[Any]) -> None:
+    """Two videos in step: the two newest whenever the tab is opened, until a user picks others."""
+    picked = gr.State(False)
     with gr.Row(elem_classes="few"):
         left, right = (gr.Dropdown([], label=label, interactive=True, scale=4) for label in ("Left", "Right"))
         fill = gr.Button("Refresh the lists", scale=1, min_width=120)
     view = gr.HTML(show.pair(None, None, {}), html_template=_CONTROLS, js_on_load=_IN_STEP)
 
-    def lists(one: str | None, other: str | None) -> tuple[Any, Any]:
+    def lists(one: str | None, other: str | None, picked: bool) -> tuple[Any, Any]:
         choices = page.choices()
         known = [value for _, value in choices]
         newest = [*known[:2], None, None]
-        picked = [old if old in known else new for old, new in zip((one, other), (newest[1], newest[0]), strict=False)]
-        return gr.Dropdown(choices, value=picked[0]), gr.Dropdown(choices, value=picked[1])
+        sides = zip((one, other), (newest[1], newest[0]), strict=True)
+        values = [old if picked and old in known else new for old, new in sides]
+        return gr.Dropdown(choices, value=values[0]), gr.Dropdown(choices, value=values[1])
 
-    gr.on([blocks.load, fill.click], lists, [left, right], [left, right])
+    gr.on([*opened, fill.click], lists, [left, right, picked], [left, right])
+    gr.on([left.input, right.input], lambda: True, None, picked, show_progress="hidden", queue=False)
     gr.on([left.change, right.change], page.pair, [left, right], view)
     gr.Timer(3.0).tick(page.pair, [left, right], view, show_progress="hidden", queue=False)
 

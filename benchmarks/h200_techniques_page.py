@@ -1,0 +1,136 @@
+"""Write the tables of docs/plans.md from benchmarks/h200_techniques.jsonl: of each case the last row that is good.
+
+python benchmarks/h200_techniques_page.py
+"""
+
+from __future__ import annotations
+
+import json
+import statistics
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+from pocket_pairs import PAGE, between
+
+from swiftwan.recipes import RECIPES
+
+ROWS = Path(__file__).parent / "h200_techniques.jsonl"
+Row = dict[str, Any]
+
+MODELS = {
+    "wan2.1-t2v-1.3b": "Wan2.1 1.3B",
+    "wan2.1-t2v-14b": "Wan2.1 14B",
+    "wan2.2-ti2v-5b": "Wan2.2 TI2V-5B",
+    "wan2.2-t2v-a14b": "Wan2.2 A14B",
+}
+SAME = {
+    "plain": "plain",
+    "alone offload:model": "enable_model_cpu_offload",
+    "alone offload:blocks": "enable_group_offload, blocks, stream",
+    "alone vae:tiling": "vae.enable_tiling",
+    "alone quantize:fp8": "enable_layerwise_casting float8_e4m3fn",
+    "alone step-cache": "FirstBlockCache 0.1",
+    "alone compile": "compile_repeated_blocks",
+    "alone attention:cudnn": "set_attention_backend _native_cudnn",
+    "auto": "",
+}
+"""Our case, and what diffusers has of the same."""
+
+
+def last_good(lines: Iterable[str]) -> dict[str, Row]:
+    """By case; a row that did not run stands only where none did."""
+    found: dict[str, Row] = {}
+    for line in lines:
+        row = json.loads(line)
+        if row["status"] == "ok" or row["case"] not in found:
+            found[row["case"]] = row
+    return found
+
+
+def told_phases(guess: Row) -> dict[str, int]:
+    """Bytes by phase; the first rows have them summed up."""
+    if "phases" not in guess:
+        return guess["phase_peak_bytes"]
+    return {phase["name"]: phase["weight_bytes"] + phase["activation_bytes"] for phase in guess["phases"]}
+
+
+def step(row: Row) -> float:
+    return statistics.median(row["step_seconds"])
+
+
+def decode(row: Row) -> float:
+    seconds: float = row["stages"]["decode"]
+    return seconds
+
+
+def measured(rows: dict[str, Row]) -> str:
+    """Each plan's phases and step, and in brackets what ``explain`` told before it ran."""
+    lines = ["| model | plan | peak GB | text | denoise | decode | s a step |", "|--|--|--|--|--|--|--|"]
+    for row in rows.values():
+        if row["status"] != "ok" or row.get("runner") == "diffusers":
+            continue
+        guess = row["estimate"]
+        phases = told_phases(guess)
+        cells = [f"{row['phase_peak_bytes'][name] / 1e9:.2f} ({size / 1e9:.2f})" for name, size in phases.items()]
+        plan = f"`{' '.join(row['plan'])}`" if row["plan"] else "none"
+        cap = f", under a cap of {row['cap_gb']:g} GB" if row["cap_gb"] else ""
+        seconds = f"{step(row):.3f} ({guess['step_seconds']:.3f})"
+        peak = f"{row['peak_bytes'] / 1e9:.2f} ({guess['peak_bytes'] / 1e9:.2f})"
+        size = "x".join(map(str, row["size"]))
+        model = f"{MODELS[row['model'].removeprefix('random:')]}, {size}"
+        lines.append(f"| {model} | {plan}{cap} | {peak} | {' | '.join(cells)} | {seconds} |")
+    return "\n".join(lines)
+
+
+def recipes(rows: dict[str, Row]) -> str:
+    """Each recipe, and how its run under a cap went."""
+    lines = [
+        "| plan | for | techniques beside the kernels | peak GB, capped (told) | host GB, told | s a step (told) |",
+        "|--|--|--|--|--|--|",
+    ]
+    for name, recipe in RECIPES.items():
+        row = rows.get(f"recipe {name}", {"status": "not run", "reason": ""})
+        specs = f"`{' '.join(recipe.specs)}`" if recipe.specs else "none: everything is resident"
+        size = f"{MODELS[recipe.model]}, {recipe.width}x{recipe.height}x{recipe.num_frames}"
+        if row["status"] == "ok":
+            guess = row["estimate"]
+            peak = f"{row['peak_bytes'] / 1e9:.1f} ({guess['peak_bytes'] / 1e9:.1f})"
+            cells = [peak, f"{guess['host_bytes'] / 1e9:.0f}", f"{step(row):.2f} ({guess['step_seconds']:.2f})"]
+        else:
+            cells = [f"{row['status']} {row['reason'].partition(':')[2].strip()[:100]}".strip(), "", ""]
+        lines.append(f"| `{name}` | {size} | {specs} | {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
+def peers(rows: dict[str, Row]) -> str:
+    """Ours and what diffusers has of the same, on the same weights."""
+    lines = [
+        "| ours | s a step | decode s | peak GB | diffusers | s a step | decode s | peak GB |",
+        "|--|--|--|--|--|--|--|--|",
+    ]
+    for ours, theirs in SAME.items():
+        cells = [f"`{ours.removeprefix('alone ')}`", *_numbers(rows.get(ours))]
+        cells += [theirs, *_numbers(rows.get(f"diffusers {theirs}"))] if theirs else ["none", "", "", ""]
+        lines.append(f"| {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
+def _numbers(row: Row | None) -> list[str]:
+    if row is None:
+        return ["not run", "", ""]
+    if row["status"] != "ok":
+        return [f"{row['status']}: {row['reason'][:80]}", "", ""]
+    return [f"{step(row):.3f}", f"{decode(row):.2f}", f"{row['peak_bytes'] / 1e9:.2f}"]
+
+
+def page_of(text: str, lines: Iterable[str]) -> str:
+    """The page with its tables made anew."""
+    rows = last_good(lines)
+    for mark, table in (("recipes", recipes), ("measured", measured), ("peers", peers)):
+        text = between(text, mark, table(rows))
+    return text
+
+
+if __name__ == "__main__":
+    PAGE.write_text(page_of(PAGE.read_text(), ROWS.read_text().splitlines()))
