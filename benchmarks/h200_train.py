@@ -6,8 +6,8 @@ A step is everything from latents on the device to the changed adapter: noise, f
 32 on all linears of the blocks, batch 1. A RUN is ``peer`` or ``ours`` and its settings, joined by ``+``. For a peer:
 ``eager`` or ``compiled`` (block by block), ``checkpointed``, ``cudnn``, ``fp32`` (adapters; default bf16, which is
 faster). For ours: ``flash4`` or another attention (``cudnn``, ``sdpa``), ``plain`` (cross-attention by torch), what
-blocks keep (``all``, ``products``, ``attention``, ``nothing``, or what fits ``24gb``), ``fp8``, ``eager``, ``offloaded``
-(the frozen weights in host memory; last, since it takes them from the others); our adapters are fp32.
+blocks keep (``all``, ``products``, ``attention``, ``nothing``, or what fits ``24gb``), ``fp8``, ``eager``,
+``offloaded`` (the frozen weights in host memory; last, since it takes them from the others); our adapters are fp32.
 
 All runs share one process, one chip and its weights, and are timed by turns; a row's peak is without what the others
 hold. TFLOP are those of ``swiftwan.train.work``.
