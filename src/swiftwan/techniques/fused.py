@@ -85,7 +85,8 @@ class MergedProjection:
 
 
 def _is_plain(layer: nn.Module) -> bool:
-    return type(layer) is nn.Linear
+    """Whether its weight is one tensor of floats; torchao puts a tensor of its own into a linear layer."""
+    return type(layer) is nn.Linear and type(layer.weight) is nn.Parameter
 
 
 # Blocks of 8-bit layers
