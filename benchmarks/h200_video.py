@@ -137,6 +137,7 @@ def video(arguments: argparse.Namespace) -> None:
                     result = runner.run(asked)
                     media.write(path, result.frames, fps=request.fps or 16, record={"plan": name})
                 else:
+                    blocks = count_blocks(runner)
                     result = runner.run(asked, out=path)
                 measured = time.perf_counter() - started
                 taken.setdefault(name, []).append(
@@ -149,9 +150,18 @@ def video(arguments: argparse.Namespace) -> None:
                     "peak": result.peak_bytes,
                     "mp4_bytes": path.stat().st_size,
                     "measured_steps": steps,
+                    "forwards": None if name in PEERS else len(blocks) / len(runner.parts.transformer.blocks),
                 }
                 print(f"{name}: {taken[name][-1]:.2f} s { ({k: round(v, 3) for k, v in seconds.items()}) }", flush=True)
                 write_rows(arguments, request, taken, seen, failures)
+
+
+def count_blocks(engine: sw.Engine) -> list[None]:
+    """Grows by each block that runs from now on; what a cache answers does not. Recorded forwards are not seen."""
+    seen: list[None] = []
+    for block in engine.parts.transformer.blocks:
+        block.register_forward_hook(lambda *_: seen.append(None))
+    return seen
 
 
 def ready(make: Callable[[], Any], name: str, warm_up: Any) -> Any:
@@ -201,6 +211,8 @@ def write_rows(arguments: argparse.Namespace, request: Any, taken: Any, seen: An
             "peak_bytes": seen[name]["peak"],
             "mp4_bytes": seen[name]["mp4_bytes"],
         }
+        if arguments.rung == "approximate":
+            row["forwards"] = round(seen[name]["forwards"], 1)  # whole ones' worth of blocks
         if arguments.measured:
             row |= {"measured_steps": seen[name]["measured_steps"], "variant": "extrapolated from measured steps"}
         if best is not None:

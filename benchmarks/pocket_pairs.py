@@ -5,7 +5,7 @@
 
 A pair whose plan is refused is a row with the reason. One that is accepted runs, and its row says how far the latents
 are from the plain run's: nothing may fail that was accepted. A pair that the file has a row of, from this device, is
-left out, so a second call goes on where the first ended.
+left out unless it failed, so a second call goes on where the first ended.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ import datetime
 import itertools
 import json
 import subprocess
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -85,7 +85,7 @@ class Loaded:
 
 
 def rows(
-    device: Device, of: Sequence[str] = (), without: Sequence[str] = (), done: Sequence[frozenset[str]] = ()
+    device: Device, of: Sequence[str] = (), without: Sequence[str] = (), done: Collection[frozenset[str]] = ()
 ) -> Iterator[dict[str, Any]]:
     loaded = Loaded(device)
     plain = loaded.engine("pocket", []).run(REQUEST).latents
@@ -127,7 +127,7 @@ def measure(arguments: argparse.Namespace) -> None:
         "date": datetime.date.today().isoformat(),
     }
     known = map(json.loads, arguments.out.read_text().splitlines()) if arguments.out.exists() else ()
-    done = [frozenset(row["plan"]) for row in known if row["device"] == device.name]
+    done = {frozenset(row["plan"]) for row in known if row["device"] == device.name and row["status"] != "failed"}
     with arguments.out.open("a") as out:
         for row in rows(device, arguments.of, arguments.without, done):
             out.write(json.dumps(row | about) + "\n")

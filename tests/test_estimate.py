@@ -226,7 +226,9 @@ def test_the_estimate_is_near_what_an_h200_measured(row, monkeypatch):
     assert load.peak_bytes == pytest.approx(row["peak_bytes"], rel=0.06)
     for name, measured in row["phase_peak_bytes"].items():
         if name != "load":
-            assert phase(load, name).device_bytes == pytest.approx(measured, rel=0.1)
+            # A random text encoder is drawn within its phase, half a GB at a time.
+            drawn = 0.7e9 if name == "text" else 0
+            assert phase(load, name).device_bytes == pytest.approx(measured, rel=0.1, abs=drawn)
     # Told is a step that computes both predictions in full; what skips work does so in most steps.
     skips = any(parse(spec).kind == "approximate" for spec in row["plan"])
     measured = max(row["step_seconds"]) if skips else statistics.median(row["step_seconds"])

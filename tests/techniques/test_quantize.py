@@ -10,6 +10,7 @@ from swiftwan.device import pick_device
 from swiftwan.errors import PlanError
 from swiftwan.plan import make_plan, parse
 from swiftwan.techniques.ends import LinearOtherAtEnds
+from swiftwan.techniques.fused import _is_plain
 
 REQUEST = sw.TextToVideo("a red circle moves left over a blue background", seed=1, num_inference_steps=2, num_frames=5)
 
@@ -46,6 +47,20 @@ def test_the_ends_can_be_kept():
     engine, _ = run("quantize:int4:keep=2")
     kinds = [type(block.attn1.to_q) is nn.Linear for block in engine.parts.transformer.blocks]
     assert kinds == [True, True, False, False, False, True, True]
+
+
+def test_nf4_keeps_the_blocks_at_the_ends():
+    engine, _ = run("quantize:nf4")
+    kinds = [type(block.attn1.to_q) is nn.Linear for block in engine.parts.transformer.blocks]
+    assert kinds == [True, False, False, False, False, False, True]
+
+
+@pytest.mark.parametrize("format_", ["int8", "fp8:activations=none"])
+def test_fused_does_not_merge_what_torchao_holds(format_):
+    layer = parse(f"quantize:{format_}").linear(nn.Linear(64, 64).requires_grad_(False))
+    assert type(layer) is nn.Linear
+    assert not _is_plain(layer)
+    assert _is_plain(nn.Linear(64, 64))
 
 
 def test_steps_at_the_ends_can_be_kept(plain):

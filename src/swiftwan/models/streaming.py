@@ -28,6 +28,8 @@ class _Locked(mmap.mmap):
 
     def __new__(cls, size: int) -> _Locked:
         memory = super().__new__(cls, -1, size)
+        if hasattr(mmap, "MADV_HUGEPAGE"):  # Linux: pages of 2 MB are made and locked in a fraction of the time
+            memory.madvise(mmap.MADV_HUGEPAGE)
         memory.address = torch.frombuffer(memory, dtype=torch.uint8).data_ptr()
         torch.cuda.check_error(torch.cuda.cudart().cudaHostRegister(memory.address, size, 0))
         return memory
