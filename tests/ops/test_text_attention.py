@@ -46,3 +46,9 @@ def test_more_keys_than_fit_take_the_plain_way():
     key, value = draw(1, MOST_KEYS + 1, 1, 64), draw(1, MOST_KEYS + 1, 1, 64)
     got = norm_attend(q, weight, key, value, None, 1e-6)
     assert torch.equal(got, plain(q, weight, key, value, None, 1e-6))
+
+
+def test_a_bias_of_each_prompt_takes_the_plain_way():
+    q, weight, key, value = draw(1, 8, 64), draw(64), draw(2, 5, 1, 64), draw(2, 5, 1, 64)
+    bias = draw(2, 1, 1, 5)
+    assert torch.equal(norm_attend(q, weight, key, value, bias, 1e-6), plain(q, weight, key, value, bias, 1e-6))

@@ -81,10 +81,14 @@ def norm_attend(
     eps: float,
     attend: Callable[..., Tensor] = sdpa,
 ) -> Tensor | Rounded:
-    """:func:`swiftwan.ops.attention.norm_attend`, rounded; of more than 128 keys, or heads whose width is no power of
-    two, the plain function's result."""
+    """:func:`swiftwan.ops.attention.norm_attend`, rounded.
+
+    Of more than 128 keys, a bias that is not the same for all queries, or heads whose width is no power of two: the
+    plain function's result.
+    """
     batch, count, heads, width = key.shape
-    if count > MOST_KEYS or width != triton.next_power_of_2(width):
+    alike = bias is None or bias.numel() == count
+    if count > MOST_KEYS or not alike or width != triton.next_power_of_2(width):
         return plain(q, weight, key, value, bias, eps, attend)
     refuse_gradient(q)
     q, key, value = q.contiguous(), key.contiguous(), value.contiguous()
