@@ -5,8 +5,8 @@
 A step is everything from latents on the device to the changed adapter: noise, forward, backward, clipping, AdamW; rank
 32 on all linears of the blocks, batch 1. A RUN is ``peer`` or ``ours`` and its settings, joined by ``+``. For a peer:
 ``eager`` or ``compiled`` (block by block), ``checkpointed``, ``cudnn``, ``fp32`` (adapters; default bf16, which is
-faster). For ours: ``flash4`` or another attention (``cudnn``, ``sdpa``), ``plain`` (cross-attention, norm and RoPE by
-torch), what blocks keep (``all``, ``products``, ``attention``, ``nothing``, or what fits ``24gb``), ``fp8``, ``eager``,
+faster). For ours: ``flash4`` or another attention (``cudnn``, ``sdpa``), ``plain`` (cross-attention by torch), what
+blocks keep (``all``, ``products``, ``attention``, ``nothing``, or what fits ``24gb``), ``fp8``, ``eager``,
 ``offloaded`` (the frozen weights in host memory; last, since it takes them from the others); our adapters are fp32.
 
 All runs share one process, one chip and its weights, and are timed by turns; a row's peak is without what the others
@@ -39,7 +39,6 @@ from swiftwan.device import pick_device, versions
 from swiftwan.models.config import KNOWN_MODELS, POCKET, KnownModel
 from swiftwan.models.dit import KEEP_FP32, WanTransformer
 from swiftwan.ops.attention import sdpa
-from swiftwan.ops.block import PLAIN
 from swiftwan.ops.flash4_training import flash4
 from swiftwan.train import work
 from swiftwan.weights.load import randomize
@@ -172,7 +171,7 @@ class Bench:
         for block in model.blocks:
             block.attn1.attend = next((ATTENTION[word] for word in words if word in ATTENTION), block.attn1.attend)
             if "plain" in words:
-                block.attn2.attend, block.ops = sdpa, PLAIN
+                block.attn2.attend = sdpa
         if "fp8" in words:
             adapter.freeze_in_fp8(model, self.where)
         config = self.case.known.transformer

@@ -22,7 +22,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from swiftwan.device import versions
 from swiftwan.ops.attention import sdpa
-from swiftwan.ops.few_keys_triton import few_keys
+from swiftwan.ops.few_keys_training import few_keys
 
 
 def by(backend: SDPBackend, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
@@ -47,7 +47,7 @@ KERNELS: dict[str, Callable[[Tensor, Tensor, Tensor], Tensor]] = {
     "cuDNN": partial(by, SDPBackend.CUDNN_ATTENTION),
     "FlashAttention-4": flash4,
 }
-CROSS = {"cuDNN": cudnn_biased, "Triton": few_keys}
+CROSS = {"cuDNN": cudnn_biased, "plain products, compiled": torch.compile(few_keys, dynamic=False)}
 
 
 def inputs(tokens: int, keys: int, heads: int) -> list[Tensor]:

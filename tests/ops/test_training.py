@@ -10,8 +10,9 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from swiftwan.models.config import POCKET
 from swiftwan.models.dit import WanTransformer
-from swiftwan.ops import flash4_training, rope
+from swiftwan.ops import flash4_training
 from swiftwan.ops.attention import kernel, sdpa
+from swiftwan.ops.few_keys_training import FEW, few_keys, to_prompt
 from swiftwan.ops.fp8 import quantize_rows
 from swiftwan.ops.fp8_training import Fp8FrozenLinear
 from swiftwan.train import adapter, memory
@@ -148,46 +149,43 @@ def test_checkpointing_keeps_what_flash4_returns():
     assert sum(calls) == 7
 
 
-@gpu
-@needs_cuda
-@pytest.mark.filterwarnings("default")  # torch.compile advises TF32
-@pytest.mark.parametrize("compiled", [False, True])
-@pytest.mark.parametrize(
-    ("batch", "keys", "heads", "biased"), [(1, 66, 12, True), (2, 128, 3, False), (1, 9, 5, True), (1, 257, 2, False)]
-)
-def test_attention_to_a_prompt_has_the_gradients_of_the_reference(batch, keys, heads, biased, compiled):
-    from swiftwan.ops.few_keys_triton import to_prompt
+def cross_inputs(dtype, device="cpu", batch=2, queries=48, keys=11, heads=3, width=16):
+    shapes = [(batch, queries, heads, width), (batch, keys, heads, width), (batch, keys, heads, width)]
+    return [torch.randn(shape, dtype=dtype, device=device, requires_grad=True) for shape in shapes]
 
-    attend = torch.compile(to_prompt, dynamic=False) if compiled else to_prompt
-    shapes = [(batch, 3000, heads, 128), *[(batch, keys, heads, 128)] * 2]
-    inputs = [torch.randn(shape, dtype=torch.bfloat16, device="cuda", requires_grad=True) for shape in shapes]
+
+def assert_few_keys_is_sdpa(inputs, bias, attend, limit):
     wide = [x.detach().float().requires_grad_() for x in inputs]
-    bias = torch.randn(1, 1, 1, keys, dtype=torch.bfloat16, device="cuda") if biased else None
     out, expected = attend(*inputs, bias), sdpa(*wide, None if bias is None else bias.float())
     grad = torch.randn_like(out)
     got = (out, *torch.autograd.grad(out, inputs, grad))
     wanted = (expected, *torch.autograd.grad(expected, wide, grad.float()))
     for mine, theirs in zip(got, wanted, strict=True):
         assert mine.shape == theirs.shape
-        assert relative(mine, theirs) < 0.006
+        assert relative(mine, theirs) < limit
+
+
+@pytest.mark.parametrize(("dtype", "limit"), [(torch.float32, 1e-6), (torch.bfloat16, 0.006)])
+@pytest.mark.parametrize("biased", [True, False])
+@pytest.mark.parametrize("keys", [11, 16])
+def test_few_keys_has_the_result_and_the_gradients_of_the_reference(dtype, limit, biased, keys):
+    bias = torch.randn(1, 1, 1, keys, dtype=dtype) if biased else None
+    assert_few_keys_is_sdpa(cross_inputs(dtype, keys=keys), bias, few_keys, limit)
 
 
 @gpu
 @needs_cuda
 @pytest.mark.filterwarnings("default")  # torch.compile advises TF32
 @pytest.mark.parametrize("compiled", [False, True])
-@pytest.mark.parametrize(("heads", "width"), [(12, 128), (5, 48)])
-def test_norm_and_rope_have_the_gradients_of_the_reference(heads, width, compiled):
-    from swiftwan.ops.norm_rope_training import norm_rope
+def test_few_keys_on_a_gpu(compiled):
+    attend = torch.compile(few_keys, dynamic=False) if compiled else few_keys
+    for batch, keys, heads, biased in ((1, 66, 12, True), (2, 128, 3, False), (1, 9, 5, True)):
+        bias = torch.randn(1, 1, 1, keys, dtype=torch.bfloat16, device="cuda") if biased else None
+        inputs = cross_inputs(torch.bfloat16, "cuda", batch, queries=3000, keys=keys, heads=heads, width=128)
+        assert_few_keys_is_sdpa(inputs, bias, attend, 0.006)
 
-    turned = torch.compile(norm_rope, dynamic=False) if compiled else norm_rope
-    tables = rope.rope_tables(width, 5, 6, 10, device=torch.device("cuda"))
-    weights = torch.rand(2, heads * width, device="cuda") + 0.5
-    q, k = (torch.randn(2, 300, heads * width, device="cuda", dtype=torch.bfloat16, requires_grad=True) for _ in "qk")
-    wide = [x.detach().float().requires_grad_() for x in (q, k)]
-    got, expected = turned(q, k, *weights, tables, heads, 1e-6), rope.norm_rope(*wide, *weights, tables, heads, 1e-6)
-    grads = torch.randn(2, *got[0].shape, device="cuda", dtype=torch.bfloat16)
-    got += torch.autograd.grad(got, (q, k), tuple(grads))
-    expected += torch.autograd.grad(expected, wide, tuple(grads.float()))
-    for mine, theirs in zip(got, expected, strict=True):
-        assert relative(mine, theirs) < 0.004
+
+def test_many_keys_go_to_the_reference():
+    short, long = (cross_inputs(torch.float32, keys=keys) for keys in (FEW, FEW + 1))
+    assert torch.equal(to_prompt(*short), few_keys(*short))
+    assert torch.equal(to_prompt(*long), sdpa(*long))

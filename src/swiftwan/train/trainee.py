@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from importlib.util import find_spec
 from typing import Any, cast
 
 import torch
@@ -14,6 +13,7 @@ from swiftwan.engine import Engine
 from swiftwan.errors import RequestError, UnavailableError
 from swiftwan.models.dit import Block, WanTransformer, each_block
 from swiftwan.ops.attention import Attend, kernel, sdpa
+from swiftwan.ops.few_keys_training import to_prompt
 from swiftwan.ops.flash4_training import flash4
 from swiftwan.train import flow
 from swiftwan.train.settings import Settings
@@ -62,14 +62,9 @@ def trainees(engine: Engine, settings: Settings) -> list[Trainee]:
 def equip(transformer: WanTransformer, device: Device) -> None:
     """Give its blocks the fastest kernels here that have a backward pass."""
     attend = attention(device, transformer.dtype)
+    to_words = to_prompt if device.capability and transformer.dtype.itemsize == 2 else sdpa
     for block in each_block(transformer):
-        block.attn1.attend = attend
-    if device.capability and transformer.dtype.itemsize == 2 and find_spec("triton"):
-        from swiftwan.ops.few_keys_triton import to_prompt
-        from swiftwan.ops.norm_rope_training import TRAINING
-
-        for block in each_block(transformer):
-            block.attn2.attend, block.ops = to_prompt, TRAINING
+        block.attn1.attend, block.attn2.attend = attend, to_words
 
 
 def attention(device: Device, dtype: torch.dtype) -> Attend:
