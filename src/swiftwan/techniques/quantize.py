@@ -70,8 +70,8 @@ class Quantize(Technique):
             raise PlanError(f"quantize: keep is {self.keep}; it is a number of blocks, 0 or more.")
         if self.value == "nf4" and self.on == "transformer" and not self.keep:
             raise PlanError(
-                "quantize:nf4 costs 2 to 3 points of the embedded model's judge; take quantize:int4, which costs none, or "
-                "say so by keeping blocks at either end: quantize:nf4:keep=1."
+                "quantize:nf4 costs 2 to 3 points of the embedded model's judge; take quantize:int4, which costs none, "
+                "or say so by keeping blocks at either end: quantize:nf4:keep=1."
             )
         if self.keep_steps < 0:
             raise PlanError(f"quantize: keep-steps is {self.keep_steps}; it is a number of steps, 0 or more.")
