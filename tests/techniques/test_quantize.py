@@ -107,7 +107,7 @@ def test_both_models_can_be_quantized_and_each_only_once():
         ("quantize:int8:keep=-1", "keep is -1"),
         ("quantize:int8:keep-steps=-1", "keep-steps is -1; it is a number of steps, 0 or more"),
         ("quantize:int8:on=text,keep-steps=1", "on=text has no steps to keep"),
-        ("quantize:nf4:activations=dynamic", "no 8-bit activations"),
+        ("quantize:nf4:keep=1,activations=dynamic", "no 8-bit activations"),
         ("quantize:fp8", "capability 8.9 or more; take quantize:fp8:activations=none"),
     ],
 )
