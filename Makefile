@@ -31,10 +31,10 @@ demo: .venv/installed
 
 train-demo: .venv/installed-train
 	$(BIN)/swiftwan train style-clips train-demo/clips
-	$(BIN)/swiftwan train lora train-demo/clips --out train-demo/run --steps 200 --rank 4 --learning-rate 2e-3 \
-		--timesteps uniform --shift 8
-	$(BIN)/swiftwan generate "$(PROMPT)" --seed 7 --guidance 2 --out train-demo/before.mp4
-	$(BIN)/swiftwan generate "$(PROMPT)" --seed 7 --guidance 2 --out train-demo/after.mp4 \
+	$(BIN)/swiftwan train lora train-demo/clips --out train-demo/run --steps 200 --rank 4 --learning-rate 5e-3 \
+		--timesteps uniform --shift 16 --drop-caption 0
+	$(BIN)/swiftwan generate "$(PROMPT)" --seed 7 --guidance 1.5 --out train-demo/before.mp4
+	$(BIN)/swiftwan generate "$(PROMPT)" --seed 7 --guidance 1.5 --out train-demo/after.mp4 \
 		--with lora:train-demo/run/lora.safetensors
 
 test: .venv/installed-dev

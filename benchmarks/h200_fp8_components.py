@@ -3,24 +3,48 @@
 
     python benchmarks/h200_fp8_components.py [products] [rounding] [attention] [sparse] > h200_fp8_components.txt
 
-Prints a line each: milliseconds (median), TFLOP/s or GB/s of the bytes that must move, and for the attention kernels
-their relative error against float32 on white noise, as it is and with scores three times as far apart.
+Prints a line each: milliseconds (median), TFLOP/s or GB/s of the bytes that must move, and the share of the ceiling;
+before them the error of each kernel that rounds, relative to float32, on white noise; of attention also with scores
+three times as far apart. Ceilings: 1379 TFLOP/s for products and 871 for attention in 8 bits, 782 and 708 in 16 (all
+measured there, cuDNN's and FlashAttention-4's), and the memory's 4800 GB/s.
 """
 
 from __future__ import annotations
 
 import sys
 import traceback
+from collections.abc import Callable
+from typing import Any
 
 import torch
-from h200_components import SIZES, draw, sizes, tell
+import torch.nn.functional as F
+from h200_components import SIZES, draw, milliseconds, sizes
 
 from swiftwan.ops.attention import kernel, sdpa
 from swiftwan.ops.fp8 import quantize_rows as plain_rows
 from swiftwan.ops.sparse import select_blocks, sparse_flash4, sparse_flex, sparse_reference
 
+MEMORY = 4800
+"""GB/s, of the data sheet."""
+
+
+def tell(size: str, what: str, run: Callable[[], Any], ceiling: float, flop: float = 0, count: float = 0) -> None:
+    """``ceiling`` in TFLOP/s for operations, in GB/s for bytes."""
+    ms = milliseconds(run, 7)
+    rate, unit = (flop / ms / 1e9, "TFLOP/s") if flop else (count / ms / 1e6, "GB/s")
+    print(f"{size:11} {what:46} {ms:9.4f} ms {rate:8.1f} {unit:7} {100 * rate / ceiling:4.0f} %", flush=True)
+
+
+def far(got: torch.Tensor, expected: torch.Tensor) -> str:
+    return f"{((got.float() - expected).norm() / expected.norm()).item():.2e}"
+
 
 def products(size: str) -> None:
+    from swiftwan.ops.fp8 import Fp8Linear
+    from swiftwan.ops.fused_fp8 import linear_gelu as in_two
+    from swiftwan.ops.gelu_fp8 import Bound
+    from swiftwan.ops.gelu_fp8_gluon import linear_gelu
+
     _, dim, ffn, tokens, _ = sizes(size)
     for into, out in ((dim, dim), (dim, 3 * dim), (dim, ffn), (ffn, dim)):
         x, weight, bias = draw(tokens, into), draw(out, into), draw(out)
@@ -35,33 +59,59 @@ def products(size: str) -> None:
                 lambda: torch._scaled_mm(
                     rows, columns.T, *scales, bias=bias, out_dtype=torch.bfloat16, use_fast_accum=True
                 ),
+                1379,
                 flop,
             )
-        tell(size, f"bf16 {into} to {out}", lambda: torch.nn.functional.linear(x, weight, bias), flop)
+        tell(size, f"bf16 {into} to {out}", lambda: F.linear(x, weight, bias), 782, flop)
+    linear = Fp8Linear.of(torch.nn.Linear(dim, ffn, device="cuda", dtype=torch.bfloat16))
+    bound, rounded, flop = Bound.of(linear), linear.quantize_rows(draw(tokens, dim)), 2 * tokens * dim * ffn
+    expected = F.gelu(linear(rounded).float(), approximate="tanh")
+    for name, run in (
+        ("product, then GELU and rounding", lambda: in_two(linear, rounded)),
+        ("product with GELU and rounding in it", lambda: linear_gelu(linear, rounded, bound)),
+    ):
+        made = run()
+        print(f"{size:11} {name}: error {far(made.values.float() * made.scale, expected)}", flush=True)
+        tell(size, name, run, 1379, flop)
 
 
 def rounding(size: str) -> None:
+    from swiftwan.ops.attention import norm_attend
     from swiftwan.ops.fused_fp8 import FUSED_FP8, linear_gelu, quantize_rows
     from swiftwan.ops.round_attention import round_and_pool, round_attention
+    from swiftwan.ops.text_attention import norm_attend as in_one
 
     heads, dim, ffn, tokens, _ = sizes(size)
     x, update, wide = draw(1, tokens, dim), draw(1, tokens, dim), draw(1, tokens, ffn)
     shift, scale, gate = torch.randn(1, 1, 6, dim, device="cuda").unbind(2)[:3]
     weight, bias = torch.randn(dim, device="cuda"), torch.randn(dim, device="cuda")
     spans, count = [tokens], x.numel()
-    tell(size, "rows of D", lambda: quantize_rows(x), count=3 * count)
-    tell(size, "rows of F", lambda: quantize_rows(wide), count=3 * wide.numel())
-    tell(size, "GELU and rows of F", lambda: linear_gelu(lambda y: y, wide), count=3 * wide.numel())
-    tell(size, "norm_modulate", lambda: FUSED_FP8.norm_modulate(x, shift, scale, spans, 1e-6), count=3 * count)
+    tell(size, "rows of D", lambda: quantize_rows(x), MEMORY, count=3 * count)
+    tell(size, "rows of F", lambda: quantize_rows(wide), MEMORY, count=3 * wide.numel())
+    tell(size, "GELU and rows of F", lambda: linear_gelu(lambda y: y, wide), MEMORY, count=3 * wide.numel())
+    tell(size, "norm_modulate", lambda: FUSED_FP8.norm_modulate(x, shift, scale, spans, 1e-6), MEMORY, count=3 * count)
     tell(
         size,
         "gated_add_norm",
         lambda: FUSED_FP8.gated_add_norm(x, update, gate, spans, weight, bias, 1e-6),
+        MEMORY,
         count=7 * count,
     )
     q, k, v = (draw(1, tokens, heads, 128) for _ in range(3))
-    tell(size, "q, k and v for 8-bit attention", lambda: round_attention(q, k, v), count=13 * count)
-    tell(size, "the same with pooled blocks", lambda: round_and_pool(q, k, v), count=13 * count)
+    tell(size, "q, k and v for 8-bit attention", lambda: round_attention(q, k, v), MEMORY, count=13 * count)
+    tell(size, "the same with pooled blocks", lambda: round_and_pool(q, k, v), MEMORY, count=13 * count)
+    for keys in (29, 100):
+        key, value = (draw(1, keys, heads, 128) for _ in range(2))
+        norm = draw(dim)
+        expected = norm_attend(*(t.float() for t in (x, norm, key, value)), None, 1e-6)
+        for name, run in (
+            ("in three", lambda: quantize_rows(norm_attend(x, norm, key, value, None, 1e-6))),
+            ("in one", lambda: in_one(x, norm, key, value, None, 1e-6)),
+        ):
+            made = run()
+            error = far(made.values.float() * made.scale, expected)
+            print(f"{size:11} norm, {keys} keys, rounding {name}: error {error}", flush=True)
+            tell(size, f"norm, {keys} keys, rounding {name}", run, MEMORY, count=3 * count)
 
 
 def attention(size: str) -> None:
@@ -76,13 +126,13 @@ def attention(size: str) -> None:
             attend = kernel(name).load()
             for sharp in (1, 3):
                 expected = sdpa((sharp * q[:, :64]).float(), k.float(), v.float())
-                error = (attend(sharp * q, k, v)[:, :64].float() - expected).norm() / expected.norm()
-                print(f"{size:11} attention {name}, scores times {sharp}: error {error.item():.2e}", flush=True)
-            tell(size, f"attention {name}", lambda: attend(q, k, v), flop, repeats=5)
+                error = far(attend(sharp * q, k, v)[:, :64], expected)
+                print(f"{size:11} attention {name}, scores times {sharp}: error {error}", flush=True)
+            tell(size, f"attention {name}", lambda: attend(q, k, v), 871 if name == "fp8" else 708, flop)
         except Exception:
             traceback.print_exc()
     rounded = round_attention(q, k, v)
-    tell(size, "attention fp8, rounded before", lambda: attend_rounded(rounded, q.dtype), flop, repeats=5)
+    tell(size, "attention fp8, rounded before", lambda: attend_rounded(rounded, q.dtype), 871, flop)
 
 
 def sparse(size: str) -> None:
@@ -99,7 +149,7 @@ def sparse(size: str) -> None:
         flop = 4 * 128**3 * blocks.numel()
         one = [x[:, :, :1].float() for x in (q, k, v)]
         expected = sparse_reference(*one, blocks[:, :1], 128)
-        tell(size, f"choose {keep}", lambda: select_blocks(q, k, keep), count=4 * q.numel())
+        tell(size, f"choose {keep}", lambda: select_blocks(q, k, keep), MEMORY, count=4 * q.numel())
         for name, run in (
             ("flash4", lambda: sparse_flash4(q, k, v, blocks, 128)),
             ("flex", lambda: flex(q, k, v, blocks, 128)),
@@ -107,9 +157,8 @@ def sparse(size: str) -> None:
             ("fp8, all of it", lambda: attend_sparse(q, k, v, keep)),
         ):
             try:
-                error = (run()[:, :, :1].float() - expected).norm() / expected.norm()
-                print(f"{size:11} keep {keep} {name}: error {error.item():.2e}", flush=True)
-                tell(size, f"keep {keep} {name}", run, flop)
+                print(f"{size:11} keep {keep} {name}: error {far(run()[:, :, :1], expected)}", flush=True)
+                tell(size, f"keep {keep} {name}", run, 871 if "fp8" in name else 708, flop)
             except Exception:
                 traceback.print_exc()
 

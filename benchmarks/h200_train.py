@@ -1,20 +1,22 @@
 """A LoRA training step at true sizes on an H200, beside diffusers' transformer with peft on the same random weights.
 
-    python benchmarks/h200_train.py CASE... [--ours SETTINGS...] [--peers SETTINGS...] [--repeats 5] [--out rows.jsonl]
+    python benchmarks/h200_train.py CASE RUN... [--repeats 2] [--turns 2] [--out rows.jsonl] [--profile kernels.txt]
 
 A step is everything from latents on the device to the changed adapter: noise, forward, backward, clipping, AdamW; rank
-32 on all linears of the blocks, batch 1. SETTINGS are words joined by ``+``. For a peer: ``eager`` or ``compiled``
-(block by block), ``checkpointed``, ``cudnn``, ``fp32`` (adapters; default bf16, which is faster). For ours: the
-attention (``cudnn``, ``flash4``), what blocks keep (``all``, ``attention``, ``nothing``, or what fits ``24gb``),
-``fp8``, ``eager``, ``offloaded`` (the frozen weights in host memory; last, since it takes them from the others);
-our adapters are fp32.
+32 on all linears of the blocks, batch 1. A RUN is ``peer`` or ``ours`` and its settings, joined by ``+``. For a peer:
+``eager`` or ``compiled`` (block by block), ``checkpointed``, ``cudnn``, ``fp32`` (adapters; default bf16, which is
+faster). For ours: ``flash4`` or another attention (``cudnn``, ``sdpa``), ``plain`` (cross-attention, norm and RoPE by
+torch), what blocks keep (``all``, ``products``, ``attention``, ``nothing``, or what fits ``24gb``), ``fp8``, ``eager``,
+``offloaded`` (the frozen weights in host memory; last, since it takes them from the others); our adapters are fp32.
+
+All runs share one process, one chip and its weights, and are timed by turns; a row's peak is without what the others
+hold. TFLOP are those of ``swiftwan.train.work``.
 """
 
 from __future__ import annotations
 
 import argparse
 import datetime
-import functools
 import gc
 import inspect
 import json
@@ -25,6 +27,7 @@ import time
 import traceback
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -36,7 +39,9 @@ from swiftwan.device import pick_device, versions
 from swiftwan.models.config import KNOWN_MODELS, POCKET, KnownModel
 from swiftwan.models.dit import KEEP_FP32, WanTransformer
 from swiftwan.ops.attention import sdpa
+from swiftwan.ops.block import PLAIN
 from swiftwan.ops.flash4_training import flash4
+from swiftwan.train import work
 from swiftwan.weights.load import randomize
 
 RANK = 32
@@ -68,12 +73,13 @@ class Case:
     def tokens(self) -> int:
         return math.prod(self.latent_shape[2:]) // math.prod(self.known.transformer.patch_size)
 
+    @property
+    def tflop(self) -> tuple[float, float]:
+        return work.tflop(self.known.transformer, self.tokens)
+
     def floor_seconds(self) -> float:
-        """Forward, input gradients of the frozen linears (as much again), attention's backward (2.5 times)."""
-        config, tokens = self.known.transformer, self.tokens
-        gemm = 12 * tokens * config.dim**2 + 4 * tokens * config.dim * config.ffn_dim
-        attention = 4 * tokens**2 * config.dim
-        return config.num_layers * (2 * gemm / self.gemm_tflops + 3.5 * attention / self.attention_tflops) / 1e12
+        linears, attention = self.tflop
+        return linears / self.gemm_tflops + attention / self.attention_tflops
 
 
 CASES = {
@@ -111,6 +117,7 @@ class Bench:
         draw = torch.Generator("cpu").manual_seed(1)
         self.latents = torch.randn(case.latent_shape, generator=draw).to(self.device)
         self.text = torch.randn(1, TEXT_TOKENS, case.known.transformer.text_dim, generator=draw).to(self.device)
+        self.own = allocated()
 
     def batch(self) -> tuple[Tensor, Tensor, Tensor]:
         """Noisy latents, timestep (1,) and the flow to predict."""
@@ -154,28 +161,30 @@ class Bench:
 
     def ours(self, words: set[str]) -> Callable[[], Tensor]:
         from swiftwan.train import adapter, flow, memory, processes
+        from swiftwan.train.trainee import compile_blocks, equip
 
         with torch.device("meta"):
             model = WanTransformer(self.case.known.transformer).requires_grad_(False)
         model.load_state_dict(self.weights.state_dict(), assign=True)
         targets = adapter.chosen_targets(["all"])
         factors = adapter.inject(model, RANK, RANK, targets, seed=0)
-        attend = next((attend for word, attend in ATTENTION.items() if word in words), ATTENTION["sdpa"])
+        equip(model, self.where)
         for block in model.blocks:
-            block.attn1.attend = attend
+            block.attn1.attend = next((ATTENTION[word] for word in words if word in ATTENTION), block.attn1.attend)
+            if "plain" in words:
+                block.attn2.attend, block.ops = sdpa, PLAIN
         if "fp8" in words:
             adapter.freeze_in_fp8(model, self.where)
-        layers = self.case.known.transformer.num_layers
+        config = self.case.known.transformer
         keep = next((keep for keep in memory.KEEPS if keep in words), "all")
-        choice = [keep] * layers
+        choice = [keep] * config.num_layers
         if limit := next((int(word.removesuffix("gb")) for word in words if word.endswith("gb")), None):
-            budget = limit * 10**9 - torch.cuda.memory_allocated() - 8 * sum(f.nbytes for f in factors.values())
-            choice = memory.choose(self.case.known.transformer, self.case.tokens, int(0.95 * budget), 2)
+            budget = limit * 10**9 - self.own - 16 * sum(f.numel() for f in factors.values())
+            choice = memory.choose(config, self.case.tokens, int(0.95 * budget), 2)
         print(label_of(choice), flush=True)
         memory.keep_in_blocks(model, choice)
         if "eager" not in words:
-            for block in model.blocks:
-                block.compile(dynamic=False)
+            compile_blocks(model)
         if "offloaded" in words:
             processes.Processes(self.device, "offloaded")
             processes.shard(model, list(factors.values()), self.device, "offloaded")
@@ -193,68 +202,135 @@ def label_of(choice: list[str]) -> str:
     return ", ".join(f"{choice.count(keep)} blocks keep {keep}" for keep in dict.fromkeys(choice))
 
 
-def _backend(backend: SDPBackend, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-    with sdpa_kernel(backend):
+def _cudnn(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    with sdpa_kernel(SDPBackend.CUDNN_ATTENTION):
         return sdpa(q, k, v)
 
 
-ATTENTION = {
-    "sdpa": sdpa,
-    "cudnn": functools.partial(_backend, SDPBackend.CUDNN_ATTENTION),
-    "flash4": flash4,
-}
+ATTENTION = {"cudnn": _cudnn, "flash4": flash4, "sdpa": sdpa}
 
 
-def timed(step: Callable[[], Tensor], on_gpu: bool) -> float:
-    if on_gpu:
-        torch.cuda.synchronize()
-    start = time.perf_counter()
-    step()
-    if on_gpu:
-        torch.cuda.synchronize()
-    return time.perf_counter() - start
+def allocated() -> int:
+    gc.collect()
+    return torch.cuda.memory_allocated() if torch.cuda.is_available() else 0
 
 
-def measure(bench: Bench, name: str, label: str, options: argparse.Namespace) -> dict[str, Any]:
-    """One run alone on the chip: its peak would hide in another's."""
-    kind, _, words = label.partition(" ")
-    row: dict[str, Any] = {"case": name, "runner": label, "plan": words.split("+")}
-    on_gpu = bench.device.type == "cuda"
-    try:
+class Run:
+    """One setting: its step, and the row that grows with each turn."""
+
+    def __init__(self, bench: Bench, name: str, label: str, commit: str) -> None:
+        self.bench, self.label = bench, label
+        self.times: list[float] = []
+        self.step: Callable[[], Tensor] | None = None
+        self.row: dict[str, Any] = {"case": name, "rung": rung(label), "runner": runner(label), "plan": words(label)}
+        self.facts = {
+            "rank": RANK,
+            "tokens_per_step": bench.case.tokens,
+            "text_tokens": TEXT_TOKENS,
+            "tflop_per_step": round(sum(bench.case.tflop), 1),
+            "floor_seconds": round(bench.case.floor_seconds(), 3),
+            "device": bench.where.name,
+            "versions": versions(bench.where),
+            "commit": commit,
+            "date": datetime.date.today().isoformat(),
+        }
+
+    def build(self) -> None:
+        kind = self.label.split(" ")[0]
+        others = allocated() - self.bench.own
         began = time.perf_counter()
-        step = getattr(bench, kind)(set(words.split("+")))
-        for _ in range(2):
-            timed(step, on_gpu)
-        first = time.perf_counter() - began
-        if on_gpu:
+        self.step = getattr(self.bench, kind)(set(words(self.label)))
+        self.timed(2)
+        self.row["first_steps_seconds"] = round(time.perf_counter() - began, 1)
+        if self.bench.device.type == "cuda":
             torch.cuda.reset_peak_memory_stats()
-        times = [timed(step, on_gpu) for _ in range(options.repeats)]
-        seconds = statistics.median(times)
-        row |= {
+            self.timed(1)
+            self.row["peak_bytes"] = torch.cuda.max_memory_allocated() - others
+
+    def timed(self, count: int) -> list[float]:
+        """Seconds of steps in a row, between their ends: the host runs ahead, as it does in training."""
+        assert self.step is not None
+        ends = [self.now()]
+        for _ in range(count):
+            self.loss = self.step()
+            ends.append(self.now())
+        if self.bench.device.type == "cuda":
+            torch.cuda.synchronize()
+        return [
+            after - before if isinstance(before, float) else before.elapsed_time(after) / 1e3
+            for before, after in pairwise(ends)
+        ]
+
+    def now(self) -> float | torch.cuda.Event:
+        """Read at once, or when the device comes to it."""
+        if self.bench.device.type != "cuda":
+            return time.perf_counter()
+        event = torch.cuda.Event(enable_timing=True)
+        event.record()
+        return event
+
+    def turn(self, repeats: int) -> None:
+        self.times += self.timed(1 + repeats)[1:]  # with the first, memory changes hands
+        seconds = statistics.median(self.times)
+        self.row |= {
             "status": "ok",
             "seconds": round(seconds, 4),
-            "spread": [round(min(times), 4), round(max(times), 4)],
-            "repeats": len(times),
-            "first_steps_seconds": round(first, 1),
-            "peak_bytes": torch.cuda.max_memory_allocated() if on_gpu else 0,
-            "ceiling_fraction": round(bench.case.floor_seconds() / seconds, 3),
-            "loss": step().item(),
+            "spread": [round(min(self.times), 4), round(max(self.times), 4)],
+            "repeats": len(self.times),
+            "tokens_per_second": round(self.bench.case.tokens / seconds),
+            "tflops": round(sum(self.bench.case.tflop) / seconds, 1),
+            "ceiling_fraction": round(self.bench.case.floor_seconds() / seconds, 3),
+            "loss": self.loss.item(),
         }
-        if options.profile:
-            profile(step, options.profile, f"{name}: {label}")
-    except Exception as problem:
-        traceback.print_exc()
-        row |= {"status": "failed", "reason": f"{type(problem).__name__}: {str(problem).strip()[:300]}"}
-    return row | {
-        "rank": RANK,
-        "tokens_per_step": bench.case.tokens,
-        "text_tokens": TEXT_TOKENS,
-        "floor_seconds": round(bench.case.floor_seconds(), 3),
-        "device": bench.where.name,
-        "versions": versions(bench.where),
-        "commit": options.commit,
-        "date": datetime.date.today().isoformat(),
-    }
+
+    def attempt(self, part: Callable[..., None], *args: Any) -> None:
+        """Run a part of it; a failure becomes the row."""
+        if self.row.get("status") == "failed":
+            return
+        try:
+            part(*args)
+        except Exception as problem:
+            traceback.print_exc()
+            self.step = None
+            self.row |= {"status": "failed", "reason": f"{type(problem).__name__}: {str(problem).strip()[:300]}"}
+        print(json.dumps(self.row), flush=True)
+        if self.bench.device.type == "cuda":
+            torch.cuda.empty_cache()
+
+
+def words(label: str) -> list[str]:
+    return label.split(" ")[1].split("+")
+
+
+def runner(label: str) -> str:
+    if label.startswith("ours"):
+        return "ours"
+    return ", ".join(["diffusers + peft", *words(label), *([] if "fp32" in label else ["bf16 adapters"])])
+
+
+def rung(label: str) -> str:
+    """Peers are no rung; memory limits that a step without any would meet are none."""
+    if label.startswith("peer"):
+        return "peer"
+    if "fp8" in label:
+        return "near"
+    return "exact-24gb" if "24gb" in label else "exact"
+
+
+def compared(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Each of ours beside the fastest peer of the same process that computes activations again as it does, or not."""
+
+    def again(row: dict[str, Any]) -> bool:
+        return any(word == "checkpointed" or word.endswith("gb") for word in row["plan"])
+
+    done = [row for row in rows if row.get("status") == "ok"]
+    for row in (row for row in done if row["rung"] != "peer"):
+        peers = [peer for peer in done if peer["rung"] == "peer" and again(peer) == again(row)]
+        if peers:
+            best = min(peers, key=lambda peer: peer["seconds"])
+            row |= {"peer": best["runner"], "peer_seconds": best["seconds"], "peer_peak_bytes": best.get("peak_bytes")}
+            row["ratio"] = round(best["seconds"] / row["seconds"], 3)
+    return rows
 
 
 def profile(step: Callable[[], Tensor], path: Path, title: str) -> None:
@@ -271,31 +347,34 @@ def profile(step: Callable[[], Tensor], path: Path, title: str) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("cases", nargs="+", choices=CASES)
-    parser.add_argument("--ours", nargs="*", default=[])
-    parser.add_argument("--peers", nargs="*", default=[])
-    parser.add_argument("--repeats", type=int, default=5)
+    parser.add_argument("case", choices=CASES)
+    parser.add_argument("runs", nargs="+", metavar="RUN")
+    parser.add_argument("--repeats", type=int, default=2, help="of a turn")
+    parser.add_argument("--turns", type=int, default=2)
     parser.add_argument("--device", default="cuda")
-    parser.add_argument("--out", type=Path)
-    parser.add_argument("--profile", type=Path)
+    parser.add_argument("--out", type=Path, required=True)
+    parser.add_argument("--profile", type=Path, help="append the kernels of a step here")
     parser.add_argument("--commit", default="")
     options = parser.parse_args()
-    if not options.commit:
-        asked = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True)
-        options.commit = asked.stdout.strip()
-    labels = [f"peer {words}" for words in options.peers] + [f"ours {words}" for words in options.ours]
-    for name in options.cases:
-        bench = Bench(CASES[name], options.device)
-        for label in labels:
-            row = measure(bench, name, label, options)
-            print(json.dumps(row), flush=True)
-            if options.out:
-                with options.out.open("a") as file:
-                    file.write(json.dumps(row) + "\n")
-            gc.collect()
-            torch._dynamo.reset()
-            if bench.device.type == "cuda":
-                torch.cuda.empty_cache()
+    asked = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True)
+    torch._dynamo.config.recompile_limit = 64  # the runs share a block's code
+    bench = Bench(CASES[options.case], options.device)
+    runs = [Run(bench, options.case, label, options.commit or asked.stdout.strip()) for label in options.runs]
+
+    def save() -> None:
+        rows = compared([run.row | run.facts for run in runs])
+        options.out.write_text("".join(json.dumps(row) + "\n" for row in rows))
+
+    for run in runs:
+        run.attempt(run.build)
+        run.attempt(run.turn, options.repeats)
+        save()
+        if options.profile and run.step is not None:
+            profile(run.step, options.profile, f"{options.case}: {run.label}")
+    for _ in range(options.turns - 1):
+        for run in runs:
+            run.attempt(run.turn, options.repeats)
+            save()
 
 
 if __name__ == "__main__":

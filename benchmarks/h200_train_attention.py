@@ -1,7 +1,8 @@
-"""Forward and backward of self-attention at training shapes, kernel by kernel, on one H200.
+"""Forward and backward of attention at training shapes, kernel by kernel, on one H200.
 
-    python benchmarks/h200_train_attention.py [--out rows.jsonl] [--tokens 32760]
+    python benchmarks/h200_train_attention.py [--out rows.jsonl] [--tokens 32760] [--only cross]
 
+Self-attention of 12 and 40 heads, and cross-attention to the keys of a prompt: 64 tokens and two for the padding, 128.
 The error is that of output and gradients against float32 maths at 2,048 tokens.
 """
 
@@ -21,6 +22,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from swiftwan.device import versions
 from swiftwan.ops.attention import sdpa
+from swiftwan.ops.few_keys_triton import few_keys
 
 
 def by(backend: SDPBackend, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
@@ -35,16 +37,23 @@ def flash4(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     return out[0] if isinstance(out, tuple) else out
 
 
+def cudnn_biased(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    with sdpa_kernel(SDPBackend.CUDNN_ATTENTION):
+        return sdpa(q, k, v, torch.zeros(1, 1, 1, k.shape[1], device=k.device, dtype=k.dtype))
+
+
 KERNELS: dict[str, Callable[[Tensor, Tensor, Tensor], Tensor]] = {
     "torch flash": partial(by, SDPBackend.FLASH_ATTENTION),
     "cuDNN": partial(by, SDPBackend.CUDNN_ATTENTION),
     "FlashAttention-4": flash4,
 }
+CROSS = {"cuDNN": cudnn_biased, "Triton": few_keys}
 
 
-def inputs(tokens: int, heads: int) -> list[Tensor]:
+def inputs(tokens: int, keys: int, heads: int) -> list[Tensor]:
     return [
-        torch.randn(1, tokens, heads, 128, device="cuda", dtype=torch.bfloat16, requires_grad=True) for _ in range(3)
+        torch.randn(1, length, heads, 128, device="cuda", dtype=torch.bfloat16, requires_grad=True)
+        for length in (tokens, keys, keys)
     ]
 
 
@@ -61,9 +70,9 @@ def seconds(run: Callable[[], object], repeats: int) -> float:
     return statistics.median(times)
 
 
-def errors(attend: Callable[[Tensor, Tensor, Tensor], Tensor]) -> dict[str, float]:
+def errors(attend: Callable[[Tensor, Tensor, Tensor], Tensor], keys: int) -> dict[str, float]:
     torch.manual_seed(1)
-    qkv = inputs(2048, 4)
+    qkv = inputs(2048, keys, 4)
     grad = torch.randn_like(qkv[0])
     wide = [x.detach().float().requires_grad_() for x in qkv]
     with sdpa_kernel(SDPBackend.MATH):
@@ -78,11 +87,11 @@ def errors(attend: Callable[[Tensor, Tensor, Tensor], Tensor]) -> dict[str, floa
 
 
 def measured(
-    attend: Callable[[Tensor, Tensor, Tensor], Tensor], tokens: int, heads: int, repeats: int
+    attend: Callable[[Tensor, Tensor, Tensor], Tensor], tokens: int, keys: int, heads: int, repeats: int
 ) -> dict[str, object]:
-    qkv = inputs(tokens, heads)
+    qkv = inputs(tokens, keys, heads)
     grad = torch.randn_like(qkv[0])
-    work = 4 * tokens**2 * heads * 128 / 1e12
+    work = 4 * tokens * keys * heads * 128 / 1e12
     forward = seconds(lambda: attend(*qkv), repeats)
     out = attend(*qkv)
     backward = seconds(lambda: torch.autograd.grad(out, qkv, grad, retain_graph=True), repeats)
@@ -91,7 +100,7 @@ def measured(
         "backward_seconds": backward,
         "forward_tflops": work / forward,
         "backward_tflops": 2.5 * work / backward,
-        "errors": errors(attend),
+        "errors": errors(attend, min(keys, 2048)),
         "status": "ok",
     }
 
@@ -101,12 +110,16 @@ def main() -> None:
     parser.add_argument("--out", type=Path)
     parser.add_argument("--tokens", type=int, default=32_760)
     parser.add_argument("--repeats", type=int, default=5)
+    parser.add_argument("--only", choices=["self", "cross"])
     options = parser.parse_args()
-    for heads in (12, 40):
-        for name, attend in KERNELS.items():
-            row: dict[str, object] = {"case": f"attention {heads} x {options.tokens} x 128, bf16", "kernel": name}
+    cases = [(heads, options.tokens, KERNELS) for heads in (12, 40)] if options.only != "cross" else []
+    cases += [(heads, keys, CROSS) for heads in (12, 40) for keys in (66, 128)] if options.only != "self" else []
+    for heads, keys, choice in cases:
+        for name, attend in choice.items():
+            what = "attention" if keys == options.tokens else f"attention to {keys} keys"
+            row: dict[str, object] = {"case": f"{what} {heads} x {options.tokens} x 128, bf16", "kernel": name}
             try:
-                row |= measured(attend, options.tokens, heads, options.repeats)
+                row |= measured(attend, options.tokens, keys, heads, options.repeats)
             except Exception as error:
                 row |= {"status": "failed", "reason": f"{type(error).__name__}: {error}"[:400]}
             row |= {

@@ -5,8 +5,8 @@
         --measured 8 --peers 'diffusers eager, fp32' [--out rows]
     python benchmarks/h200_video.py cold [--repeats 2] [--out rows.jsonl]
 
-``video``: ours and the peers stand loaded in one process with the same random weights and take turns; each has made a
-two-step video before, but in float32, where a step takes a minute. Timed: text, denoising, decoding, and the mp4, which
+``video``: ours and the peers take turns in one process with the same random weights; each has made a two-step video
+before, but in float32, where a step takes a minute. Timed: text, denoising, decoding, and the mp4, which
 ours encodes while it decodes and swiftwan's writer makes of the peers' frames. With ``--measured`` so many steps run, a
 float32 peer's one, and the row's ``seconds`` counts the others at their median; it says so.
 No prompt cache, unless the plan names it. ``error`` is the distance of the last latents to those of diffusers eager;
@@ -110,24 +110,24 @@ def video(arguments: argparse.Namespace) -> None:
     makers |= {
         name: functools.partial(peer, arguments.model, device, name) for name in PEERS if name in arguments.peers
     }
-    runners, failures = {}, {}
     warm_up = complete(sw.TextToVideo("warm-up", seed=1, num_inference_steps=2, **size), describe(arguments.model))
-    for name, make in makers.items():
-        started = time.perf_counter()
-        try:
-            runner = make()
-            if not name.endswith("fp32"):
-                runner.run(warm_up)
-            runners[name] = runner
-        except Exception as problem:
-            failures[name] = f"{type(problem).__name__}: {str(problem)[:300]}"
-        print(f"{name}: ready after {time.perf_counter() - started:.1f} s {failures.get(name, '')}", flush=True)
-    taken: dict[str, list[float]] = {name: [] for name in runners}
+    runners: dict[str, Any] = {}
+    failures: dict[str, str] = {}
+    taken: dict[str, list[float]] = {}
     seen: dict[str, Any] = {}
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "out.mp4"
         for _ in range(arguments.repeats):
-            for name, runner in runners.items():
+            for name, make in makers.items():
+                if name not in runners and name not in failures:
+                    try:
+                        runners[name] = ready(make, name, warm_up)
+                    except Exception as problem:
+                        failures[name] = f"{type(problem).__name__}: {str(problem)[:300]}"
+                if name in failures:
+                    write_rows(arguments, request, taken, seen, failures)
+                    continue
+                runner = runners[name]
                 gc.collect()
                 steps = arguments.steps if arguments.measured is None else arguments.measured
                 steps = 1 if name.endswith("fp32") and arguments.measured else steps
@@ -137,9 +137,12 @@ def video(arguments: argparse.Namespace) -> None:
                     result = runner.run(asked)
                     media.write(path, result.frames, fps=request.fps or 16, record={"plan": name})
                 else:
+                    blocks = count_blocks(runner)
                     result = runner.run(asked, out=path)
                 measured = time.perf_counter() - started
-                taken[name].append(measured + (arguments.steps - steps) * statistics.median(result.step_seconds))
+                taken.setdefault(name, []).append(
+                    measured + (arguments.steps - steps) * statistics.median(result.step_seconds)
+                )
                 seconds = result.seconds | {"mp4": measured - result.seconds["total"]}
                 seen[name] = {
                     "latents": result.latents,
@@ -147,9 +150,27 @@ def video(arguments: argparse.Namespace) -> None:
                     "peak": result.peak_bytes,
                     "mp4_bytes": path.stat().st_size,
                     "measured_steps": steps,
+                    "forwards": None if name in PEERS else len(blocks) / len(runner.parts.transformer.blocks),
                 }
                 print(f"{name}: {taken[name][-1]:.2f} s { ({k: round(v, 3) for k, v in seconds.items()}) }", flush=True)
                 write_rows(arguments, request, taken, seen, failures)
+
+
+def count_blocks(engine: sw.Engine) -> list[None]:
+    """Grows by each block that runs from now on; what a cache answers does not. Recorded forwards are not seen."""
+    seen: list[None] = []
+    for block in engine.parts.transformer.blocks:
+        block.register_forward_hook(lambda *_: seen.append(None))
+    return seen
+
+
+def ready(make: Callable[[], Any], name: str, warm_up: Any) -> Any:
+    started = time.perf_counter()
+    runner = make()
+    if not name.endswith("fp32"):
+        runner.run(warm_up)
+    print(f"{name}: ready after {time.perf_counter() - started:.1f} s", flush=True)
+    return runner
 
 
 def ours(arguments: argparse.Namespace, plan: str, request: Any = None) -> sw.Engine:
@@ -179,8 +200,6 @@ def write_rows(arguments: argparse.Namespace, request: Any, taken: Any, seen: An
         if name in failures:
             rows.append(row | {"status": "failed", "reason": failures[name]} | about)
             continue
-        if not taken[name]:
-            continue
         median = statistics.median(taken[name])
         row |= {
             "status": "ok",
@@ -192,6 +211,8 @@ def write_rows(arguments: argparse.Namespace, request: Any, taken: Any, seen: An
             "peak_bytes": seen[name]["peak"],
             "mp4_bytes": seen[name]["mp4_bytes"],
         }
+        if arguments.rung == "approximate":
+            row["forwards"] = round(seen[name]["forwards"], 1)  # whole ones' worth of blocks
         if arguments.measured:
             row |= {"measured_steps": seen[name]["measured_steps"], "variant": "extrapolated from measured steps"}
         if best is not None:

@@ -56,6 +56,8 @@ def main() -> None:
         low, _, high = quantiles(shares, n=4)
         row = {
             "case": "hardware sampler",
+            "status": "ok",
+            "rung": "exact",
             "model": options.model,
             "plan": list(result.plan),
             "request": result.request.to_json(),
@@ -66,6 +68,8 @@ def main() -> None:
             "peer": "the same run without the sampler, taking turns in one process",
             "peer_seconds": median(plain),
             "peer_spread": [min(plain), max(plain)],
+            "ratio": median(plain) / median(seconds),
+            "peak_bytes": result.peak_bytes,
             "share": median(shares),
             "share_spread": [low, high],
             "cpu_percent": median(costs),

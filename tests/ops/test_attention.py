@@ -3,7 +3,7 @@ import math
 import pytest
 import torch
 
-from swiftwan.ops.attention import KERNELS, _opaque, kernel, sdpa
+from swiftwan.ops.attention import KERNELS, _opaque, kernel, norm_attend, sdpa
 
 
 def by_definition(q, k, v, bias=0.0):
@@ -37,3 +37,14 @@ def test_an_outside_kernel_is_one_operator_to_the_compiler():
 def test_the_reference_runs_everywhere_and_each_refusal_says_why(capability):
     assert kernel("sdpa").missing_on(capability) == ""
     assert all(k.missing_on(capability) for k in KERNELS if k.capability and (capability or (0, 0)) < k.capability)
+
+
+def test_text_attention_norms_the_whole_width_and_repeats_a_video_for_each_prompt():
+    q, weight = torch.randn(1, 6, 24), torch.randn(24)
+    key, value = torch.randn(2, 5, 3, 8), torch.randn(2, 5, 3, 8)
+    got = norm_attend(q, weight, key, value, None, 1e-6)
+    normed = q * (q.square().mean(-1, keepdim=True) + 1e-6).rsqrt() * weight
+    scores = torch.einsum("lhe,bshe->bhls", normed[0].unflatten(-1, (3, 8)), key) / 8**0.5
+    expected = torch.einsum("bhls,bshe->blhe", scores.softmax(-1), value).flatten(2)
+    assert got.shape == (2, 6, 24)
+    assert torch.allclose(got, expected, atol=1e-5)

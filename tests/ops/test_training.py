@@ -10,9 +10,10 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from swiftwan.models.config import POCKET
 from swiftwan.models.dit import WanTransformer
-from swiftwan.ops import flash4_training
+from swiftwan.ops import flash4_training, rope
 from swiftwan.ops.attention import kernel, sdpa
 from swiftwan.ops.fp8 import quantize_rows
+from swiftwan.ops.fp8_training import Fp8FrozenLinear
 from swiftwan.train import adapter, memory
 
 gpu = pytest.mark.gpu
@@ -47,27 +48,25 @@ def test_flash4_has_the_gradients_of_the_reference(length, compiled):
         assert relative(got, wanted) < 0.006
 
 
-@gpu
-@needs_cuda
+@pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=[gpu, needs_cuda])])
+@pytest.mark.filterwarnings("default")  # importing torch's compiler warns of torch.jit, and it advises TF32
 @pytest.mark.parametrize("compiled", [False, True])
-def test_the_frozen_8_bit_layer_s_output_and_input_gradient(compiled):
-    if torch.cuda.get_device_capability() < (8, 9):
+def test_the_frozen_8_bit_layer_s_output_and_input_gradient(compiled, device):
+    if device == "cuda" and torch.cuda.get_device_capability() < (8, 9):
         pytest.skip("8-bit float products need compute capability 8.9")
-    from swiftwan.ops.fp8_training import Fp8FrozenLinear
-
-    plain = nn.Linear(1536, 8960, device="cuda", dtype=torch.bfloat16).requires_grad_(False)
+    if device == "cpu" and torch.__version__ < "2.13":
+        pytest.skip("torch 2.11 multiplies 8-bit floats on a CPU with one scale a tensor only")
+    plain = nn.Linear(192, 320, device=device, dtype=torch.bfloat16).requires_grad_(False)
     layer = Fp8FrozenLinear(plain)
-    run = torch.compile(layer) if compiled else layer
-    x = torch.randn(2, 300, 1536, device="cuda", dtype=torch.bfloat16, requires_grad=True)
-    grad = torch.randn(2, 300, 8960, device="cuda", dtype=torch.bfloat16)
+    run = torch.compile(layer, backend="inductor" if device == "cuda" else "aot_eager") if compiled else layer
+    x = torch.randn(2, 48, 192, device=device, dtype=torch.bfloat16, requires_grad=True)
+    grad = torch.randn(2, 48, 320, device=device, dtype=torch.bfloat16)
     out, expected = run(x), plain(x)
     assert relative(out, expected) < 0.05
     assert relative(*(torch.autograd.grad(y, x, grad)[0] for y in (out, expected))) < 0.05
 
 
 def test_both_copies_of_an_8_bit_weight_are_the_weight():
-    from swiftwan.ops.fp8_training import Fp8FrozenLinear
-
     plain = nn.Linear(64, 48, dtype=torch.bfloat16).requires_grad_(False)
     layer = Fp8FrozenLinear(plain)
     forth = layer.weight.float() * layer.scale.T
@@ -147,3 +146,48 @@ def test_checkpointing_keeps_what_flash4_returns():
         out = model(latents, torch.tensor([300.0]), model.condition(text, latents.shape))
         torch.autograd.grad(out.square().sum(), list(factors.values()))
     assert sum(calls) == 7
+
+
+@gpu
+@needs_cuda
+@pytest.mark.filterwarnings("default")  # torch.compile advises TF32
+@pytest.mark.parametrize("compiled", [False, True])
+@pytest.mark.parametrize(
+    ("batch", "keys", "heads", "biased"), [(1, 66, 12, True), (2, 128, 3, False), (1, 9, 5, True), (1, 257, 2, False)]
+)
+def test_attention_to_a_prompt_has_the_gradients_of_the_reference(batch, keys, heads, biased, compiled):
+    from swiftwan.ops.few_keys_triton import to_prompt
+
+    attend = torch.compile(to_prompt, dynamic=False) if compiled else to_prompt
+    shapes = [(batch, 3000, heads, 128), *[(batch, keys, heads, 128)] * 2]
+    inputs = [torch.randn(shape, dtype=torch.bfloat16, device="cuda", requires_grad=True) for shape in shapes]
+    wide = [x.detach().float().requires_grad_() for x in inputs]
+    bias = torch.randn(1, 1, 1, keys, dtype=torch.bfloat16, device="cuda") if biased else None
+    out, expected = attend(*inputs, bias), sdpa(*wide, None if bias is None else bias.float())
+    grad = torch.randn_like(out)
+    got = (out, *torch.autograd.grad(out, inputs, grad))
+    wanted = (expected, *torch.autograd.grad(expected, wide, grad.float()))
+    for mine, theirs in zip(got, wanted, strict=True):
+        assert mine.shape == theirs.shape
+        assert relative(mine, theirs) < 0.006
+
+
+@gpu
+@needs_cuda
+@pytest.mark.filterwarnings("default")  # torch.compile advises TF32
+@pytest.mark.parametrize("compiled", [False, True])
+@pytest.mark.parametrize(("heads", "width"), [(12, 128), (5, 48)])
+def test_norm_and_rope_have_the_gradients_of_the_reference(heads, width, compiled):
+    from swiftwan.ops.norm_rope_training import norm_rope
+
+    turned = torch.compile(norm_rope, dynamic=False) if compiled else norm_rope
+    tables = rope.rope_tables(width, 5, 6, 10, device=torch.device("cuda"))
+    weights = torch.rand(2, heads * width, device="cuda") + 0.5
+    q, k = (torch.randn(2, 300, heads * width, device="cuda", dtype=torch.bfloat16, requires_grad=True) for _ in "qk")
+    wide = [x.detach().float().requires_grad_() for x in (q, k)]
+    got, expected = turned(q, k, *weights, tables, heads, 1e-6), rope.norm_rope(*wide, *weights, tables, heads, 1e-6)
+    grads = torch.randn(2, *got[0].shape, device="cuda", dtype=torch.bfloat16)
+    got += torch.autograd.grad(got, (q, k), tuple(grads))
+    expected += torch.autograd.grad(expected, wide, tuple(grads.float()))
+    for mine, theirs in zip(got, expected, strict=True):
+        assert relative(mine, theirs) < 0.004

@@ -86,3 +86,9 @@ def test_eight_bits_take_one_head_width(gpu, monkeypatch):
 @pytest.mark.parametrize("device", ["cpu", "cuda"])
 def test_blocks_of_another_size_take_the_reference(device):
     assert best_kernel(torch.device(device), 16) is sparse_reference
+
+
+def test_a_recording_takes_sparse_steps_that_are_all_alike(gpu):
+    assert make_plan(["sparse-attention:keep=0.25", "cuda-graphs"], gpu((9, 0))).specs[-1] == "cuda-graphs"
+    with pytest.raises(PlanError, match="a recording does the same at each step"):
+        make_plan(["sparse-attention:keep=0.25,dense-steps=2", "cuda-graphs"], gpu((9, 0)))

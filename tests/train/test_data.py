@@ -1,5 +1,7 @@
 import json
 import shutil
+import sys
+from types import SimpleNamespace
 
 import pytest
 from PIL import Image
@@ -112,6 +114,59 @@ def test_a_source_that_gives_nothing(tmp_path, monkeypatch, source, told):
 
 
 def test_the_hub_needs_its_package(monkeypatch, tmp_path):
-    monkeypatch.setitem(__import__("sys").modules, "datasets", None)
+    monkeypatch.setitem(sys.modules, "datasets", None)
     with pytest.raises(UnavailableError, match=r"pip install 'swiftwan\[data\]'"):
         find("hf:someone/clips", anything, downloads=tmp_path)
+
+
+class Table(list):
+    """Rows as a data set of the hub has them; ``features`` are empty where nothing is known of a column."""
+
+    def __init__(self, rows, **features):
+        super().__init__(rows)
+        self.column_names = list(rows[0])
+        self.features = {name: features.get(name, {}) for name in self.column_names}
+
+    def cast_column(self, name, feature):
+        assert feature.decode is False
+        return self
+
+
+@pytest.fixture
+def hub(monkeypatch):
+    """A hub of these tables, by name."""
+    tables = {}
+
+    def load_dataset(name, split):
+        if name not in tables:
+            raise ConnectionError(f"Couldn't reach '{name}' on the Hub")
+        return tables[name]
+
+    monkeypatch.setitem(sys.modules, "datasets", SimpleNamespace(load_dataset=load_dataset))
+    return tables
+
+
+class Video:
+    def __init__(self, decode=True):
+        self.decode = decode
+
+
+@pytest.mark.parametrize("feature", [{}, Video()], ids=["bytes", "video"])
+def test_a_data_set_of_the_hub(clips, tmp_path, hub, feature):
+    data = (clips / "clip0.mp4").read_bytes()
+    rows = [{"video": {"bytes": data, "path": None}, "text": text} for text in ("one", None, 7)]
+    rows.append({"video": {"bytes": None, "path": str(clips / "clip1.mp4")}, "text": "two"})
+    hub["me/clips"] = Table(rows, video=feature)
+    found = find("hf:me/clips", anything, downloads=tmp_path)
+    assert [(clip.caption, clip.frames) for clip in found.clips] == [("one", 9), ("two", 9)]
+    assert [path.read_bytes() for path in tmp_path.iterdir()] == [data]
+    assert why(found)["clips:2"] == "its caption is 7, not text"
+    assert len(found.problems) == 2
+
+
+def test_a_data_set_that_cannot_be_used(tmp_path, hub):
+    hub["me/other"] = Table([{"a": 1}])
+    with pytest.raises(RequestError, match="has the columns a; it needs one of file_name"):
+        find("hf:me/other", anything, downloads=tmp_path)
+    with pytest.raises(RequestError, match="'hf:me/none' cannot be loaded: Couldn't reach"):
+        find("hf:me/none", anything, downloads=tmp_path)

@@ -20,9 +20,8 @@ from swiftwan.plan import parse
 from swiftwan.pocket.world import draw
 from swiftwan.train import distill, distill_run, distill_stages, distill_world
 from swiftwan.train.distill import Phases, Roles
-from swiftwan.train.distill_command import read_prompts, refuse_unfit
-from swiftwan.train.distill_settings import Settings
-from swiftwan.train.distill_world import drawn, world
+from swiftwan.train.distill_settings import Settings, refuse_unfit
+from swiftwan.train.distill_world import drawn, read_prompts, world
 
 TINY = TransformerConfig(
     num_attention_heads=2, attention_head_dim=32, text_dim=20, freq_dim=32, ffn_dim=56, num_layers=2

@@ -13,9 +13,8 @@ from typing import Annotated
 
 import typer
 
-from swiftwan.cli import bench, convert, doctor, generate, info, models, serve, train, ui, verify
+from swiftwan.cli import bench, convert, distill, doctor, generate, info, models, serve, train, ui, verify
 from swiftwan.errors import Cancelled, SwiftwanError
-from swiftwan.train import distill_command
 
 app = typer.Typer(
     name="swiftwan",
@@ -37,7 +36,7 @@ for verb in (
     ui.ui,
 ):
     app.command()(verb)
-train.app.command("distill")(distill_command.distill)
+train.app.command()(distill.distill)
 app.add_typer(train.app, name="train", help="Fine-tune a LoRA, distill few-step students, train the embedded model.")
 
 

@@ -95,7 +95,10 @@ def lora(
     format: Annotated[str, typer.Option(help="diffusers, comfyui or kohya.", rich_help_panel=_TOLD)] = "diffusers",
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object.", rich_help_panel=_TOLD)] = False,
     keep: Annotated[
-        str, typer.Option(help="For the backward pass: auto, all, attention or nothing.", rich_help_panel=_MACHINE)
+        str,
+        typer.Option(
+            help="For the backward pass: auto, all, products, attention or nothing.", rich_help_panel=_MACHINE
+        ),
     ] = "auto",
     base: Annotated[
         str, typer.Option(help="Products with frozen weights: bf16 (as loaded) or fp8.", rich_help_panel=_MACHINE)

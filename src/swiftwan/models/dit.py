@@ -155,6 +155,7 @@ class CrossAttention(Attention):
 
     def __init__(self, config: TransformerConfig) -> None:
         super().__init__(config)
+        self.attend: Callable[..., Tensor] = sdpa
         self.sees_image = config.added_kv_proj_dim is not None
         if config.added_kv_proj_dim is not None:
             self.add_k_proj = nn.Linear(config.added_kv_proj_dim, config.dim)
@@ -169,12 +170,15 @@ class CrossAttention(Attention):
         image_key = self.heads(self.norm_added_k(self.add_k_proj(image)))
         return Memory(key, value, image_key, self.heads(self.add_v_proj(image)))
 
-    def forward(self, x: Tensor, memory: Memory, text_bias: Tensor | None) -> Tensor:
+    def forward(self, x: Tensor, memory: Memory, text_bias: Tensor | None, ops: BlockOps) -> Tensor:
         """x (B, L, D), or (1, L, D) where all B prompts still see the same video, to (B, L, D)."""
-        q = self.heads(self.norm_q(self.to_q(x))).expand(len(memory.key), -1, -1, -1)
-        out = sdpa(q, memory.key, memory.value, text_bias)
-        if memory.image_key is not None and memory.image_value is not None:
-            out = out + sdpa(q, memory.image_key, memory.image_value)
+        q = self.to_q(x)
+        if memory.image_key is None or memory.image_value is None:
+            text = (memory.key, memory.value, text_bias)
+            return self.to_out[0](ops.norm_attend(q, self.norm_q.weight, *text, self.eps, self.attend))
+        q = self.heads(self.norm_q(q)).expand(len(memory.key), -1, -1, -1)
+        out = self.attend(q, memory.key, memory.value, text_bias)
+        out = out + self.attend(q, memory.image_key, memory.image_value)
         return self.to_out[0](out.flatten(2))
 
 
@@ -220,7 +224,7 @@ class Block(nn.Module):
         norm2, ops, eps = self.norm2, self.ops, self.eps
         update = self.attn1(ops.norm_modulate(x, shift, scale, spans, eps), rope, ops)
         x, normed = ops.gated_add_norm(x, update, gate, spans, norm2.weight, norm2.bias, eps)
-        update = self.attn2(normed, memory, text_bias)
+        update = self.attn2(normed, memory, text_bias, ops)
         x, normed = ops.add_norm_modulate(x, update, ffn_shift, ffn_scale, spans, eps)
         return ops.gated_add(x, self.ffn(normed), ffn_gate, spans)
 

@@ -42,6 +42,31 @@ def sdpa(q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None = None) -> Tensor:
     return out.transpose(1, 2)
 
 
+def norm_attend(
+    q: Tensor,
+    weight: Tensor,
+    key: Tensor,
+    value: Tensor,
+    bias: Tensor | None,
+    eps: float,
+    attend: Callable[..., Tensor] = sdpa,
+) -> Tensor:
+    """Cross-attention between its linear layers: RMS norm of q over its whole width, then attention to the text.
+
+    Args:
+        q: (B, L, D), or (1, L, D) where all B prompts still see the same video.
+        weight: of the norm, (D,).
+        key, value: (B, S, H, E).
+        bias: added to the scores, broadcastable to (B, H, L, S).
+        attend: :func:`sdpa` or what computes the same.
+
+    Returns:
+        (B, L, D).
+    """
+    q = F.rms_norm(q, q.shape[-1:], weight, eps).unflatten(-1, key.shape[-2:])
+    return attend(q.expand(len(key), -1, -1, -1), key, value, bias).flatten(2)
+
+
 # Kernels for self-attention
 
 

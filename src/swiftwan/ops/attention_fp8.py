@@ -7,6 +7,9 @@ What is rounded, and how (after SageAttention, arXiv 2410.02367 and 2411.10958, 
   query, and softmax does not see it. As 8-bit floats they erred five times as much (11 instead of 2 % of the pocket
   model's final latents): normed queries and keys have no outliers for which a float's range would pay.
 - Softmax's numerators to E4M3 floats, at most 2**8: below 2**-6 E4M3 has less than its three bits of mantissa.
+- Of every second key, the exponential itself: a line between powers of two (:func:`exp2_by_lines`), 4 % below to 2 %
+  above, since the units for exponentials take as long as the tensor cores: 942 -> 1027 TFLOP/s on an H200 when half
+  of them are spared, and 4.86 instead of 4.72 % from float32 on white noise.
 - Values to E4M3, by the largest of each channel of each head, after their mean is taken off too: weights sum to 1, so
   it is added to the result (9.4 % before, 2.8 % after, of the same latents).
 
@@ -90,12 +93,24 @@ def _scale(largest: Tensor, most: float) -> Tensor:
     return largest.clamp_min(1e-12) / most
 
 
+LINE_SHIFT = 0.05756
+"""What makes the mean of the lines' relative errors zero: log2(1.0407)."""
+
+
+def exp2_by_lines(x: Tensor) -> Tensor:
+    """2 ** x in the way of Schraudolph (Neural Computation 11, 1999): the fraction of x is taken for the mantissa."""
+    x = x - LINE_SHIFT
+    return torch.ldexp(1 + x - x.floor(), x.floor().int().clamp_min(-126))
+
+
 def plain_fp8(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     """The reference: the same roundings in float32 arithmetic, on any device and for any width; it forms the matrix."""
     rounded = round_attention(q, k, v)
     length = q.shape[1]
     scores = torch.einsum("blhe,bmhe->bhlm", rounded.q.float(), rounded.k.float()) * rounded.factor[..., None]
-    weights = torch.exp2(scores - scores.amax(-1, keepdim=True) + NUMERATOR_BITS)
+    exponents = scores - scores.amax(-1, keepdim=True) + NUMERATOR_BITS
+    weights = torch.exp2(exponents)
+    weights[..., 1::2] = exp2_by_lines(exponents[..., 1::2])
     order = kernel_order(rounded.v.shape[-1], v.device)
     values = torch.empty_like(rounded.v, dtype=torch.float32).index_copy_(-1, order, rounded.v.float())
     out = torch.einsum("bhlm,bhem->blhe", weights.to(torch.float8_e4m3fn).float(), values[..., :length])

@@ -27,6 +27,7 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
 from swiftwan.ops.attention_fp8 import BLOCK, WIDTH, RoundedAttention
+from swiftwan.ops.fp8_gluon import to_e4m3
 from swiftwan.ops.round_attention import round_and_pool, round_attention
 from swiftwan.ops.sparse import choose_blocks
 
@@ -46,23 +47,32 @@ def _left_side(weights, MMA: gl.constexpr):
     groups: gl.constexpr = weights.shape[1] // 16
     weights = gl.permute(gl.reshape(weights, [weights.shape[0], groups, 2, 4, 2]), [0, 1, 3, 2, 4])
     weights = gl.reshape(weights, [weights.shape[0], groups * 16])
-    weights = gl.convert_layout(weights, gl.DotOperandLayout(0, MMA, 4), assert_trivial=True)
-    # Four at once: Triton's own conversion takes a byte each, and packs them again.
-    return gl.inline_asm_elementwise(
-        "{ .reg .b16 low, high; cvt.rn.satfinite.e4m3x2.f32 low, $2, $1; "
-        "cvt.rn.satfinite.e4m3x2.f32 high, $4, $3; mov.b32 $0, {low, high}; }",
-        "=r,r,r,r,r",
-        [weights],
-        dtype=gl.float8e4nv,
-        is_pure=True,
-        pack=4,
-    )
+    return to_e4m3(gl.convert_layout(weights, gl.DotOperandLayout(0, MMA, 4), assert_trivial=True))
 
 
 @gluon.jit
 def _as_float(scores):
     """Integers below 2**22, plus 1.5 * 2**23 in float32: an addition where a conversion takes twice as long."""
     return (scores + 0x4B400000).to(gl.float32, bitcast=True)
+
+
+@gluon.jit
+def _exp2(scores, factor, offset):
+    """2 ** (scores * factor + offset), of every second number as in :func:`swiftwan.ops.attention_fp8.exp2_by_lines`.
+
+    That is a fixed-point number with the bits of a float: the exponent and 13 bits behind it, moved up by 10.
+    """
+    line: gl.constexpr = 13622824.0  # 1.5 * 2**23 + 2**13 (127 - LINE_SHIFT)
+    return gl.inline_asm_elementwise(
+        "{ .reg .f32 x, y; .reg .b32 bits; fma.rn.f32 x, $2, $4, $6; ex2.approx.ftz.f32 $0, x; "
+        "fma.rn.f32 y, $3, $9, $11; max.f32 y, y, 0f4B402000; mov.b32 bits, y; shl.b32 bits, bits, 10; "
+        "mov.b32 $1, bits; }",
+        "=f,=f,f,f,f,f,f,f,f,f,f,f",
+        [scores, factor[:, None], offset[:, None], (factor * 8192.0)[:, None], (offset * 8192.0 + line)[:, None]],
+        dtype=gl.float32,
+        is_pure=True,
+        pack=2,
+    )
 
 
 @gluon.jit
@@ -75,7 +85,7 @@ def _soften(scores, factor, largest, total):
     magic: gl.constexpr = 12582912.0
     larger = gl.maximum(largest, gl.max(scores, 1).to(gl.float32) * factor)
     shrink = gl.exp2(largest - larger)
-    weights = gl.exp2(_as_float(scores) * factor[:, None] - (magic * factor + larger - 8.0)[:, None])
+    weights = _exp2(_as_float(scores), factor, 8.0 - larger - magic * factor)
     return weights, shrink, larger, total * shrink + gl.sum(weights, 1)
 
 

@@ -8,15 +8,15 @@ from typing import Any
 
 from torch import Tensor
 
-from swiftwan.ops import modulate, rope
+from swiftwan.ops import attention, modulate, rope
 
 
 @dataclass(frozen=True)
 class BlockOps:
     """Each field has the signature and the meaning of the plain function that :data:`PLAIN` holds in it.
 
-    What a norm returns goes to linear layers and nowhere else: so it is whatever those take, a Tensor or, for 8-bit
-    layers, :class:`swiftwan.ops.fp8.Rounded`.
+    What a norm, or the text's attention, returns goes to linear layers and nowhere else: so it is whatever those take,
+    a Tensor or, for 8-bit layers, :class:`swiftwan.ops.fp8.Rounded`.
     """
 
     norm_modulate: Callable[..., Any]
@@ -24,6 +24,7 @@ class BlockOps:
     gated_add_norm: Callable[..., tuple[Tensor, Any]]
     add_norm_modulate: Callable[..., tuple[Tensor, Any]]
     norm_rope: Callable[..., tuple[Tensor, Tensor]]
+    norm_attend: Callable[..., Any]
 
 
 PLAIN = BlockOps(
@@ -32,5 +33,6 @@ PLAIN = BlockOps(
     gated_add_norm=modulate.gated_add_norm,
     add_norm_modulate=modulate.add_norm_modulate,
     norm_rope=rope.norm_rope,
+    norm_attend=attention.norm_attend,
 )
 """Plain torch: the reference, and what runs everywhere."""

@@ -16,12 +16,12 @@ import triton
 import triton.language as tl
 from torch import Tensor, nn
 
+from swiftwan.ops.attention import norm_attend
 from swiftwan.ops.block import BlockOps
-from swiftwan.ops.fp8 import Rounded
 from swiftwan.ops.rope import Rope
 
 
-def _refuse_gradient(x: Tensor) -> None:
+def refuse_gradient(x: Tensor) -> None:
     """A Triton kernel is not recorded for the backward pass: without this, gradients would be cut off in silence."""
     if x.requires_grad and torch.is_grad_enabled():
         raise RuntimeError("the fused kernels have no backward pass; train on a plan without 'fused', for example [].")
@@ -37,10 +37,10 @@ def _warps(block: int) -> int:
 
 @triton.jit
 def _add_norm_kernel(
-    x, update, gate, scale, shift, summed, normed, row_scale,
+    x, update, gate, scale, shift, summed, normed,
     length, boundary, gate_batch, gate_span, scale_batch, scale_span, eps,
     WIDTH: tl.constexpr, BLOCK: tl.constexpr, ROWS: tl.constexpr, SPANS: tl.constexpr,
-    ADD: tl.constexpr, GATED: tl.constexpr, NORM: tl.constexpr, MODULATED: tl.constexpr, ROUNDED: tl.constexpr,
+    ADD: tl.constexpr, GATED: tl.constexpr, NORM: tl.constexpr, MODULATED: tl.constexpr,
 ):  # fmt: skip
     batch = tl.program_id(1)
     token = tl.program_id(0) * ROWS + tl.arange(0, ROWS)[:, None]
@@ -69,11 +69,6 @@ def _add_norm_kernel(
             factor += 1.0
         offset = tl.load(shift + vector, inside, other=0.0).to(tl.float32)
         result = centred * tl.rsqrt(variance + eps) * factor + offset
-        if ROUNDED:
-            largest = tl.max(tl.where(inside, tl.abs(result), 0.0), axis=1, keep_dims=True)
-            step = tl.maximum(largest, 1e-12) / 448.0
-            tl.store(row_scale + batch * length + token, step, token < length)
-            result *= 1.0 / step
         tl.store(normed + place, result.to(normed.dtype.element_ty), mask)
 
 
@@ -84,16 +79,14 @@ def add_norm(
     norm: tuple[Tensor, Tensor] | None,
     spans: Sequence[int],
     eps: float,
-    rounded: Rounded | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """``norm`` is (scale, shift) as (B, K, D), or (weight, bias) as (D,); into ``rounded``, if it is given, its result
-    goes in 8 bits. What is not asked for returns x."""
-    _refuse_gradient(x)
+    """``norm`` is (scale, shift) as (B, K, D), or (weight, bias) as (D,). What is not asked for returns x."""
+    refuse_gradient(x)
     x = (x if update is None else x.expand_as(update)).contiguous()
     batch, length, width = x.shape
     update = x if update is None else update.contiguous()
     summed = x if update is x else torch.empty_like(x)
-    normed, row_scale = rounded or (x if norm is None else torch.empty_like(x), x)
+    normed = x if norm is None else torch.empty_like(x)
     scale, shift = norm or (x, x)
     modulated = scale.ndim == 3
     if modulated:  # one vector for the whole batch has a stride of 0
@@ -102,13 +95,12 @@ def add_norm(
     block = triton.next_power_of_2(width)
     rows = max(1, 1024 // block)
     _add_norm_kernel[(triton.cdiv(length, rows), batch)](
-        x, update, vectors, scale, shift, summed, normed, row_scale,
+        x, update, vectors, scale, shift, summed, normed,
         length, spans[0],
         vectors.stride(0), vectors.stride(1),
         scale.stride(0) if modulated else 0, scale.stride(1) if modulated else 0, eps,
         WIDTH=width, BLOCK=block, ROWS=rows, SPANS=len(spans),
         ADD=summed is not x, GATED=gate is not None, NORM=norm is not None, MODULATED=modulated,
-        ROUNDED=rounded is not None,
         num_warps=_warps(block),
     )  # fmt: skip
     return summed, normed
@@ -173,7 +165,7 @@ def _norm_rope_kernel(
 def norm_rope(
     q: Tensor, k: Tensor, q_weight: Tensor, k_weight: Tensor, rope: Rope, heads: int, eps: float
 ) -> tuple[Tensor, Tensor]:
-    _refuse_gradient(q)
+    refuse_gradient(q)
     batch, length, dim = q.shape
     assert q.stride() == k.stride() == (length * q.stride(1), q.stride(1), 1), "rows must follow each other evenly"
     width = dim // heads
@@ -193,6 +185,7 @@ FUSED = BlockOps(
     gated_add_norm=gated_add_norm,
     add_norm_modulate=add_norm_modulate,
     norm_rope=norm_rope,
+    norm_attend=norm_attend,
 )
 
 

@@ -202,7 +202,7 @@ class _Copied:
         self._host = host.copy_(chunk, non_blocking=True)
         self._done = torch.cuda.Event(blocking=True) if chunk.is_cuda else None
         if self._done is not None:
-            self._done.record()
+            self._done.record(torch.cuda.current_stream(chunk.device))
 
     def frames(self) -> Tensor:
         if self._done is not None:

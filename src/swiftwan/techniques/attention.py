@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 
 _NEAR_REASONS = {
     "sage": "q and k in 8 bits, smoothed (SageAttention, arXiv 2410.02367)",
-    "fp8": "both products in 8-bit floats, keys smoothed",
+    "fp8": "scores of 8-bit integers, weights and values as 8-bit floats, keys and values smoothed",
     "fp8-plain": "the roundings of attention:fp8 in plain torch, to see what they do: slow, on any device",
 }
 

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, replace
+from functools import partial
 from importlib.util import find_spec
 from typing import TYPE_CHECKING, cast
 
@@ -11,7 +13,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from swiftwan.models.dit import GELU, Block, SelfAttention, each_block
-from swiftwan.ops.fp8 import Fp8Linear
+from swiftwan.ops.attention import kernel
+from swiftwan.ops.fp8 import Fp8Linear, Rounded
+from swiftwan.ops.gelu_fp8 import Bound
 from swiftwan.techniques.base import Slot, Technique
 
 if TYPE_CHECKING:
@@ -49,7 +53,7 @@ class Fused(Technique):
             transformer.ops = FUSED
         for block in each_block(parts.transformer, parts.transformer_2):
             if _is_fp8(block):
-                _round_in_passing(block, merge=not parts.weights_move)
+                _round_in_passing(block, parts)
                 continue
             block.ops = FUSED
             # A layer that a technique before this one put there, 8-bit or with a LoRA, has a product of its own.
@@ -91,19 +95,29 @@ def _is_plain(layer: nn.Module) -> bool:
 def _is_fp8(block: Block) -> bool:
     one, other, gelu = block.attn1, block.attn2, cast(GELU, block.ffn.net[0])
     # Those that read what a fused kernel wrote.
-    readers = (one.to_q, one.to_k, one.to_v, other.to_q, gelu.proj, block.ffn.net[2])
+    readers = (one.to_q, one.to_k, one.to_v, other.to_q, other.to_out[0], gelu.proj, block.ffn.net[2])
     return all(type(layer) is Fp8Linear for layer in readers)
 
 
-def _round_in_passing(block: Block, merge: bool) -> None:
-    """Kernels before an 8-bit layer hand it its bytes; q, k and v become one product where weights stay."""
+def _round_in_passing(block: Block, parts: Parts) -> None:
+    """Kernels before an 8-bit layer hand it its bytes; where weights stay, q, k and v become one product."""
     from swiftwan.ops.fused_fp8 import FUSED_FP8, linear_gelu
 
     block.ops = FUSED_FP8
-    cast(GELU, block.ffn.net[0]).linear_gelu = linear_gelu
-    if not merge:
+    gelu = cast(GELU, block.ffn.net[0])
+    gelu.linear_gelu = _one_kernel(cast(Fp8Linear, gelu.proj), parts.device) or linear_gelu
+    if parts.weights_move:
         return
     attention = block.attn1
     layers = cast(list[Fp8Linear], [attention.to_q, attention.to_k, attention.to_v])
     merged = Fp8Linear.merged(layers)
     attention.project = lambda _, x: merged(x).chunk(3, dim=-1)
+
+
+def _one_kernel(linear: Fp8Linear, device: torch.device) -> Callable[..., Rounded] | None:
+    """The product with GELU and rounding in it, where it runs: it is written for Hopper's tensor cores."""
+    if kernel("fp8").missing_on(torch.cuda.get_device_capability(device)):
+        return None
+    from swiftwan.ops.gelu_fp8_gluon import fits, linear_gelu
+
+    return partial(linear_gelu, bound=Bound.of(linear)) if fits(linear) else None

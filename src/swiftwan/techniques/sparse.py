@@ -55,7 +55,6 @@ class SparseAttention(Technique):
     slot = Slot.BLOCKS
     switch = "nothing"
     claims = ("transformer.self-attention",)
-    makes = frozenset({"steps-differ"})
 
     def __post_init__(self) -> None:
         if not 0 < self.keep <= 1:
@@ -69,6 +68,10 @@ class SparseAttention(Technique):
             raise PlanError(f"sparse-attention: bits is {self.bits}; it is 16 or 8.")
         if self.bits == 8 and self.block != BLOCK:
             raise PlanError(f"sparse-attention: block is {self.block}; with bits=8 it is {BLOCK}.")
+
+    @property
+    def makes(self) -> frozenset[str]:  # type: ignore[override]
+        return frozenset({"steps-differ"} if self.dense_steps else ())
 
     def missing_on(self, device: Device) -> str:
         return kernel("fp8").missing_on(device.capability) if self.bits == 8 else ""
@@ -88,10 +91,15 @@ class SparseAttention(Technique):
     def install(self, parts: Parts) -> None:
         attend = self.attend(parts.device)
         for transformer in filter(None, (parts.transformer, parts.transformer_2)):
-            ends = Ends(first=self.dense_steps)
             transformer.token_order = tile_order
+            blocks = list(each_block(transformer))[self.dense_layers :]
+            if not self.dense_steps:
+                for block in blocks:
+                    block.attn1.attend = attend
+                continue
+            ends = Ends(first=self.dense_steps)
             transformer.register_forward_pre_hook(ends)
-            for block in list(each_block(transformer))[self.dense_layers :]:
+            for block in blocks:
                 block.attn1.attend = OtherAtEnds(attend, block.attn1.attend, ends)
 
     def attend(self, device: torch.device) -> Attend:

@@ -143,7 +143,7 @@ def _read(entry: Entry, check_caption: Callable[[str], None]) -> Clip:
 
 def _entries(source: str, found: Found, downloads: Path | None) -> Iterator[Entry]:
     if source.startswith("hf:"):
-        return _of_hub(source.removeprefix("hf:"), downloads)
+        return _of_hub(source.removeprefix("hf:"), found, downloads)
     path = Path(source).expanduser()
     if path.is_dir():
         tables = [path / name for name in _TABLES if (path / name).is_file()]
@@ -209,14 +209,17 @@ def _text(path: Path) -> str:
     return path.read_text(encoding="utf-8-sig", errors="replace").strip()
 
 
-def _of_hub(name: str, downloads: Path | None) -> Iterator[Entry]:
+def _of_hub(name: str, found: Found, downloads: Path | None) -> Iterator[Entry]:
     """A data set of the hub; its clips' bytes go to ``downloads``, named by content."""
     try:
         import datasets
     except ImportError:
         raise UnavailableError("hf: needs the package 'datasets': pip install 'swiftwan[data]'.") from None
     assert downloads is not None
-    table = datasets.load_dataset(name, split="train")
+    try:
+        table = datasets.load_dataset(name, split="train")
+    except (OSError, ValueError) as error:  # none of that name, no network, no split called train
+        raise RequestError(f"'hf:{name}' cannot be loaded: {error}") from None
     media = next((column for column in MEDIA_COLUMNS if column in table.column_names), None)
     caption = next((column for column in CAPTION_COLUMNS if column in table.column_names), None)
     if media is None or caption is None:
@@ -224,10 +227,14 @@ def _of_hub(name: str, downloads: Path | None) -> Iterator[Entry]:
             f"'hf:{name}' has the columns {', '.join(table.column_names)}; it needs one of {', '.join(MEDIA_COLUMNS)} "
             f"and one of {', '.join(CAPTION_COLUMNS)}."
         )
-    if not isinstance(table.features[media], datasets.Value):
-        table = table.cast_column(media, type(table.features[media])(decode=False))
-    for row in table:
-        yield Entry(_kept(row[media], downloads, ".png" if media == "image" else ".mp4"), row[caption])
+    feature = table.features[media]
+    if hasattr(feature, "decode"):  # Video, Image; else a path, or bytes beside their path
+        table = table.cast_column(media, type(feature)(decode=False))
+    for number, row in enumerate(table):
+        if row[caption] is None or isinstance(row[caption], str):
+            yield Entry(_kept(row[media], downloads, ".png" if media == "image" else ".mp4"), row[caption])
+        else:
+            found.problems.append(Problem(f"hf:{name}:{number}", f"its caption is {row[caption]!r}, not text"))
 
 
 def _kept(media: Any, downloads: Path, ending: str) -> Path:

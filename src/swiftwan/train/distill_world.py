@@ -1,8 +1,9 @@
-"""What the embedded model's student learns from: prompts of its world, and a clip drawn for each."""
+"""What a student learns from: prompts; for the embedded model those of its world, and a clip drawn for each."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from pathlib import Path
 
 import torch
 from torch import Tensor
@@ -12,10 +13,28 @@ from swiftwan.models.config import POCKET, KnownModel
 from swiftwan.models.vae import WanVAE
 from swiftwan.pipelines.request import Request
 from swiftwan.pocket.world import Scene, draw
+from swiftwan.train.data import find
 from swiftwan.train.pocket_dit import training_scenes
 
 WORLD_CLIPS = 12_288
 """Prompts that the embedded model's own world gives where no file does, each with a clip that it draws."""
+
+
+def read_prompts(path: Path) -> list[str]:
+    """The lines of a file that are not empty, or the captions of clips.
+
+    Raises:
+        RequestError: it cannot be read, or is empty.
+    """
+    if path.is_dir() or path.suffix.lower() in (".csv", ".jsonl"):
+        return [clip.caption for clip in find(str(path), lambda caption: None).clips]
+    try:
+        lines = [line.strip() for line in path.read_text(encoding="utf-8").splitlines()]
+    except (OSError, UnicodeDecodeError) as problem:
+        raise RequestError(f"'{path}' cannot be read as text: {problem}; give a file with a prompt a line.") from None
+    if not (found := [line for line in lines if line]):
+        raise RequestError(f"'{path}' holds no prompt; write one a line.")
+    return found
 
 
 def world(model: KnownModel, seed: int) -> list[Scene]:

@@ -19,15 +19,15 @@ from torch import Tensor, nn
 from swiftwan.device import versions
 from swiftwan.engine import Engine
 from swiftwan.errors import SwiftwanError
-from swiftwan.models.dit import WanTransformer, each_block
-from swiftwan.train import adapter, flow, memory, validate
+from swiftwan.models.dit import WanTransformer
+from swiftwan.train import adapter, flow, memory, validate, work
 from swiftwan.train.buckets import Item, Shapes, batches
 from swiftwan.train.cache import Cache, Encoders
 from swiftwan.train.checkpoint import Checkpoints, optimizer_tensors, restore_optimizer
 from swiftwan.train.loop import Schedule
 from swiftwan.train.processes import Processes, shard
 from swiftwan.train.settings import Settings
-from swiftwan.train.trainee import Trainee, attention, make_optimizer, trainees
+from swiftwan.train.trainee import Trainee, compile_blocks, equip, make_optimizer, trainees
 from swiftwan.weights.lora import Expert
 from swiftwan.weights.lora_write import write_lora
 
@@ -80,7 +80,7 @@ class Run:
         self._first_bad = torch.full((), math.inf, device=self.device)
         self._losses: list[Tensor] = []
         self._norm = torch.zeros((), device=self.device)
-        self._tokens, self._began = 0, time.perf_counter()
+        self._tokens, self._tflop, self._began = 0, 0.0, time.perf_counter()
         self._epochs: dict[int, list[list[int]]] = {}
 
     @property
@@ -99,17 +99,14 @@ class Run:
                 adapter.tie(transformer, self.trainees[0].transformer)
             else:
                 parameters |= {f"{trainee.expert or 'model'}.{name}": parameter for name, parameter in found.items()}
-            attend = attention(self.engine.device, transformer.dtype)
-            for block in each_block(transformer):
-                block.attn1.attend = attend
+            equip(transformer, self.engine.device)
             if settings.base == "fp8":
                 adapter.freeze_in_fp8(transformer, self.engine.device)
             memory.keep_in_blocks(transformer, self._keeps(transformer))
             if self.device.type == "cuda":
                 # A compilation a bucket's shape, and one more without gradients: past torch's limit of eight.
                 torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, 64)
-                for layer in transformer.blocks:
-                    layer.compile(dynamic=False)
+                compile_blocks(transformer)
             if settings.weights != "whole":
                 shard(transformer, list(found.values()), self.device, settings.weights)
                 self.engine.parts.enter = lambda component: None  # they come by themselves from now on
@@ -167,7 +164,9 @@ class Run:
         chance = flow.generator(self.settings.seed, number, self.device)
         batch = self.batch(items, chance, drop=self.settings.drop_caption)
         noise = torch.randn(batch.latents.shape, generator=chance, device=self.device)
-        self._tokens += sum(self.data.shapes.tokens(item.bucket) for item in items)
+        for tokens in (self.data.shapes.tokens(item.bucket) for item in items):
+            self._tokens += tokens
+            self._tflop += sum(work.tflop(trainee.transformer.config, tokens))
         return flow.loss(trainee.transformer, batch, level, noise, self.settings.weighting)
 
     def _numbers(self, number: int) -> list[int]:
@@ -235,10 +234,11 @@ class Run:
                 "learning_rate": self.schedule.at(self.step - 1),
                 "step_seconds": seconds / len(self._losses),
                 "tokens_per_second": self._tokens / seconds,
+                "tflop_per_second": self._tflop / seconds,
             },
             trackers,
         )
-        self._losses, self._tokens, self._began = [], 0, time.perf_counter()
+        self._losses, self._tokens, self._tflop, self._began = [], 0, 0.0, time.perf_counter()
 
     def check(self) -> None:
         """Raise SwiftwanError if the loss or a gradient was not finite, saying since which step."""

@@ -15,7 +15,7 @@ _CHOICES = {
     "experts": ("high", "low", "both", "shared"),
     "base": ("bf16", "fp8"),
     "weights": ("whole", "sharded", "offloaded"),
-    "keep": ("auto", "all", "attention", "nothing"),
+    "keep": ("auto", "all", "products", "attention", "nothing"),
     "format": FORMATS,
 }
 
@@ -70,7 +70,7 @@ class Settings:
     sample_every: int = 0
     prompts: tuple[str, ...] = ()
     checkpoint_every: int = 100
-    keep: Literal["auto", "all", "attention", "nothing"] = "auto"
+    keep: Literal["auto", "all", "products", "attention", "nothing"] = "auto"
     format: str = "diffusers"
 
     def identity(self) -> dict[str, Any]:

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
+from importlib.util import find_spec
+from typing import Any, cast
 
 import torch
 from torch import nn
@@ -11,7 +12,7 @@ from torch import nn
 from swiftwan.device import Device
 from swiftwan.engine import Engine
 from swiftwan.errors import RequestError, UnavailableError
-from swiftwan.models.dit import WanTransformer
+from swiftwan.models.dit import Block, WanTransformer, each_block
 from swiftwan.ops.attention import Attend, kernel, sdpa
 from swiftwan.ops.flash4_training import flash4
 from swiftwan.train import flow
@@ -58,9 +59,22 @@ def trainees(engine: Engine, settings: Settings) -> list[Trainee]:
     return [Trainee("low", parts.transformer_2, low, below), Trainee("high", parts.transformer, high, 1 - below)]
 
 
+def equip(transformer: WanTransformer, device: Device) -> None:
+    """Give its blocks the fastest kernels here that have a backward pass."""
+    attend = attention(device, transformer.dtype)
+    for block in each_block(transformer):
+        block.attn1.attend = attend
+    if device.capability and transformer.dtype.itemsize == 2 and find_spec("triton"):
+        from swiftwan.ops.few_keys_triton import to_prompt
+        from swiftwan.ops.norm_rope_training import TRAINING
+
+        for block in each_block(transformer):
+            block.attn2.attend, block.ops = to_prompt, TRAINING
+
+
 def attention(device: Device, dtype: torch.dtype) -> Attend:
-    """The fastest attention here that has a backward pass. 12 x 32,760 x 128 in bf16 on an H200, forward and backward:
-    FlashAttention-4 34 ms, cuDNN 41, torch's own choice 71 (benchmarks/h200_train_attention.jsonl)."""
+    """Of a video to itself. 12 x 32,760 x 128 in bf16 on an H200, forward and backward: FlashAttention-4 34 ms,
+    cuDNN 41, torch's own choice 71 (benchmarks/h200_train_attention.jsonl)."""
     capability = device.capability
     if dtype.itemsize > 2:
         return sdpa
@@ -68,6 +82,15 @@ def attention(device: Device, dtype: torch.dtype) -> Attend:
         kernel("flash4").load()  # sets where it keeps what it compiles
         return flash4
     return kernel("cudnn").load() if capability and capability >= (9, 0) else sdpa
+
+
+def compile_blocks(transformer: WanTransformer) -> None:
+    """Compile each block for the shapes that come, and what it makes of the prompt: that is hundreds of tiny kernels at
+    a step's beginning and end, and eager, the device waits for their launches."""
+    for layer in transformer.blocks:
+        block = cast(Block, layer)
+        block.compile(dynamic=False)
+        block.attn2.remember = torch.compile(block.attn2.remember, dynamic=False)  # type: ignore[method-assign]
 
 
 def make_optimizer(settings: Settings, parameters: list[nn.Parameter]) -> torch.optim.Optimizer:

@@ -245,7 +245,9 @@ def test_an_image_begins_a_video(open_page: Open, tmp_path: Path) -> None:
     Image.new("RGB", (128, 128), (108, 164, 218)).save(tmp_path / "first.png")
     page = open_page()
     page.get_by_role("radio", name="Image to image").check()
-    page.locator("input[type=file]").first.set_input_files(tmp_path / "first.png")
+    # Not any input for files: that of settings is there before the server has turned the page to the task.
+    image = page.locator(".drop", has=page.get_by_text("Image", exact=True))
+    image.locator("input[type=file]").set_input_files(tmp_path / "first.png")
     page.get_by_text("first.png").first.wait_for()
     page.get_by_label("Prompt", exact=True).fill("a red circle over a blue background")
     page.get_by_label("number input for Steps").fill("12")

@@ -9,22 +9,6 @@ from typing import Annotated, Any, Literal, cast
 
 import typer
 
-from swiftwan.errors import RequestError
-from swiftwan.models.config import KnownModel
-
-FOR_SMALL = {
-    "rank": 10,
-    "batch": 128,
-    "walks": 4096,
-    "regression": 1200,
-    "consistency": 800,
-    "learning_rate": 3e-3,
-}
-"""What made the embedded model's 4-step student: 161 s on an H200."""
-
-FOR_LARGE = {"rank": 32, "batch": 1, "walks": 0, "regression": 300, "consistency": 500, "learning_rate": 1e-4}
-"""What others take for LoRAs of this kind; no student of a published model was made with it yet."""
-
 _BY_SIZE = "Unset: by the model's size."
 
 
@@ -66,8 +50,8 @@ def distill(
     from swiftwan.pipelines.request import TextToVideo
     from swiftwan.plan import complete, describe
     from swiftwan.train import distill_run
-    from swiftwan.train.distill_settings import Settings
-    from swiftwan.train.distill_world import drawn, world
+    from swiftwan.train.distill_settings import FOR_LARGE, FOR_SMALL, Settings, refuse_unfit
+    from swiftwan.train.distill_world import drawn, read_prompts, world
 
     facts = describe(model)
     refuse_unfit(facts.known, expert)
@@ -117,36 +101,3 @@ def distill(
         say=lambda line: typer.echo(line, err=True),
     )
     typer.echo(json.dumps({"lora": str(path), "bytes": path.stat().st_size}))
-
-
-def refuse_unfit(model: KnownModel, expert: str) -> None:
-    """Raise RequestError for a model that this cannot distill, before anything loads."""
-    wanted = ("high", "low") if model.boundary_ratio else ("",)
-    if expert not in wanted and model.boundary_ratio:
-        raise RequestError(f"'{model.name}' has two transformers: give --expert high, and in another run --expert low.")
-    if expert not in wanted:
-        raise RequestError(f"--expert is '{expert}', and '{model.name}' has one transformer: leave it out.")
-    if model.image_start == "channels":
-        raise RequestError(
-            f"'{model.name}' makes videos from images, and train distill has prompts alone; take a text-to-video one, "
-            "for example wan2.1-t2v-1.3b."
-        )
-
-
-def read_prompts(path: Path) -> list[str]:
-    """The lines of a file that are not empty, or the captions of clips.
-
-    Raises:
-        RequestError: it cannot be read, or is empty.
-    """
-    if path.is_dir() or path.suffix.lower() in (".csv", ".jsonl"):
-        from swiftwan.train.data import find
-
-        return [clip.caption for clip in find(str(path), lambda caption: None).clips]
-    try:
-        lines = [line.strip() for line in path.read_text(encoding="utf-8").splitlines()]
-    except (OSError, UnicodeDecodeError) as problem:
-        raise RequestError(f"'{path}' cannot be read as text: {problem}; give a file with a prompt a line.") from None
-    if not (found := [line for line in lines if line]):
-        raise RequestError(f"'{path}' holds no prompt; write one a line.")
-    return found
