@@ -68,7 +68,7 @@ def measured(rows: dict[str, Row]) -> str:
     """Each plan's phases and step, and in brackets what ``explain`` told before it ran."""
     lines = ["| model | plan | peak GB | text | denoise | decode | s a step |", "|--|--|--|--|--|--|--|"]
     for row in rows.values():
-        if row["status"] != "ok" or row.get("runner") == "diffusers":
+        if row["status"] != "ok" or row.get("runner") == "diffusers" or "not_alone" in row:
             continue
         guess = row["estimate"]
         phases = told_phases(guess)

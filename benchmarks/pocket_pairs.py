@@ -35,7 +35,7 @@ PROOF = (
     "attention:cudnn", "attention:flash4", "attention:sdpa", "batched-cfg", "cfg-interval", "cfg-skip:first=1",
     "compile", "cuda-graphs", "deepcache:block-num=3", "dtype:bf16", "few-step", "fused", "offload:auto:budget=0.02",
     "offload:blocks", "offload:model", "prompt-cache:off", "quantize:fp8", "quantize:int4", "quantize:int8",
-    "quantize:nf4", "quantize:int4:on=text", "sparse-attention:keep=0.5", "step-cache:first=1,last=1",
+    "quantize:nf4:keep=1", "quantize:int4:on=text", "sparse-attention:keep=0.5", "step-cache:first=1,last=1",
     "text-encoder:blocks", "text-encoder:cpu", "text-encoder:unload", "tf32", "vae:bf16", "vae:fast",
     "vae:tiling:sample=64,stride=48",
 )  # fmt: skip

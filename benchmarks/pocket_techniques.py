@@ -68,7 +68,7 @@ NEAR = [
     "quantize:int8:activations=dynamic",
     "quantize:int4",
     "quantize:int4:keep=1",
-    "quantize:nf4",
+    "quantize:nf4:keep=1",
     "quantize:int8:on=text",
     "quantize:int4:on=text",
 ]

@@ -210,7 +210,7 @@ def test_the_decoder_is_counted():
 ROWS = [
     row
     for line in (Path(__file__).parents[1] / "benchmarks" / "h200_techniques.jsonl").read_text().splitlines()
-    if (row := json.loads(line))["status"] == "ok" and row.get("runner") != "diffusers"
+    if (row := json.loads(line))["status"] == "ok" and row.get("runner") != "diffusers" and "not_alone" not in row
 ]
 
 
@@ -226,8 +226,8 @@ def test_the_estimate_is_near_what_an_h200_measured(row, monkeypatch):
     assert load.peak_bytes == pytest.approx(row["peak_bytes"], rel=0.06)
     for name, measured in row["phase_peak_bytes"].items():
         if name != "load":
-            # A random text encoder is drawn within its phase, half a GB at a time.
-            drawn = 0.7e9 if name == "text" else 0
+            # A random text encoder is drawn within its phase, in pieces.
+            drawn = 1.0e9 if name == "text" else 0
             assert phase(load, name).device_bytes == pytest.approx(measured, rel=0.1, abs=drawn)
     # Told is a step that computes both predictions in full; what skips work does so in most steps.
     skips = any(parse(spec).kind == "approximate" for spec in row["plan"])

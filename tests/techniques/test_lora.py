@@ -120,7 +120,8 @@ def test_strengths_switch_between_requests_without_a_reload(files, plain):
 
 
 @pytest.mark.parametrize(
-    ("spec", "package"), [("quantize:int8", "torchao"), ("quantize:int4", "torch"), ("quantize:nf4", "bitsandbytes")]
+    ("spec", "package"),
+    [("quantize:int8", "torchao"), ("quantize:int4", "torch"), ("quantize:nf4:keep=1", "bitsandbytes")],
 )
 def test_quantised_weights_take_it_live_or_merged_before(spec, package, files):
     if importlib.util.find_spec(package) is None:

@@ -99,7 +99,7 @@ def test_the_expert_that_waits_is_not_on_the_device(two_experts):
         (["offload:blocs"], "offload is 'blocs'. Did you mean 'blocks'"),
         (["offload:blocks:resident=-2"], "resident is -2"),
         (["offload:model:resident=2"], "offload:model has no resident blocks"),
-        (["offload:blocks", "quantize:nf4"], "offload cannot run beside quantize: bitsandbytes"),
+        (["offload:blocks", "quantize:nf4:keep=1"], "offload cannot run beside quantize: bitsandbytes"),
     ],
 )
 def test_bad_plans_say_what_and_how(specs, words):

@@ -32,7 +32,7 @@ def plain():
         ("quantize:int8:activations=dynamic", 0.1),
         ("quantize:fp8:activations=none", 0.12),
         ("quantize:int4", 0.6),
-        ("quantize:nf4", 0.6),
+        ("quantize:nf4:keep=1", 0.6),
         ("quantize:int8:on=text", 0.02),
     ],
 )
@@ -49,10 +49,9 @@ def test_the_ends_can_be_kept():
     assert kinds == [True, True, False, False, False, True, True]
 
 
-def test_nf4_keeps_the_blocks_at_the_ends():
-    engine, _ = run("quantize:nf4")
-    kinds = [type(block.attn1.to_q) is nn.Linear for block in engine.parts.transformer.blocks]
-    assert kinds == [True, False, False, False, False, False, True]
+def test_nf4_of_all_blocks_is_refused_with_what_it_costs():
+    with pytest.raises(PlanError, match="costs 2 to 3 points .* take quantize:int4, .* quantize:nf4:keep=1"):
+        parse("quantize:nf4")
 
 
 @pytest.mark.parametrize("format_", ["int8", "fp8:activations=none"])
@@ -96,7 +95,7 @@ def test_both_models_can_be_quantized_and_each_only_once():
     plan = make_plan(["quantize:int8", "quantize:int8:on=text"], pick_device("cpu"))
     assert len(plan.techniques) == 2
     with pytest.raises(PlanError, match="both decide linear of transformer"):
-        make_plan(["quantize:int8", "quantize:nf4"], pick_device("cpu"))
+        make_plan(["quantize:int8", "quantize:nf4:keep=1"], pick_device("cpu"))
 
 
 @pytest.mark.parametrize(
@@ -108,7 +107,7 @@ def test_both_models_can_be_quantized_and_each_only_once():
         ("quantize:int8:keep=-1", "keep is -1"),
         ("quantize:int8:keep-steps=-1", "keep-steps is -1; it is a number of steps, 0 or more"),
         ("quantize:int8:on=text,keep-steps=1", "on=text has no steps to keep"),
-        ("quantize:nf4:activations=dynamic", "no 8-bit activations"),
+        ("quantize:nf4:keep=1,activations=dynamic", "no 8-bit activations"),
         ("quantize:fp8", "capability 8.9 or more; take quantize:fp8:activations=none"),
     ],
 )

@@ -44,7 +44,7 @@ class Quantize(Technique):
             dynamic for fp8 where the GPU can, else none.
         scale: of dynamic fp8: one a ``row`` (token), or one a ``tensor``.
         keep: so many blocks at either end stay as they are; they hurt most (xDiT found the same of attention). nf4
-            keeps at least one: with none it cost the embedded model 2 points of its judge, with one 0.7.
+            must keep one or more: it costs the embedded model 2 to 3 points of its judge, int4 costs none.
         keep_steps: so many first and last steps compute in 16 bits, which the layers then hold as well: for speed,
             not for memory.
     """
@@ -60,7 +60,7 @@ class Quantize(Technique):
     kind = "near"
     reason = "linear layers hold their weights in fewer bits"
     slot = Slot.LINEAR
-    values = FORMATS
+    values = ("fp8", "int8", "int4", "nf4:keep=1")
 
     def __post_init__(self) -> None:
         for option, allowed in _CHOICES.items():
@@ -68,6 +68,11 @@ class Quantize(Technique):
                 raise PlanError(f"quantize: {option} is '{said}'." + did_you_mean(said, filter(None, allowed)))
         if self.keep < 0:
             raise PlanError(f"quantize: keep is {self.keep}; it is a number of blocks, 0 or more.")
+        if self.value == "nf4" and self.on == "transformer" and not self.keep:
+            raise PlanError(
+                "quantize:nf4 costs 2 to 3 points of the embedded model's judge; take quantize:int4, which costs none, "
+                "or say so by keeping blocks at either end: quantize:nf4:keep=1."
+            )
         if self.keep_steps < 0:
             raise PlanError(f"quantize: keep-steps is {self.keep_steps}; it is a number of steps, 0 or more.")
         if self.keep_steps and self.on == "text":
@@ -87,11 +92,6 @@ class Quantize(Technique):
         if self.keep_steps:
             made.add("steps-differ")
         return frozenset(made)
-
-    @property
-    def kept(self) -> int:
-        """Blocks at either end that stay as they are."""
-        return max(self.keep, 1) if self.value == "nf4" and self.on == "transformer" else self.keep
 
     @property
     def is_dynamic(self) -> bool:
@@ -122,7 +122,7 @@ class Quantize(Technique):
         if self.on == "text":
             return costs.lighter_text(each)
         layers = costs.sizes.num_layers
-        share = max(0, layers - 2 * self.kept) / layers
+        share = max(0, layers - 2 * self.keep) / layers
         costs = costs.lighter_linear(each + costs.dtype.itemsize if self.keep_steps else each, share)
         if self.is_dynamic:
             return replace(costs, product=self.value)
@@ -135,7 +135,7 @@ class Quantize(Technique):
         """Each layer as soon as it is there, so that the model is never whole in 16 bits."""
         head, _, rest = path.partition(".")
         number = int(rest.partition(".")[0]) if head == "blocks" else -1
-        inside = self.kept <= number < len(model.get_submodule("blocks")) - self.kept  # type: ignore[arg-type]
+        inside = self.keep <= number < len(model.get_submodule("blocks")) - self.keep  # type: ignore[arg-type]
         return self._changed(path, layer) if inside and type(layer) is nn.Linear else layer
 
     def install(self, parts: Parts) -> None:
@@ -146,7 +146,7 @@ class Quantize(Technique):
             return
         for transformer in filter(None, (parts.transformer, parts.transformer_2)):
             blocks = transformer.blocks
-            for block in blocks[self.kept : len(blocks) - self.kept]:
+            for block in blocks[self.keep : len(blocks) - self.keep]:
                 self._quantize(block)
             if self.keep_steps:
                 ends = Ends(self.keep_steps, self.keep_steps)
