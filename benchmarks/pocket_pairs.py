@@ -163,7 +163,7 @@ def table(found: dict[frozenset[str], dict[str, Any]]) -> str:
         cells = [_mark(one, other, found.get(frozenset((one, other))), reasons) for other in names[:number]]
         cells += [""] * (len(names) - number)
         lines.append(f"| {number} | `{one}` | {parse(one).kind} | " + " | ".join(cells) + " |")
-    lines += ["", "`+` ran together, `o` is accepted and has not run; a letter is a refusal:", ""]
+    lines += ["", "`+` ran together, `?` is accepted and has not run; a letter is a refusal:", ""]
     lines += [f"- `{letter}`: {reason}" for reason, letter in reasons.items()]
     return "\n".join(lines)
 
@@ -171,7 +171,7 @@ def table(found: dict[frozenset[str], dict[str, Any]]) -> str:
 def _mark(one: str, other: str, row: dict[str, Any] | None, reasons: dict[str, str]) -> str:
     if one != other and (reason := parse(one).conflict(parse(other))):
         return reasons.setdefault(reason, _letter(len(reasons)))
-    return {"ok": "+", "failed": "failed"}.get(row["status"] if row else "", "o")
+    return {"ok": "+", "failed": "failed"}.get(row["status"] if row else "", "?")
 
 
 def _letter(number: int) -> str:
