@@ -9,7 +9,7 @@ import pytest
 SOURCE = Path(__file__).parents[1] / "src" / "swiftwan"
 
 LAYERS = (
-    ("errors", "noise"),
+    ("errors", "quiet"),
     ("device", "ops", "pocket", "prompt_cache"),
     ("ceilings", "models"),
     ("sampling", "guidance", "progressive", "pipelines.request"),

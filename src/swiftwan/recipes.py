@@ -121,7 +121,7 @@ def _launched_at_once(
 ) -> list[str]:
     """With recorded forwards of both predictions instead of skipped steps, where launches take most of the time.
 
-    So with one picture of 1.3B at 832x480: 16 ms a guided step instead of 63 (benchmarks/h200_rungs.jsonl). Told for
+    So with one picture of 1.3B at 832x480: 16 ms a guided step instead of 63 (benchmarks/h200_forward.jsonl). Told for
     an H200: another GPU's launches and products stand to each other alike. Without a request nothing is known of sizes.
     """
     if request is None or "offload:model" in specs:

@@ -42,10 +42,15 @@ class TextConfig:
         return cls(**{key: value for key, value in sizes.items() if key in known}, own_bias=own_bias)
 
 
+def _table(rows: int, width: int) -> nn.Embedding:
+    """Without numbers until weights are loaded: to draw them on meta, torch imports its compiler, for a second."""
+    return nn.Embedding.from_pretrained(torch.empty(rows, width))
+
+
 class UMT5Encoder(nn.Module):
     def __init__(self, config: TextConfig) -> None:
         super().__init__()
-        self.shared = nn.Embedding(config.vocab_size, config.d_model)
+        self.shared = _table(config.vocab_size, config.d_model)
         self.encoder = Stack(config, self.shared)
 
     def forward(self, ids: Tensor, mask: Tensor) -> Tensor:
@@ -89,8 +94,8 @@ class Block(nn.Module):
         """
         attention = self.layer[0]
         assert isinstance(attention, SelfAttentionLayer)
-        if (table := attention.SelfAttention.relative_attention_bias) is not None:
-            bias = (table(buckets).permute(2, 0, 1)[None] + hidden[:, None, None]).contiguous()
+        if (own := attention.SelfAttention.relative_attention_bias) is not None:
+            bias = (own(buckets).permute(2, 0, 1)[None] + hidden[:, None, None]).contiguous()
         return bounded(self.layer[1](bounded(attention(x, bias)))), bias
 
 
@@ -117,7 +122,7 @@ class SelfAttention(nn.Module):
         self.v = nn.Linear(config.d_model, inner, bias=False)
         self.o = nn.Linear(inner, config.d_model, bias=False)
         buckets = config.relative_attention_num_buckets
-        self.relative_attention_bias = nn.Embedding(buckets, config.num_heads) if has_bias else None
+        self.relative_attention_bias = _table(buckets, config.num_heads) if has_bias else None
 
     def forward(self, x: Tensor, bias: Tensor) -> Tensor:
         """x (B, S, D) and what is added to the scores, (B or 1, H, S, S)."""

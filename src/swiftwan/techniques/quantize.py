@@ -10,9 +10,9 @@ from typing import TYPE_CHECKING, Any
 from torch import nn
 
 from swiftwan.errors import PlanError, did_you_mean
-from swiftwan.noise import silence
 from swiftwan.ops.fp8 import Fp8Linear
 from swiftwan.ops.int4 import GROUP, Int4Linear
+from swiftwan.quiet import silence
 from swiftwan.techniques.base import Settings, Slot, Technique
 from swiftwan.techniques.ends import Ends, LinearOtherAtEnds
 
@@ -158,7 +158,7 @@ class Quantize(Technique):
     def _quantize(self, module: nn.Module) -> None:
         for path, parent in list(module.named_modules()):
             for name, child in () if isinstance(parent, LinearOtherAtEnds) else parent.named_children():
-                # transformers casts what comes into UMT5's wo to the dtype of its weight, so that one must be a float.
+                # UMT5's wo reads the encoder's largest numbers; transformers keeps it in float32 for that.
                 if name != "wo" and type(child) is nn.Linear and type(child.weight) is nn.Parameter:
                     setattr(parent, name, self._changed(f"{path}.{name}", child))
 

@@ -16,8 +16,8 @@ from torch import Tensor, nn
 from swiftwan.device import Device
 from swiftwan.errors import RequestError, UnavailableError, did_you_mean
 from swiftwan.models.dit import WanTransformer
-from swiftwan.noise import silence
 from swiftwan.ops.fp8_training import Fp8FrozenLinear
+from swiftwan.quiet import silence
 
 silence()
 try:

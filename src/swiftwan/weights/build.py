@@ -18,7 +18,7 @@ from swiftwan.models.dit import KEEP_FP32, WanTransformer
 from swiftwan.models.text import TextEncoder
 from swiftwan.models.umt5 import TextConfig, UMT5Encoder
 from swiftwan.models.vae import WanVAE
-from swiftwan.noise import silence
+from swiftwan.quiet import silence
 from swiftwan.weights import check
 from swiftwan.weights.find import locate, read_layout
 from swiftwan.weights.layout import Folder, Layout, RandomModel, Source
@@ -191,9 +191,9 @@ def _random(
     vae = _on_meta(WanVAE, known.vae)
     randomize(vae, device=device, dtype=vae_dtype)
 
-    def encoder(runs_on: torch.device) -> nn.Module:
+    def encoder(rests_on: torch.device) -> nn.Module:
         model: nn.Module = _on_meta(_encoder, "UMT5EncoderModel", UMT5_XXL)
-        randomize(model, device=device, dtype=dtype, rest_on=runs_on)
+        randomize(model, device=device, dtype=dtype, rest_on=rests_on)
         return model
 
     pocket = locate(POCKET.name)
@@ -254,12 +254,8 @@ def transformer_bytes(config: TransformerConfig, dtype: torch.dtype) -> tuple[in
 
 
 def text_parameter_count(sizes: dict[str, Any]) -> int:
-    """The same for a UMT5 encoder; by a formula, since importing transformers takes seconds."""
-    dim, heads, inner = sizes["d_model"], sizes["num_heads"], sizes["num_heads"] * sizes["d_kv"]
-    wide = 3 if sizes.get("feed_forward_proj", "gated-gelu").startswith("gated") else 2
-    positions = sizes.get("relative_attention_num_buckets", 32) * heads
-    layer = 4 * dim * inner + positions + wide * dim * sizes["d_ff"] + 2 * dim
-    return sizes["vocab_size"] * dim + sizes["num_layers"] * layer + dim
+    """The same for a UMT5 encoder."""
+    return _count(_on_meta(_encoder, "UMT5EncoderModel", sizes).parameters())
 
 
 def _count(parameters: Any) -> int:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 
-NOISE = {
+LINES = {
     # A wheel holds kernels of many GPUs, and tells each that this machine's loader cannot take.
     "torchao": "Failed to load ",
     # torchao 0.18 registers its enumerations in a way that torch 2.13 will do without.
@@ -16,7 +16,7 @@ NOISE = {
 
 def silence() -> None:
     """Call before torchao or bitsandbytes may be imported; transformers and peft import them too."""
-    for name, words in NOISE.items():
+    for name, words in LINES.items():
         logger = logging.getLogger(name)
         if not any(isinstance(known, _Without) for known in logger.filters):
             logger.addFilter(_Without(words))
