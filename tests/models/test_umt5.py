@@ -6,6 +6,7 @@ import pytest
 import torch
 from transformers import T5Config, T5EncoderModel, UMT5Config, UMT5EncoderModel
 
+from swiftwan.errors import WeightsError
 from swiftwan.models.umt5 import TextConfig, UMT5Encoder, bounded, bucket
 
 SIZES = {
@@ -72,3 +73,12 @@ def test_sizes_that_transformers_gives_a_value_need_not_be_told():
     assert config.relative_attention_num_buckets == told.relative_attention_num_buckets
     assert config.relative_attention_max_distance == told.relative_attention_max_distance
     assert config.layer_norm_epsilon == told.layer_norm_epsilon
+
+
+@pytest.mark.parametrize(("said", "own_bias"), [({"feed_forward_proj": "gated-silu"}, True), ({}, False)])
+def test_another_feed_forward_is_refused(said, own_bias):
+    sizes = {name: value for name, value in SIZES.items() if name != "feed_forward_proj"} | said
+    with pytest.raises(
+        WeightsError, match=r"feed_forward_proj '(gated-silu|relu)'; every published Wan has gated-gelu"
+    ):
+        TextConfig.from_json(sizes, own_bias=own_bias)

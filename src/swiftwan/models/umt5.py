@@ -17,6 +17,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from swiftwan.errors import WeightsError
+
 
 @dataclass(frozen=True)
 class TextConfig:
@@ -38,6 +40,17 @@ class TextConfig:
 
     @classmethod
     def from_json(cls, sizes: Mapping[str, Any], *, own_bias: bool = True) -> Self:
+        """Sizes of a config.json.
+
+        Raises:
+            WeightsError: its feed-forward is another than every Wan's, which this encoder computes.
+        """
+        form = sizes.get("feed_forward_proj", "gated-gelu" if own_bias else "relu")  # transformers' own defaults
+        if form != "gated-gelu":
+            raise WeightsError(
+                f"the text encoder's config.json has feed_forward_proj '{form}'; every published Wan has gated-gelu. "
+                "Is this a Wan checkpoint?"
+            )
         known = {field.name for field in fields(cls)}
         return cls(**{key: value for key, value in sizes.items() if key in known}, own_bias=own_bias)
 
