@@ -19,6 +19,8 @@ from typing import Any
 
 import pytest
 
+from swiftwan.serve.page import techniques
+
 pytest.importorskip("gradio", reason="the page needs swiftwan[ui]")
 playwright = pytest.importorskip("playwright.sync_api", reason="the walk needs playwright, of swiftwan[dev]")
 CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
@@ -199,6 +201,40 @@ def test_conflicts_are_shown_before_the_click(open_page: Open, picture: Any) -> 
     expect(page.get_by_label("With their options")).to_have_value(re.compile(r"^step-cache:threshold=0\.2 tf32\b"))
     page.set_viewport_size({"width": 1440, "height": 1720})
     picture(page, "page-techniques")
+
+
+def test_ticks_add_and_remove_and_what_was_typed_stays(open_page: Open) -> None:
+    page = open_page()
+
+    def line_of(line: str, *groups: list[str]) -> Any:
+        return page.evaluate(f"given => ({techniques.script('lineOf')})(...given)", [line, *groups])
+
+    assert line_of("", ["fused"], []) == ["fused"]
+    assert line_of("quantize:fp8:keep=2", [], ["quantize:fp8", "fused"]) == ["quantize:fp8:keep=2 fused"]
+    assert line_of("quantize:fp8:keep=2  lora:x=0.5", [], []) == ["lora:x=0.5"]
+    assert line_of("", [], ["step-cache"]) == ["step-cache:threshold=0.1"]
+
+    ticked = page.evaluate(f"line => ({techniques.script('ticksOf')})(line)", "fused tf32 lora:x ")
+    assert dict(zip((kind for kind, _ in techniques.by_kind()), ticked, strict=True)) == {
+        "exact": ["fused"],
+        "near": ["tf32"],
+        "approximate": [],
+        "retrained": [],
+    }
+
+
+def test_boxes_ticked_faster_than_a_server_answers_stay_ticked(open_page: Open) -> None:
+    page = open_page()
+    page.get_by_role("radio", name="My own").check()
+    names = ("fused", "tf32", "vae:tiling", "cfg-skip", "batched-cfg")
+    page.get_by_role("checkbox", name="fused").wait_for()
+    page.evaluate(
+        "names => names.forEach(name => document.querySelector(`input[type=checkbox][name='${name}']`).click())", names
+    )
+    line = page.get_by_label("With their options")
+    for name in names:
+        expect(page.get_by_role("checkbox", name=name)).to_be_checked()
+        expect(line).to_have_value(re.compile(rf"(^| ){name}\b"))
 
 
 def test_two_results_play_in_step_and_settings_come_back(

@@ -249,10 +249,9 @@ def _techniques() -> Any:
     line = gr.Textbox("", label="With their options", lines=2, placeholder="quantize:fp8 step-cache:threshold=0.1")
     reasons = "".join(f"<dt>{name}</dt><dd>{reason}</dd>" for name, reason in what.items())
     gr.HTML(f'<details class="about"><summary>What they do</summary><dl>{reasons}</dl></details>')
-    quietly: dict[str, Any] = {"show_progress": "hidden", "queue": False}
     for group in ticks:
-        group.input(lambda line, *chosen: techniques.line_of(sum(chosen, []), line), [line, *ticks], line, **quietly)
-    line.change(techniques.ticks_of, line, ticks, **quietly)  # also where settings were filled in
+        group.input(None, [line, *ticks], line, js=techniques.script("lineOf"))
+    line.change(None, line, ticks, js=techniques.script("ticksOf"))  # also where settings were filled in
     return line
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import json
 from itertools import groupby
 
 from swiftwan.errors import SwiftwanError
@@ -41,6 +41,21 @@ OFFERED = (
 
 _KINDS = ("exact", "near", "approximate", "retrained")
 
+_IN_STEP = """
+const head = spec => spec.split(":").filter(part => !part.includes("=")).join(":");
+const words = line => line.split(/\\s+/).filter(Boolean);
+const lineOf = (line, ...groups) => {
+  const ticked = groups.filter(Array.isArray).flat();
+  const kept = words(line).filter(spec => ticked.includes(head(spec)) || !(head(spec) in specs));
+  const there = kept.map(head);
+  return [[...kept, ...ticked.filter(name => !there.includes(name)).map(name => specs[name])].join(" ")];
+};
+const ticksOf = line => {
+  const heads = words(line).map(head);
+  return groups.map(names => names.filter(name => heads.includes(name)));
+};
+"""
+
 
 def by_kind() -> list[tuple[str, list[str]]]:
     """The offered heads, the most exact kind first."""
@@ -53,18 +68,16 @@ def head(spec: str) -> str:
     return ":".join(part for part in spec.split(":") if "=" not in part)
 
 
-def line_of(ticked: Sequence[str], line: str) -> str:
-    """The line of specs after the checklist changed: what was typed stays, as far as it is still ticked."""
-    offered = {head(spec): spec for spec in OFFERED}
-    kept = [spec for spec in line.split() if head(spec) in ticked or head(spec) not in offered]
-    there = {head(spec) for spec in kept}
-    return " ".join([*kept, *(offered[name] for name in ticked if name not in there)])
+def script(function: str) -> str:
+    """JavaScript of one of the two that keep the checklist and its line in step, for an event of the page.
 
-
-def ticks_of(line: str) -> list[list[str]]:
-    """What is ticked in each group of :func:`by_kind` for a line of specs."""
-    heads = {head(spec) for spec in line.split()}
-    return [[name for name in names if name in heads] for _, names in by_kind()]
+    They run in the browser: the answer of a server would come when the next box is ticked already, and untick it.
+    ``lineOf`` gives the line after the checklist changed (what was typed stays, as far as it is still ticked),
+    ``ticksOf`` what is ticked in each group of :func:`by_kind` for a line.
+    """
+    specs = json.dumps({head(spec): spec for spec in OFFERED})
+    groups = json.dumps([names for _, names in by_kind()])
+    return f"(...given) => {{ const specs = {specs}, groups = {groups};\n{_IN_STEP}\nreturn {function}(...given); }}"
 
 
 def refused_beside(line: str, admission: Admission) -> dict[str, str]:
