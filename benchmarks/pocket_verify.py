@@ -25,7 +25,7 @@ from swiftwan.errors import SwiftwanError
 from swiftwan.measure.missing import Missing
 from swiftwan.measure.quality import Material, psnr_db, relative_distance, score, ssim
 from swiftwan.pipelines.result import Result
-from swiftwan.pocket.world import sample_scenes
+from swiftwan.pocket.scenes import sample_scenes
 
 PLANS = (
     "batched-cfg",
