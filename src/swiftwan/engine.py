@@ -151,6 +151,7 @@ class Engine:
         """
         chosen = make_plan(plan, self.device, self.dtype_name, self.facts)
         switch(self.parts, self.plan.techniques, chosen.techniques)
+        _free_memory()  # of recorded graphs, and of weights in another format
         self.parts.text.cache = _prompt_cache(chosen.settings.prompt_cache)
         _allow_tf32(chosen)
         self.plan = chosen
