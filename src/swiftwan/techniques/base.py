@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from swiftwan.progressive import Progressive
     from swiftwan.sampling import FewStep
     from swiftwan.techniques.costs import Costs
-    from swiftwan.weights.build import Parts
+    from swiftwan.weights.build import Parts, ResidentBlocks
     from swiftwan.weights.load import AsLoaded
 
 Kind = Literal["exact", "near", "approximate", "retrained"]
@@ -51,7 +51,8 @@ class Settings:
     """What techniques decide before anything loads.
 
     ``as_loaded`` changes layers as they get their weights; ``merges`` says that something is to be added to the
-    weights first, so that they must stay as they are until then; ``few_step`` is how a distilled model is sampled;
+    weights first, so that they must stay as they are until then; ``resident_blocks`` says which blocks of transformers
+    that load on the host go straight to the device; ``few_step`` is how a distilled model is sampled;
     ``vae_dtype`` is the VAE's own format; ``progressive`` makes the first steps smaller.
     """
 
@@ -61,6 +62,7 @@ class Settings:
     tf32: bool = False
     prompt_cache: str = "disk"
     transformers_on_host: bool = False
+    resident_blocks: ResidentBlocks | None = None
     text_home: str = "gpu"
     as_loaded: AsLoaded | None = None
     merges: bool = False

@@ -64,7 +64,8 @@ class Offload(Technique):
         return []
 
     def apply(self, settings: Settings) -> Settings:
-        return replace(settings, transformers_on_host=True)
+        stay = self._that_stay if self.value in ("auto", "blocks") else None
+        return replace(settings, transformers_on_host=True, resident_blocks=stay)
 
     def cost(self, costs: Costs) -> Costs:
         layers = costs.sizes.num_layers
@@ -99,25 +100,31 @@ class Offload(Technique):
             bring(transformer, parts.device)
 
     def _resident(self, experts: int, layers: int, rest: int, block: int) -> int:
+        """As :meth:`_that_stay`.
+
+        Raises:
+            PlanError: the budget does not hold what cannot stream.
+        """
+        stay, least = self._that_stay(experts, layers, rest, block), experts * rest + 2 * block
+        if self.value == "auto" and stay < layers and self.budget * 1e9 < least:
+            raise PlanError(
+                f"offload: budget is {self.budget:g} GB, and the two blocks at work and what is no block take "
+                f"{least / 1e9:.2f} GB; give more, or quantize."
+            )
+        return stay
+
+    def _that_stay(self, experts: int, layers: int, rest: int, block: int) -> int:
         """How many blocks of each transformer stay on the device.
 
         Args:
             rest, block: bytes of a transformer without its blocks, and of one block.
-
-        Raises:
-            PlanError: the budget does not hold what cannot stream.
         """
         if self.value == "blocks":
             return min(self.resident, layers)
         budget, least = int(self.budget * 1e9), experts * rest + 2 * block
         if experts * (rest + layers * block) <= budget:
             return layers
-        if budget < least:
-            raise PlanError(
-                f"offload: budget is {self.budget:g} GB, and the two blocks at work and what is no block take "
-                f"{least / 1e9:.2f} GB; give more, or quantize."
-            )
-        return min((budget - least) // (experts * block), layers - 1)
+        return min(max(budget - least, 0) // (experts * block), layers - 1)
 
 
 class OneAtATime:
