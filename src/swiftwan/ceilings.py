@@ -62,7 +62,7 @@ H200 = Ceilings(
     # that are no block's (LOG.md); plain, what else two forwards of 16.6 ms take (h200_forward.jsonl).
     gap_seconds=(6e-5, 3.3e-5),
     around_blocks=1.2e-3,
-    around_forwards=2.9e-3,  # a picture's step of 19.1 ms (h200_techniques.jsonl), its forward 16.2 (h200_forward.jsonl)
+    around_forwards=2.9e-3,  # of a picture 19.1 ms (h200_techniques.jsonl) with forwards of 16.2 (h200_forward.jsonl)
     source="measured on an H200 with torch 2.11 (benchmarks/h200_*.jsonl)",
 )
 
