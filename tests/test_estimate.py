@@ -210,6 +210,12 @@ def test_a_pictures_forwards_are_near_those_measured_on_an_h200(monkeypatch, pla
     assert load.step_seconds - H200.around_forwards == pytest.approx(measured, rel=0.1)
 
 
+def test_a_float32_step_is_near_the_measured_baseline():
+    # benchmarks/h200_seed_001/rows.jsonl: diffusers' eager run in float32, 12.5 s a step.
+    load = load_of(*SIZES[0], ["dtype:fp32"])
+    assert load.step_seconds == pytest.approx(12.5, rel=0.05)
+
+
 def test_without_rates_no_time_is_told():
     facts = describe("pocket")
     request = complete(sw.TextToVideo("a red circle"), facts)

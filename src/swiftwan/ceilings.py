@@ -25,7 +25,7 @@ class Ceilings:
 
     Attributes:
         products: TFLOP/s by what linear layers multiply in: ``16`` (bf16, fp16), ``fp8``, ``int8``, ``tf32``, ``fp32``.
-        attention: TFLOP/s of self-attention by kernel.
+        attention: TFLOP/s of self-attention by kernel; ``fp32`` is torch's own choice for float32.
         memory, bus: bytes a second of device memory, and from pinned host memory to it.
         decode: TFLOP/s of a VAE's decoder in 16 bits, plain and with ``vae:fast``, by the channels of its last level.
         launch_seconds: host time of one block's launches: plain, and fused.
@@ -52,6 +52,7 @@ H200 = Ceilings(
     attention={
         **{"sdpa": 550, "cudnn": 575, "flash4": 685, "flash3": 600, "flash2": 352, "sage": 430},
         "fp8": 870,  # with its rounding: 218 and 7 ms of a forward of 1.3B at 832x480x81
+        "fp32": 46,  # what a forward of 6.25 s has beside products and passes (h200_seed_001/rows.jsonl)
         "fp8-plain": 20,  # a check that forms the matrix in float32; not measured
     },
     memory=4.0e12,

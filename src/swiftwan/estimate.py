@@ -214,9 +214,10 @@ def _forward_seconds(costs: Costs, ceilings: Ceilings) -> float:
     layers = costs.sizes.num_layers
     passes = FUSED_PASSES if costs.fused else PLAIN_PASSES
     between = layers * passes * costs.token_bytes + costs.expanded_parameters * EXPANSION
+    attention = "fp32" if costs.dtype is torch.float32 else costs.attention
     computing = (
         _linear_flop(costs) / ceilings.products[costs.product] / 1e12
-        + costs.attention_share * _attention_flop(costs) / ceilings.attention[costs.attention] / 1e12
+        + costs.attention_share * _attention_flop(costs) / ceilings.attention[attention] / 1e12
         + between / ceilings.memory
         + layers * ceilings.gap_seconds[costs.fused] / costs.batch
     )
