@@ -100,6 +100,10 @@ class Technique:
         """What this machine lacks to run it, in words; empty if nothing."""
         return ""
 
+    def unreadable(self) -> str:
+        """What is wrong with a file that it needs, in words; empty if nothing."""
+        return ""
+
     def fit(self, model: KnownModel) -> list[str]:
         """What it will do to this model, a line each, beyond its reason.
 
@@ -150,10 +154,12 @@ class Technique:
                 if key not in known:
                     what = f"takes no value '{value}'" if key == "value" else f"has no option '{key}'"
                     raise PlanError(f"technique '{cls.name}' {what}." + (did_you_mean(key, known) if known else ""))
+                if known[key].name in options:
+                    raise PlanError(f"technique '{cls.name}' has {key} twice: give it once.")
                 try:
                     options[known[key].name] = types[known[key].name](value)
                 except ValueError:
-                    wanted = types[known[key].name].__name__
+                    wanted = "a whole number" if types[known[key].name] is int else "a number"
                     raise PlanError(f"{cls.name}: {key} is '{value}'; it must be {wanted}.") from None
         if "value" in known and "value" not in options and known["value"].default is MISSING:
             raise PlanError(f"technique '{cls.name}' needs a value: {_summary(cls.__doc__ or '')}")
