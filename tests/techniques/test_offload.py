@@ -11,7 +11,7 @@ from swiftwan.device import pick_device
 from swiftwan.errors import PlanError
 from swiftwan.models.parking import Parked
 from swiftwan.models.streaming import StreamedBlock
-from swiftwan.plan import make_plan
+from swiftwan.plan import describe, make_plan, parse
 from swiftwan.weights.build import build
 from swiftwan.weights.find import locate
 from swiftwan.weights.load import randomize
@@ -104,12 +104,19 @@ def test_the_expert_that_waits_is_not_on_the_device(two_experts):
         (["offload:blocs"], "offload is 'blocs'. Did you mean 'blocks'"),
         (["offload:blocks:resident=-2"], "resident is -2"),
         (["offload:model:resident=2"], "offload:model has no resident blocks"),
+        (["offload:auto:budget=inf"], "offload:auto has a budget of inf GB"),
         (["offload:blocks", "quantize:nf4:keep=1"], "offload cannot run beside quantize: bitsandbytes"),
     ],
 )
 def test_bad_plans_say_what_and_how(specs, words):
     with pytest.raises(PlanError, match=words):
         make_plan(specs, pick_device("cpu"))
+
+
+def test_that_nothing_streams_is_told():
+    (told,) = sw.explain("pocket", REQUEST, plan=["offload:blocks:resident=7"], device="cpu").plan.techniques
+    assert told.fit(describe("pocket").known) == ["'pocket' has 7 blocks: all stay on the device, none streams"]
+    assert parse("offload:blocks:resident=6").fit(describe("pocket").known) == []
 
 
 @pytest.mark.parametrize(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, replace
 from types import MappingProxyType
 from typing import TYPE_CHECKING
@@ -50,7 +51,7 @@ class Offload(Technique):
         if self.resident and self.value != "blocks":
             raise PlanError(f"offload:{self.value} has no resident blocks; that is for offload:blocks.")
 
-        if self.value == "auto" and not self.budget > 0:
+        if self.value == "auto" and not 0 < self.budget < math.inf:
             raise PlanError(
                 f"offload:auto has a budget of {self.budget:g} GB; say how much of the device's memory the "
                 "transformers may take: offload:auto:budget=8."
@@ -61,6 +62,8 @@ class Offload(Technique):
     def fit(self, model: KnownModel) -> list[str]:
         if self.value == "experts" and model.boundary_ratio is None:
             raise PlanError(f"'{model.name}' has one transformer; take offload:model or offload:blocks")
+        if self.resident >= model.transformer.num_layers:
+            return [f"'{model.name}' has {model.transformer.num_layers} blocks: all stay on the device, none streams"]
         return []
 
     def apply(self, settings: Settings) -> Settings:
