@@ -172,8 +172,9 @@ def distilled(monkeypatch, embedded):
 
     The student is tiny and of random weights, but for ``whole``, which takes the embedded model.
     """
-    monkeypatch.setattr(distill_stages, "LOG_EVERY", 1)
-    monkeypatch.setattr(distill_stages, "SAVE_EVERY", 1)
+    each = dict.fromkeys(("regression", "consistency", "matching"), 1)
+    monkeypatch.setattr(distill_stages, "LOG_EVERY", each)
+    monkeypatch.setattr(distill_stages, "SAVE_EVERY", each)
 
     def run(folder, dies=None, prompts=PROMPTS[:4], start=None, clips=None, two=False, whole=False, **changes):
         said = []
