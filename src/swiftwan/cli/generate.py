@@ -13,7 +13,7 @@ import typer
 from swiftwan.cli.asked import Asked, takes_asked
 from swiftwan.cli.many import generate_many
 from swiftwan.cli.progress import Display, cancellable, shown
-from swiftwan.cli.understand import Run, understand
+from swiftwan.cli.understand import Run, refuse_what_cannot_fit, understand
 from swiftwan.errors import Cancelled, RequestError
 
 if TYPE_CHECKING:
@@ -101,7 +101,9 @@ def _check(run: Run) -> None:
     pick_device(run.device)
     if run.dtype is not None:
         parse_dtype(run.dtype)
-    request = _explain(run).request
+    explanation = _explain(run)
+    refuse_what_cannot_fit(explanation)
+    request = explanation.request
     assert request.num_frames is not None
     assert request.height is not None
     assert request.width is not None
