@@ -94,6 +94,7 @@ def test_the_pocket_matrix_beside_diffusers(tmp_path) -> None:
     [
         (["bench", "poket", "--out", "x"], "Did you mean 'pocket'?"),
         (["bench", "pocket", "--out", "x", "--compare", "none.jsonl"], "there are no rows at 'none.jsonl'"),
+        (["bench", "pocket", "--out", "x", "--compare", "/dev/null"], "there are no rows at '/dev/null'"),
         (["verify", "batched-cgf"], "Did you mean 'batched-cfg'?"),
         (["verify", "batched-cfg", "--runs", "0"], "--runs is 0"),
         (["verify", "batched-cfg", "--frames", "1000001"], "1000001 frames take about"),

@@ -78,7 +78,7 @@ def run_matrix(
         for folder in (out, out / "logs", out / "videos", out / "reference"):
             folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
-        raise OutputError(f"'{out}' cannot be written: {error}.") from None
+        raise OutputError(f"'{out}' cannot be written: {error.strerror}; give another --out.") from None
     journal = Journal(out / "journal.jsonl")
     have = {row.get("key") for row in journal.read() if row.get("status") == "ok" or not retry}
     everything = turns(matrix, machine)
@@ -183,7 +183,7 @@ def run_in_process(job: Job, timeout_seconds: float) -> Row:
             row: Row = json.loads(result.read_text(encoding="utf-8"))
             return row
     except OSError as error:
-        return {"status": "no space", "reason": f"'{at.parent}' cannot be written: {error}."}
+        return {"status": "no space", "reason": f"'{at.parent}' cannot be written: {error.strerror}."}
     finally:
         told.unlink(missing_ok=True)
         result.unlink(missing_ok=True)
