@@ -52,7 +52,9 @@ class Journal:
                 file.flush()
                 os.fsync(file.fileno())
         except OSError as error:
-            raise OutputError(f"'{self.path}' cannot be written: {error.strerror}; the rows before it are kept.") from None
+            raise OutputError(
+                f"'{self.path}' cannot be written: {error.strerror}; the rows before it are kept."
+            ) from None
 
     def _row(self, line: bytes, number: int, lines: int) -> Row | None:
         try:
