@@ -72,6 +72,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
             traceback.print_exc()
         told = f"error: unexpected {type(error).__name__}: {error}"
         return _end(f"{told}; please report; run again with SWIFTWAN_TRACEBACK=1 for the traceback", 1)
+    if code == Cancelled.exit_code:  # Typer catches Ctrl-C itself, and says nothing
+        return _end("cancelled", code)
     return code if isinstance(code, int) else 0
 
 
