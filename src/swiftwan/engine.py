@@ -78,7 +78,8 @@ class Engine:
                 device=torch.device(where.torch_device),
                 dtype=chosen.settings.dtype,
                 vae_dtype=chosen.settings.vae_dtype,
-                transformers_on=torch.device("cpu") if chosen.settings.transformers_on_host else None,
+                transformers_on_host=chosen.settings.transformers_on_host,
+                resident_blocks=chosen.settings.resident_blocks,
                 text_home=chosen.settings.text_home,
                 as_loaded=chosen.settings.as_loaded,
             )

@@ -131,8 +131,8 @@ def estimate(request: Request, facts: Facts, plan: Plan, total_bytes: int, ceili
         bring = facts.experts * (costs.block_bytes + costs.rest_bytes) / ceilings.bus
     return replace(
         load,
-        step_seconds=max(steps, default=0) * forward,
-        denoise_seconds=forwards * forward + small + bring,
+        step_seconds=max(steps, default=0) * forward + ceilings.around_forwards,
+        denoise_seconds=forwards * forward + len(steps) * ceilings.around_forwards + small + bring,
         decode_seconds=decode,
     )
 
@@ -214,10 +214,12 @@ def _forward_seconds(costs: Costs, ceilings: Ceilings) -> float:
     layers = costs.sizes.num_layers
     passes = FUSED_PASSES if costs.fused else PLAIN_PASSES
     between = layers * passes * costs.token_bytes + costs.expanded_parameters * EXPANSION
+    attention = "fp32" if costs.dtype is torch.float32 else costs.attention
     computing = (
         _linear_flop(costs) / ceilings.products[costs.product] / 1e12
-        + costs.attention_share * _attention_flop(costs) / ceilings.attention[costs.attention] / 1e12
+        + costs.attention_share * _attention_flop(costs) / ceilings.attention[attention] / 1e12
         + between / ceilings.memory
+        + layers * ceilings.gap_seconds[costs.fused] / costs.batch
     )
     if not costs.graphs:
         computing = max(computing, layers * ceilings.launch_seconds[costs.fused] / costs.batch)
@@ -226,7 +228,7 @@ def _forward_seconds(costs: Costs, ceilings: Ceilings) -> float:
         streamed = 1 - costs.resident_blocks / layers
         resident = seconds * (1 - streamed)
         seconds = resident + max(seconds * streamed, streamed * costs.block_bytes / ceilings.bus / costs.batch)
-    return seconds
+    return seconds + ceilings.around_blocks / costs.batch
 
 
 def _decode_seconds(request: Request, facts: Facts, plan: Plan, costs: Costs, ceilings: Ceilings) -> float:

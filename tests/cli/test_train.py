@@ -39,7 +39,7 @@ def test_check_only_reports(clips, tmp_path, capsys):
     assert told["files"] == []
     assert told["data"][0] == "2 clips and 0 images can be used"
     assert "odd.mp4: no caption" in told["data"][1]
-    assert not (tmp_path / "lora.safetensors").exists()
+    assert [path.name for path in tmp_path.iterdir()] == ["data.txt"]
 
 
 def test_a_short_run_says_how_to_use_what_it_made(clips, tmp_path, capsys):

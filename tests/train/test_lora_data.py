@@ -8,7 +8,7 @@ import torch
 from PIL import Image
 from tests.train.conftest import SMALL, rows, same, write_clips
 
-from swiftwan.errors import RequestError
+from swiftwan.errors import OutputError, RequestError
 from swiftwan.train.lora import train
 
 
@@ -23,6 +23,9 @@ from swiftwan.train.lora import train
         ({"frames": 10}, "frames is 10"),
         ({"frames": 81}, "nothing to train on; .*too short: 9 frames at 16 a second; the shortest item has 21"),
         ({"optimizer": "sgd"}, "optimizer is 'sgd'"),
+        ({"clip": -1.0}, "clip is -1.0; it must be above 0"),
+        ({"shift": float("inf")}, "shift is inf"),
+        ({"batch_tokens": -5}, "batch_tokens is -5; it must be at least 0"),
     ],
     ids=lambda value: str(value)[:24],
 )
@@ -30,6 +33,13 @@ def test_settings_that_cannot_be_met(clips, tmp_path, engine, changes, told):
     with pytest.raises(RequestError, match=told):
         train(engine, str(clips), tmp_path, replace(SMALL, **changes))
     assert not (tmp_path / "run.json").exists()
+    assert not (tmp_path / "cache").exists()  # told before anything is encoded
+
+
+def test_a_run_s_folder_that_cannot_be_made(clips, tmp_path, engine):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(OutputError, match="cannot hold a run: .*; give another --out"):
+        train(engine, str(clips), tmp_path / "file" / "run", SMALL)
 
 
 def test_a_folder_holds_one_run(clips, tmp_path, whole, engine):

@@ -15,7 +15,7 @@ from swiftwan.pipelines.request import ImageToVideo
 from swiftwan.pipelines.start import Material, beside_channels
 from swiftwan.train import flow
 from swiftwan.train.cache import pixels
-from swiftwan.train.lora import prepare, train
+from swiftwan.train.lora import check, prepare, train
 from swiftwan.train.processes import Processes
 from swiftwan.train.run import Run
 from swiftwan.train.settings import Settings
@@ -87,7 +87,8 @@ def test_one_expert_alone_is_said_in_the_file_s_name(clips, tmp_path, two, exper
 
 def test_a_first_frame_goes_beside_the_noise_as_in_sampling(clips, tmp_path, begins_with_image):
     engine = begins_with_image
-    data = prepare(engine, str(clips), SMALL, tmp_path, None, lambda *step: None)
+    checked = check(engine, str(clips), SMALL, tmp_path)
+    data = prepare(engine, checked, SMALL, tmp_path / "cache", lambda *step: None)
     run = Run(engine, SMALL, data, tmp_path, Processes(engine.torch_device))
     item = data.train[0]
     batch = run.batch([item], flow.generator(0, 0, engine.torch_device))

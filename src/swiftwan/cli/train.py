@@ -55,7 +55,9 @@ def lora(
     cache: Annotated[
         Path | None, typer.Option(help="Latents and embeddings. Unset: OUT/cache.", rich_help_panel=_DATA)
     ] = None,
-    check: Annotated[bool, typer.Option("--check", help="Only check the data.", rich_help_panel=_DATA)] = False,
+    check: Annotated[
+        bool, typer.Option("--check", help="Only check data and settings.", rich_help_panel=_DATA)
+    ] = False,
     width: Annotated[int | None, typer.Option(help="With height: most pixels.", rich_help_panel=_DATA)] = None,
     height: Annotated[int | None, typer.Option(help="Aspects are kept.", rich_help_panel=_DATA)] = None,
     frames: Annotated[int | None, typer.Option(help="Most of an item; 4k + 1.", rich_help_panel=_DATA)] = None,
@@ -122,7 +124,8 @@ def lora(
     given = dict(locals())
     from swiftwan.cli.progress import cancellable, shown
     from swiftwan.pipelines.result import StepEvent
-    from swiftwan.train.lora import open_engine, prepare, trackers, train
+    from swiftwan.train.lora import check as check_data
+    from swiftwan.train.lora import open_engine, trackers, train
     from swiftwan.train.settings import Settings
 
     names = Settings.__dataclass_fields__.keys() - {"prompts", "targets"}
@@ -139,7 +142,7 @@ def lora(
         try:
             if check:
                 files = []
-                prepare(engine, data, settings, out, cache, on_step)
+                check_data(engine, data, settings, out)
             else:
                 files = train(
                     engine, data, out, settings, cache=cache, on_step=on_step, log_to=trackers(log or (), out)

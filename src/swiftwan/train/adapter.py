@@ -66,6 +66,18 @@ def chosen_targets(words: Sequence[str]) -> list[str]:
     return list(dict.fromkeys(chosen))
 
 
+def check_rank(transformer: WanTransformer, rank: int, targets: Sequence[str]) -> None:
+    """Raise RequestError for a rank larger than a layer it is for."""
+    block = transformer.blocks[0]
+    widths = {name: min(cast(nn.Linear, block.get_submodule(name)).weight.shape) for name in targets}
+    narrowest = min(widths, key=lambda name: widths[name])
+    if rank > widths[narrowest]:
+        raise RequestError(
+            f"rank is {rank}, and {narrowest} is {widths[narrowest]} wide; a rank above that adds nothing: take "
+            f"{widths[narrowest]} or less."
+        )
+
+
 class LoraLinear(Linear):
     """``base(x) + scaling * up(down(x))``, the factors float32 and multiplied in the activations' dtype."""
 
@@ -91,18 +103,9 @@ def inject(
         The factors, float32, by name: ``blocks.0.attn1.to_q.lora_A.weight``.
 
     Raises:
-        RequestError: the rank is none, or larger than a layer it is for.
+        RequestError: as :func:`check_rank`.
     """
-    if rank < 1:
-        raise RequestError(f"rank is {rank}; it must be at least 1.")
-    block = transformer.blocks[0]
-    widths = {name: min(cast(nn.Linear, block.get_submodule(name)).weight.shape) for name in targets}
-    narrowest = min(widths, key=lambda name: widths[name])
-    if rank > widths[narrowest]:
-        raise RequestError(
-            f"rank is {rank}, and {narrowest} is {widths[narrowest]} wide; a rank above that adds nothing: take "
-            f"{widths[narrowest]} or less."
-        )
+    check_rank(transformer, rank, targets)
     config = lora_config(rank, alpha, targets)
     config._register_custom_module({nn.Linear: LoraLinear})
     device = transformer.patch_embedding.weight.device
@@ -135,14 +138,15 @@ def factors(transformer: WanTransformer) -> dict[str, nn.Parameter]:
     return found
 
 
-def freeze_in_fp8(transformer: WanTransformer, device: Device) -> None:
-    """Run the products with the frozen weights below the adapters in 8 bits.
-
-    Raises:
-        UnavailableError: the device has no 8-bit float products.
-    """
+def check_fp8(device: Device) -> None:
+    """Raise UnavailableError where the device has no 8-bit float products."""
     if (device.capability or (0, 0)) < (8, 9):
         raise UnavailableError("--base fp8 needs an NVIDIA GPU of compute capability 8.9 or more; leave it out.")
+
+
+def freeze_in_fp8(transformer: WanTransformer, device: Device) -> None:
+    """Run the products with the frozen weights below the adapters in 8 bits. Raises as :func:`check_fp8`."""
+    check_fp8(device)
     for module in transformer.modules():
         if isinstance(module, LoraLinear) and _by_16(module.base_layer):
             module.base_layer = Fp8FrozenLinear(module.base_layer)

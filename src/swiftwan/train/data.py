@@ -185,7 +185,11 @@ def _of_table(table: Path, found: Found) -> Iterator[Entry]:
             found.problems.append(
                 Problem(f"{table}:{number}", f"no file; name it in one of {', '.join(MEDIA_COLUMNS)}")
             )
-        elif caption is not None and not isinstance(caption, str):
+        elif caption is None:
+            found.problems.append(
+                Problem(f"{table}:{number}", f"no caption; give it in one of {', '.join(CAPTION_COLUMNS)}")
+            )
+        elif not isinstance(caption, str):
             found.problems.append(Problem(f"{table}:{number}", f"its caption is {caption!r}, not text"))
         else:
             yield Entry(table.parent / media, caption)

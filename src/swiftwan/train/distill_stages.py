@@ -16,8 +16,9 @@ from swiftwan.train.distill_settings import Settings
 from swiftwan.train.loop import Run, Schedule, seed_of
 from swiftwan.train.recorded import Recorded, plain
 
-LOG_EVERY = 100
-SAVE_EVERY = 400
+LOG_EVERY = {"regression": 100, "consistency": 100, "matching": 10}
+SAVE_EVERY = {"regression": 400, "consistency": 400, "matching": 50}
+"""Updates; one of ``matching`` is as much work as six of the others."""
 
 Say = Callable[[str], None]
 
@@ -95,7 +96,8 @@ class Trainer:
         critic = Run(
             self.folder / "critic",
             self.roles.transformer,
-            Schedule(5 * updates, run.schedule.learning_rate),
+            # Sooner warm than the student, who is to follow what it says.
+            Schedule(5 * updates, run.schedule.learning_rate, warmup=min(100, updates)),
             ema_decay=0.0,
         )
         while run.step < updates:
@@ -200,11 +202,11 @@ class Trainer:
         return run
 
     def _after(self, stage: str, run: Run, updates: int, values: dict[str, Tensor], *beside: Run) -> None:
-        if run.step % LOG_EVERY == 0 or run.step == updates:
+        if run.step % LOG_EVERY[stage] == 0 or run.step == updates:
             told = {name: value.item() for name, value in values.items()}
             run.log(**told)
             self.say(f"{stage}: {run.step} of {updates}, {', '.join(f'{k} {v:.4g}' for k, v in told.items())}")
-        if run.step % SAVE_EVERY == 0 or run.step == updates:
+        if run.step % SAVE_EVERY[stage] == 0 or run.step == updates:
             run.log(gap=self.gap())
             for one in (*beside, run):
                 one.save()

@@ -11,19 +11,21 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from swiftwan.engine import Engine
-from swiftwan.errors import RequestError, UnavailableError, did_you_mean
-from swiftwan.train import buckets, validate
+from swiftwan.errors import OutputError, RequestError, UnavailableError, did_you_mean
+from swiftwan.train import adapter, buckets, validate
 from swiftwan.train.cache import Cache, Encoders
 from swiftwan.train.data import Problem, find
 from swiftwan.train.processes import Processes, Weights, local_device, rank_and_count
 from swiftwan.train.run import Data, Run
 from swiftwan.train.settings import Settings
+from swiftwan.train.trainee import trainees
 from swiftwan.weights.check import read_json
 from swiftwan.weights.write import write_json
 
@@ -77,15 +79,32 @@ def trackers(names: Sequence[str], out: Path) -> list[Any]:
     return made
 
 
-def prepare(engine: Engine, source: str, settings: Settings, out: Path, cache: Path | None, on_step: OnStep) -> Data:
-    """Check the data, write the report, encode what is not in the cache, and let the encoders go.
+@dataclass(frozen=True)
+class Checked:
+    """Data that is found and cut into items; nothing of it is encoded yet."""
+
+    sha256: str
+    shapes: buckets.Shapes
+    train: list[buckets.Item]
+    held_out: list[buckets.Item]
+
+
+def check(engine: Engine, source: str, settings: Settings, out: Path) -> Checked:
+    """Find and cut the data, and write ``out/data.txt``: what can be used, and what not.
 
     Raises:
-        RequestError: nothing can be used, a setting cannot be met, or the cache is another model's.
+        RequestError: nothing can be used, or a setting cannot be met.
+        UnavailableError: the device has no 8-bit products, and they are asked for.
+        OutputError: the folder cannot be written.
     """
     known, defaults = engine.facts.known, engine.facts.known.defaults
     if known.image_end == "always":
         raise RequestError(f"'{known.name}' goes from a first frame to a last one, which training does not know yet.")
+    # Now, and not when hours of encoding are over.
+    if settings.base == "fp8":
+        adapter.check_fp8(engine.device)
+    for trainee in trainees(engine, settings):
+        adapter.check_rank(trainee.transformer, settings.rank, adapter.chosen_targets(settings.targets))
     shapes = buckets.Shapes.of(
         known,
         settings.width or defaults.width,
@@ -105,20 +124,33 @@ def prepare(engine: Engine, source: str, settings: Settings, out: Path, cache: P
         items += of_clip
     train, held_out = buckets.hold_out(items, settings.held_out)
     report = [*found.lines(), *_shape_lines(train, held_out, shapes, unused)]
-    out.mkdir(parents=True, exist_ok=True)
-    (out / "data.txt").write_text("\n".join(report) + "\n", encoding="utf-8")
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+        (out / "data.txt").write_text("\n".join(report) + "\n", encoding="utf-8")
+    except OSError as problem:
+        raise OutputError(f"'{out}' cannot hold a run: {problem.strerror}; give another --out.") from None
     if not train:
         raise RequestError(f"nothing to train on; {'; '.join(map(str, found.problems[:3]))}.")
-    encoders = Encoders(known, engine.parts, engine.torch_device)
-    kept = Cache(cache or out / "cache", encoders.identity)
+    return Checked(found.sha256, shapes, train, held_out)
+
+
+def prepare(engine: Engine, checked: Checked, settings: Settings, cache: Path, on_step: OnStep) -> Data:
+    """Encode what is not in the cache, and let the encoders go.
+
+    Raises:
+        RequestError: the cache is another model's.
+    """
+    encoders = Encoders(engine.facts.known, engine.parts, engine.torch_device)
+    kept = Cache(cache, encoders.identity)
     if settings.sample_every:
-        for prompt in (*settings.prompts, defaults.negative_prompt):
+        for prompt in (*settings.prompts, engine.facts.known.defaults.negative_prompt):
             engine.parts.text.encode(prompt)  # stays in the prompt cache when the encoder has gone
     engine.parts.enter("vae")
-    encoders.fill(kept, [*train, *held_out], lambda done, of: on_step("encode", done, of))
+    items = [*checked.train, *checked.held_out]
+    encoders.fill(kept, items, lambda done, of: on_step("encode", done, of))
     if not settings.sample_every:
         encoders.leave()
-    return Data(found.sha256, shapes, train, held_out, kept, encoders)
+    return Data(checked.sha256, checked.shapes, checked.train, checked.held_out, kept, encoders)
 
 
 def _shape_lines(
@@ -161,15 +193,16 @@ def train(
     """
     processes = Processes(engine.torch_device, settings.weights)
     with processes.first_then_others():
-        data = prepare(engine, source, settings, out, cache, on_step)
-    identity = {
-        "model": engine.model_name,
-        "data": data.sha256,
-        "dtype": engine.dtype_name,
-        "processes": processes.count,
-    }
-    identity |= settings.identity()
-    _same_run(out, identity)
+        checked = check(engine, source, settings, out)
+        identity = {
+            "model": engine.model_name,
+            "data": checked.sha256,
+            "dtype": engine.dtype_name,
+            "processes": processes.count,
+        }
+        identity |= settings.identity()
+        _same_run(out, identity)
+        data = prepare(engine, checked, settings, cache or out / "cache", on_step)
     run = Run(engine, settings, data, out, processes)
     resumed = run.resume()
     if processes.is_first:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import asdict, dataclass, fields
 from typing import Any, Literal
 
@@ -18,6 +19,11 @@ _CHOICES = {
     "keep": ("auto", "all", "products", "attention", "nothing"),
     "format": FORMATS,
 }
+
+_LEAST = {
+    "steps": 1, "rank": 1, "accumulate": 1, "validate_every": 1, "checkpoint_every": 1,
+    "warmup": 0, "weight_decay": 0, "batch_tokens": 0, "sample_every": 0,
+}  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -80,7 +86,7 @@ class Settings:
         return {name: value for name, value in asdict(self).items() if name not in (*told, "steps")}
 
     def __post_init__(self) -> None:
-        for name, least in (("steps", 1), ("accumulate", 1), ("validate_every", 1), ("checkpoint_every", 1)):
+        for name, least in _LEAST.items():
             if getattr(self, name) < least:
                 raise RequestError(f"{name} is {getattr(self, name)}; it must be at least {least}.")
         for name, allowed in _CHOICES.items():
@@ -89,8 +95,10 @@ class Settings:
         for name in ("first_frame", "drop_caption", "ema", "held_out"):
             if not 0 <= getattr(self, name) < 1 and not (name == "first_frame" and self.first_frame == 1):
                 raise RequestError(f"{name} is {getattr(self, name)}; it is a share, from 0 to below 1.")
-        if not self.learning_rate > 0:
-            raise RequestError(f"learning_rate is {self.learning_rate}; it must be above 0.")
+        for name in ("learning_rate", "clip", "alpha", "shift"):
+            value = getattr(self, name)
+            if value is not None and not 0 < value < math.inf:
+                raise RequestError(f"{name} is {value}; it must be above 0.")
 
     @property
     def scale(self) -> float:
