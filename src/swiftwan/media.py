@@ -110,10 +110,10 @@ def check_writable(path: Path, *, num_frames: int, height: int, width: int) -> N
             not writable, the path is a folder, or the disk has too little room.
     """
     path = Path(path)
-    _check_name(path, num_frames=num_frames, height=height, width=width)
     with _told(path):
         if path.is_dir():
             raise OutputError(f"'{path}' is a folder; give the name of a file in it.")
+        _check_name(path, num_frames=num_frames, height=height, width=width)
         if not path.parent.is_dir():
             raise OutputError(f"the folder '{path.parent}' does not exist; create it or choose another.")
         with _temporary(path) as probe:
@@ -203,11 +203,12 @@ def h264_problem() -> str | None:
 
 def _check_name(path: Path, *, num_frames: int, height: int, width: int) -> None:
     ending = path.suffix.lower()
+    if not ending:
+        raise OutputError(f"'{path}' has no ending; name it .mp4, or .png for a picture.")
     if ending not in ENDINGS:
         raise OutputError(f"'{path}' ends in '{ending}'." + did_you_mean(ending, ENDINGS))
     if ending == ".png" and num_frames != 1:
         raise OutputError(f"'{path}' is an image, which cannot hold {num_frames} frames; name it .mp4.")
-
     if ending == ".mp4" and (width % 2 or height % 2):
         raise OutputError(f"'{path}' cannot hold {width}x{height}: H.264 needs even sizes (a .png does not).")
 
