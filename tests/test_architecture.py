@@ -19,6 +19,7 @@ LAYERS = (
     ("estimate",),
     ("recipes",),
     ("plan",),
+    ("memory",),
     ("pipelines",),
     ("engine",),
     ("measure",),

@@ -56,6 +56,10 @@ class Explanation:
     def fits(self) -> bool:
         return self.load.peak_bytes <= self.device.free_bytes
 
+    def load_of(self, request: Request) -> Load:
+        """What another completed request would take here, without its times."""
+        return estimate(request, self.facts, self.plan, self.device.total_bytes)
+
     def lines(self) -> list[str]:
         request, load, dtype = self.request, self.load, str(self.plan.settings.dtype).removeprefix("torch.")
         scale = f"{request.guidance_scale:g}"

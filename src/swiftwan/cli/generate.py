@@ -14,8 +14,9 @@ from swiftwan.cli.asked import Asked
 from swiftwan.cli.many import generate_many
 from swiftwan.cli.options import takes
 from swiftwan.cli.progress import Display, cancellable, shown
-from swiftwan.cli.understand import Run, refuse_what_cannot_fit, understand
+from swiftwan.cli.understand import Run, understand
 from swiftwan.errors import Cancelled, RequestError
+from swiftwan.memory import refuse_what_cannot_fit
 
 if TYPE_CHECKING:
     from swiftwan.pipelines.result import Result

@@ -18,13 +18,13 @@ from swiftwan.cli.asked import Asked
 from swiftwan.cli.progress import Display, cancellable
 from swiftwan.cli.understand import (
     ending,
-    refuse_what_cannot_fit,
     short_name,
     understand_plan,
     understand_request,
     words_of,
 )
 from swiftwan.errors import Cancelled, MemoryLimitError, OutputError, RequestError
+from swiftwan.memory import refuse_what_cannot_fit
 from swiftwan.pipelines.request import TASKS, Request, request_from_json
 
 if TYPE_CHECKING:
