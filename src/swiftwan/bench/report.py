@@ -144,11 +144,11 @@ def _charts(rows: Sequence[Row]) -> str:
         series(row, points, _phase_ends(row, points))
         for row in done
         for device in row["hardware"].get("memory_over_time", [])[:1]
-        if (points := [(seconds, used / 2**30) for seconds, used in device])
+        if (points := [(seconds, used / 1e9) for seconds, used in device])
     ]
     if memory:
         note = "Marks end a phase, by the host's clock."
-        drawn.append(_chart("Memory over time, all processes", charts.lines(memory, x="seconds", y="GiB"), note))
+        drawn.append(_chart("Memory over time, all processes", charts.lines(memory, x="seconds", y="GB"), note))
     for figure in QUALITY_FIGURES[:2]:
         dots = [series(row, [(row["seconds"], value)]) for row in done if (value := number(row, figure.field))]
         if dots:

@@ -129,7 +129,7 @@ def _likeness(like: Path, run: Run) -> str:
 def _summary(result: Result) -> str:
     num_frames, height, width, _ = result.frames.shape
     size = f"{width}x{height}" + (f", {num_frames} frames" if num_frames > 1 else "")
-    peak = f"{result.peak_bytes / 2**30:.2f} GiB peak"
+    peak = f"{result.peak_bytes / 1e9:.2f} GB peak"
     where = f"{result.device} {result.dtype}"
     given = "".join(f"{given}\n" for given in result.inputs)
     return f"{given}{size}, seed {result.request.seed}, {result.seconds['total']:.1f} s on {where}, {peak}"

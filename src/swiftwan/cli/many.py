@@ -204,7 +204,7 @@ def _from_json(asked: Asked, text: str) -> tuple[Request, str | None]:
         raise RequestError(f"no JSON object: {error}.") from None
     name = values.pop("out", None)
     if not isinstance(name, str | None):
-        raise RequestError(f"out is {name!r}; it must be str.")
+        raise RequestError(f"out is {name!r}; it must be text.")
     task = str(values.get("task", "TextToVideo"))
     open_words = words_of(asked, task) if task in TASKS else {}
     return request_from_json({"task": task} | open_words | values), name

@@ -20,7 +20,7 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from swiftwan.errors import OutputError, RequestError, WeightsError
+from swiftwan.errors import OutputError, RequestError, WeightsError, reason
 from swiftwan.inputs import cover, fitted, video_frames
 from swiftwan.models.config import KnownModel
 from swiftwan.models.text import clean_prompt
@@ -93,7 +93,7 @@ class Cache:
         except Exception as error:
             partial.unlink(missing_ok=True)
             raise OutputError(
-                f"cannot write {path}: {error}; free room and run the same command again: it goes on from here."
+                f"cannot write {path}: {reason(error)}; free room and run the same command again: it goes on from here."
             ) from None
         self._new = {}
         self._open(path)

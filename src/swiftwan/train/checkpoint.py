@@ -18,7 +18,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from swiftwan.errors import OutputError, WeightsError
+from swiftwan.errors import OutputError, WeightsError, reason
 from swiftwan.weights import check
 from swiftwan.weights.write import sync
 
@@ -75,8 +75,8 @@ class Checkpoints:
             last = self.paths()
             kept = f"the last good one is {last[-1]}" if last else "there is none before it"
             raise OutputError(
-                f"the checkpoint of step {step} cannot be written: {error}; {kept}: free room, and run the same "
-                "command again."
+                f"the checkpoint of step {step} cannot be written: {reason(error)}; {kept}: free room, and run "
+                "the same command again."
             ) from None
         for old in self.paths()[:-KEPT]:
             old.unlink(missing_ok=True)

@@ -15,7 +15,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from swiftwan.errors import RequestError, SwiftwanError, UnavailableError
+from swiftwan.errors import RequestError, SwiftwanError, UnavailableError, reason
 from swiftwan.inputs import clip_facts, read_image, sha256_of
 
 VIDEOS = (".mp4", ".mov", ".mkv", ".webm", ".avi")
@@ -223,7 +223,7 @@ def _of_hub(name: str, found: Found, downloads: Path | None) -> Iterator[Entry]:
     try:
         table = datasets.load_dataset(name, split="train")
     except (OSError, ValueError) as error:  # none of that name, no network, no split called train
-        raise RequestError(f"'hf:{name}' cannot be loaded: {error}") from None
+        raise RequestError(f"'hf:{name}' cannot be loaded: {reason(error)}") from None
     media = next((column for column in MEDIA_COLUMNS if column in table.column_names), None)
     caption = next((column for column in CAPTION_COLUMNS if column in table.column_names), None)
     if media is None or caption is None:

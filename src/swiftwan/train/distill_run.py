@@ -22,7 +22,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from swiftwan.errors import OutputError, RequestError
+from swiftwan.errors import OutputError, RequestError, reason
 from swiftwan.models.config import TransformerConfig
 from swiftwan.models.dit import Condition
 from swiftwan.models.text import TextEncoder, clean_prompt
@@ -131,7 +131,7 @@ def _begin(folder: Path, told: dict[str, Any]) -> None:
             return
         there = json.loads(path.read_text())
     except (OSError, ValueError) as problem:
-        raise OutputError(f"{folder} cannot hold a run: {problem}; give another --out.") from None
+        raise OutputError(f"{folder} cannot hold a run: {reason(problem)}; give another --out.") from None
     for key, value in told.items():
         if there.get(key) != value:
             raise RequestError(
@@ -245,4 +245,6 @@ def _save(tensors: Mapping[str, Tensor], path: Path) -> None:
         os.replace(partial, path)
     except (OSError, SafetensorError) as problem:
         partial.unlink(missing_ok=True)
-        raise OutputError(f"{path} cannot be written: {problem}; free room, and run the same command again.") from None
+        raise OutputError(
+            f"{path} cannot be written: {reason(problem)}; free room, and run the same command again."
+        ) from None

@@ -18,7 +18,7 @@ from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor
 
-from swiftwan.errors import OutputError, RequestError, did_you_mean
+from swiftwan.errors import OutputError, RequestError, did_you_mean, reason
 from swiftwan.weights.lora import Expert
 from swiftwan.weights.lora_names import original
 from swiftwan.weights.write import sync
@@ -104,5 +104,5 @@ def _save(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str]
         partial.replace(path)
     except (OSError, SafetensorError) as error:
         partial.unlink(missing_ok=True)
-        raise OutputError(f"{path} cannot be written: {error}; choose another place or free room.") from None
+        raise OutputError(f"{path} cannot be written: {reason(error)}; choose another place or free room.") from None
     return path
