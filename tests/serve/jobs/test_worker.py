@@ -11,6 +11,7 @@ import torch
 
 from swiftwan import media
 from swiftwan.errors import MemoryLimitError, PlanError, WeightsError
+from swiftwan.memory import WillNotFitError
 from swiftwan.serve.jobs import worker as worker_module
 from swiftwan.serve.jobs.folder import Folder
 from swiftwan.serve.jobs.job import Job
@@ -110,6 +111,7 @@ def test_too_little_room_is_told_before_the_work(loaded: Worker, run: Any, monke
     ("raised", "code", "words"),
     [
         (MemoryLimitError("take 5 frames"), "out_of_memory", "take 5 frames"),
+        (WillNotFitError("5 frames should fit"), "out_of_memory", "5 frames should fit"),
         (MemoryError(), "out_of_memory", "fewer frames"),
         (PlanError("unknown technique"), "invalid_request", "unknown technique"),
         (WeightsError("/secret/model is damaged"), "model_unavailable", "its log"),
