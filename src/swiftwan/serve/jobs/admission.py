@@ -55,7 +55,7 @@ class Admission:
             WillNotFitError: says which settings would.
         """
         explanation = self.explain(request, plan)
-        refuse_what_cannot_fit(explanation, slack=1)  # a worker that the system ended would take its queue along
+        refuse_what_cannot_fit(explanation, slack=1)
         return explanation
 
 
