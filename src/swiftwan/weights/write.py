@@ -136,7 +136,7 @@ def write_tensors(
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         with replacing(path) as half:
-            save_file({name: t.detach().cpu().contiguous() for name, t in tensors.items()}, half, metadata)
+            save_file({name: t.detach().cpu().contiguous() for name, t in tensors.items()}, half, metadata=metadata)
     except (OSError, SafetensorError) as error:
         reason = getattr(error, "strerror", None) or error
         raise OutputError(f"{path} cannot be written: {reason}; {way_out}.") from None
