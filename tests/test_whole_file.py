@@ -12,7 +12,7 @@ from safetensors.torch import load_file
 from swiftwan.errors import OutputError
 from swiftwan.weights.check import write_json
 from swiftwan.weights.lora_write import write_lora
-from swiftwan.weights.write import write_tensors
+from swiftwan.weights.write import Slot, appearing, write_shards, write_tensors
 from swiftwan.whole_file import beside, replacing, write_text
 
 posix = pytest.mark.skipif(os.name != "posix", reason="file modes are POSIX's")
@@ -45,6 +45,15 @@ def test_a_file_has_the_mode_that_open_gives(tmp_path: Path, mask: int, writer: 
     WRITERS[writer](path)
     assert stat.S_IMODE(path.stat().st_mode) == 0o666 & ~mask
     assert os.listdir(tmp_path) == ["out"]
+
+
+@posix
+def test_a_folder_of_weights_has_the_modes_that_mkdir_and_open_give(tmp_path: Path, mask: int) -> None:
+    folder = tmp_path / "vae"
+    with appearing(folder, need=12) as new:
+        write_shards(new, "model", [Slot("a", (3,), "F32")], lambda slot: torch.ones(slot.shape))
+    assert stat.S_IMODE(folder.stat().st_mode) == 0o777 & ~mask
+    assert stat.S_IMODE((folder / "model.safetensors").stat().st_mode) == 0o666 & ~mask
 
 
 def test_the_old_file_stands_until_the_block_ends(tmp_path: Path) -> None:
