@@ -9,7 +9,6 @@ from __future__ import annotations
 import errno
 import io
 import json
-import os
 import shutil
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -19,6 +18,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
 from swiftwan.errors import OutputError, RequestError, UnavailableError, did_you_mean
+from swiftwan.whole_file import beside, replacing
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -116,7 +116,7 @@ def check_writable(path: Path, *, num_frames: int, height: int, width: int) -> N
         _check_name(path, num_frames=num_frames, height=height, width=width)
         if not path.parent.is_dir():
             raise OutputError(f"the folder '{path.parent}' does not exist; create it or choose another.")
-        with _temporary(path) as probe:
+        with beside(path) as probe:
             probe.write_bytes(b"?")
         free = shutil.disk_usage(path.parent).free
     # White noise at quality 10, the worst there is, takes 0.94 bytes a pixel; a PNG at most its raw three.
@@ -288,28 +288,8 @@ def _write_whole(path: Path, data: bytes) -> None:
     with _told(path):
         if path.is_dir():
             raise OutputError(f"'{path}' is a folder; give the name of a file in it.")
-        with _temporary(path) as temporary:
-            with temporary.open("wb") as file:
-                file.write(data)
-                file.flush()
-                os.fsync(file.fileno())
-            temporary.replace(path)
-        if os.name == "posix":  # elsewhere a folder cannot be opened
-            folder = os.open(path.parent, os.O_RDONLY)
-            try:
-                os.fsync(folder)
-            finally:
-                os.close(folder)
-
-
-@contextmanager
-def _temporary(path: Path) -> Iterator[Path]:
-    """Yield a hidden name beside ``path``; whatever then stands there is removed, however the block ends."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        yield temporary
-    finally:
-        temporary.unlink(missing_ok=True)
+        with replacing(path) as half:
+            half.write_bytes(data)
 
 
 @contextmanager

@@ -20,6 +20,7 @@ from swiftwan.bench.page import CONTROLS, SCRIPT, STYLE
 from swiftwan.bench.rows import Row
 from swiftwan.bench.summary import conclusion, frontier, group, number
 from swiftwan.bench.tables import QUALITY_FIGURES, beside_baseline, facts, hardware, missing_values, overview, quality
+from swiftwan.whole_file import write_text
 
 EMBEDDED_BYTES = 4 * 2**20
 """A video up to this size goes into the page itself; a larger one stays beside it, and the page says so."""
@@ -209,8 +210,6 @@ def _source(folder: Path, name: str) -> tuple[str | None, str]:
 
 def write(report: Report) -> tuple[Path, Path]:
     """Write report.md and report.html into the benchmark's folder; raises OutputError where it cannot."""
-    from swiftwan.bench.rows import write_text
-
     texts: dict[str, Any] = {"report.md": markdown(report), "report.html": page(report)}
     for name, text in texts.items():
         write_text(report.folder / name, text)

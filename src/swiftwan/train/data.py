@@ -17,6 +17,7 @@ from typing import Any
 
 from swiftwan.errors import RequestError, SwiftwanError, UnavailableError, reason
 from swiftwan.inputs import clip_facts, read_image, sha256_of
+from swiftwan.whole_file import replacing
 
 VIDEOS = (".mp4", ".mov", ".mkv", ".webm", ".avi")
 IMAGES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".tif", ".tiff")
@@ -251,7 +252,6 @@ def _kept(media: Any, downloads: Path, ending: str) -> Path:
     path = downloads / (hashlib.sha256(data).hexdigest()[:32] + (Path(media.get("path") or "").suffix or ending))
     if not path.is_file():
         downloads.mkdir(parents=True, exist_ok=True)
-        temporary = path.with_suffix(".tmp")
-        temporary.write_bytes(data)
-        temporary.replace(path)
+        with replacing(path) as half:
+            half.write_bytes(data)
     return path
