@@ -87,7 +87,8 @@ def test_merged_is_live_within_rounding(files, plain):
     one, other = files
     merged = latents(f"{one}=0.7", f"{other}=-0.5")
     live = (f"{one}=0.7:mode=live", f"{other}=-0.5:mode=live")
-    assert gap(latents(*live), merged) < 3e-5
+    # Of 1000 draws half are below 2.5e-6, 99 % below 1.2e-5, all below 6e-5.
+    assert gap(latents(*live), merged) < 3e-4
     assert gap(merged, plain) > 0.1
     # In bf16 both are as far from fp32 as bf16 is: 4 to 6 % after two steps, of these strong adapters.
     rounded = gap(latents(f"{one}=0.7", f"{other}=-0.5", dtype="bf16"), merged)
