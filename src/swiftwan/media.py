@@ -17,7 +17,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
-from swiftwan.errors import OutputError, RequestError, UnavailableError, did_you_mean
+from swiftwan.errors import OutputError, RequestError, UnavailableError, did_you_mean, reason
 from swiftwan.whole_file import beside, replacing
 
 if TYPE_CHECKING:
@@ -312,7 +312,7 @@ def _refuse(path: Path, error: OSError | ValueError) -> NoReturn:
         case errno.ENAMETOOLONG:
             what = f"'{path.name[:40]}...' is too long a name for this disk; choose a shorter one"
         case _:
-            what = f"'{path}' cannot be written: {error}"
+            what = f"'{path}' cannot be written: {reason(error)}"
     raise OutputError(what + ".") from error
 
 
@@ -324,8 +324,7 @@ def _kind(path: Path) -> str:
     except FileNotFoundError:
         raise OutputError(f"'{path}' does not exist.") from None
     except (OSError, ValueError) as error:
-        reason = getattr(error, "strerror", None) or error
-        raise OutputError(f"'{path}' cannot be read: {reason}.") from None
+        raise OutputError(f"'{path}' cannot be read: {reason(error)}.") from None
     if head.startswith(b"\x89PNG\r\n\x1a\n"):
         return ".png"
     if head[4:8] == b"ftyp":
@@ -360,4 +359,4 @@ def _told_unreadable(path: Path) -> Iterator[None]:
     try:
         yield
     except (av.FFmpegError, OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
-        raise OutputError(f"'{path}' is damaged: {error}.") from error
+        raise OutputError(f"'{path}' is damaged: {reason(error)}.") from error

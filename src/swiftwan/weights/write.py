@@ -18,7 +18,7 @@ from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor
 
-from swiftwan.errors import OutputError
+from swiftwan.errors import OutputError, reason
 from swiftwan.whole_file import replacing, sync
 
 SHARD_BYTES = 5_000_000_000
@@ -138,8 +138,7 @@ def write_tensors(
         with replacing(path) as half:
             save_file({name: t.detach().cpu().contiguous() for name, t in tensors.items()}, half, metadata=metadata)
     except (OSError, SafetensorError) as error:
-        reason = getattr(error, "strerror", None) or error
-        raise OutputError(f"{path} cannot be written: {reason}; {way_out}.") from None
+        raise OutputError(f"{path} cannot be written: {reason(error)}; {way_out}.") from None
 
 
 def refuse_if_too_large(folder: Path, need: int) -> None:
