@@ -89,20 +89,21 @@ def plain():
 
 
 def test_merged_is_live_within_rounding(tmp_path, plain):
-    gaps = []
+    gaps, ratios = [], []
     for draw in range(3):
         folder = tmp_path / str(draw)
         folder.mkdir()
         one, other = drawn(folder)
-        merged = latents(f"{one}=0.7", f"{other}=-0.5")
-        live = (f"{one}=0.7:mode=live", f"{other}=-0.5:mode=live")
+        asked = (f"{one}=0.7", f"{other}=-0.5")
+        live = [f"{spec}:mode=live" for spec in asked]
+        merged = latents(*asked)
+        assert gap(merged, plain) > 0.1
         gaps.append(gap(latents(*live), merged))
+        ratios.append(gap(latents(*live, dtype="bf16"), merged) / gap(latents(*asked, dtype="bf16"), merged))
     # Half of all draws are below 2.5e-6, 99 % below 1.2e-5, the worst of 1000 is 5.7e-5: it shall not decide alone.
     assert statistics.median(gaps) < 3e-5
-    assert gap(merged, plain) > 0.1
     # In bf16 both are as far from fp32 as bf16 is: 4 to 6 % after two steps, of these strong adapters.
-    rounded = gap(latents(f"{one}=0.7", f"{other}=-0.5", dtype="bf16"), merged)
-    assert gap(latents(*live, dtype="bf16"), merged) < 2 * rounded
+    assert statistics.median(ratios) < 2
 
 
 @pytest.mark.parametrize("mode", ["", ":mode=merged", ":mode=live"])
