@@ -90,7 +90,7 @@ def plain():
 
 def test_merged_is_live_within_rounding(tmp_path, plain):
     gaps, ratios = [], []
-    for draw in range(3):
+    for draw in range(5):
         folder = tmp_path / str(draw)
         folder.mkdir()
         one, other = drawn(folder)
