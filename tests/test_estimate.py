@@ -18,10 +18,13 @@ from swiftwan.ceilings import H200
 from swiftwan.device import Device
 from swiftwan.estimate import decoder_flop, estimate
 from swiftwan.facts import complete, describe
+from swiftwan.models import vae_fast
 from swiftwan.models.config import KNOWN_MODELS, POCKET, WAN21_VAE, WAN22_VAE
 from swiftwan.models.dit import WanTransformer
 from swiftwan.models.vae import WanVAE
+from swiftwan.models.vae_fast import latent_frames_at_once
 from swiftwan.models.vae_tiles import Tiling
+from swiftwan.ops.vae_between import Entered
 from swiftwan.plan import make_plan, parse
 from swiftwan.weights.build import UMT5_XXL, text_parameter_count, transformer_bytes
 
@@ -104,6 +107,42 @@ def test_a_decode_holds_what_is_told(model, width, height, num_frames, tiling):
     plan = [] if tiling is None else ["vae:tiling"]
     told = phase(load_of(model, width, height, num_frames, plan), "decode").activation_bytes
     assert told == pytest.approx(living.most + 0.1e9, rel=0.06)
+
+
+@pytest.mark.parametrize("total_bytes", [150 * 10**9, 12 * 10**9])
+@pytest.mark.parametrize(("model", "width", "height", "num_frames"), SIZES)
+def test_a_fast_decode_holds_what_is_told(monkeypatch, model, width, height, num_frames, total_bytes):
+    """With what its kernels allocate on a GPU."""
+
+    def enter(total, step, past):
+        frames, rows, columns, channels = total.shape
+        shapes = (
+            step.window.shape(frames, rows, columns, channels),
+            (step.window.reach, rows, columns, channels),
+            (frames if step.keep else 0, rows, columns, channels),
+        )
+        return Entered(*map(total.tensor.new_empty, shapes))
+
+    def images(x, weight):
+        return x.new_empty(x.shape[0], *(side + 3 - weight.shape[2] for side in x.shape[1:3]), weight.shape[0])
+
+    monkeypatch.setattr(vae_fast, "enter", enter)
+    monkeypatch.setattr(vae_fast, "_images", images)
+    monkeypatch.setattr(vae_fast, "gather_taps", lambda y, past, bias: y.new_empty(len(bias), *y.shape[1:]))
+    monkeypatch.setattr(vae_fast, "memory_of", lambda device: total_bytes)
+    monkeypatch.setattr("swiftwan.techniques.vae.find_spec", lambda name: object())
+    config = KNOWN_MODELS[model].vae
+    cell = config.scale_factor_spatial
+    rows, columns = height // cell, width // cell
+    width_in = (config.decoder_base_dim or config.base_dim) * config.dim_mult[0]
+    chunk = latent_frames_at_once(width_in, rows, columns, 2, total_bytes)
+    with torch.device("meta"), torch.no_grad():
+        vae = WanVAE(config).bfloat16().run_fast()
+        with Living() as living:
+            for _ in vae.stream_frames(torch.empty(1, config.z_dim, 2 * chunk + 2, rows, columns), chunk):
+                pass
+    load = load_of(model, width, height, num_frames, ["vae:fast"], device=replace(GPU, total_bytes=total_bytes))
+    assert phase(load, "decode").activation_bytes == pytest.approx(living.most + 0.1e9, rel=0.08)
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])

@@ -19,7 +19,7 @@ from swiftwan.composition import Plan
 from swiftwan.facts import Facts
 from swiftwan.guidance import Mode
 from swiftwan.models.config import ClipConfig, VAEConfig
-from swiftwan.models.vae_fast import latent_frames_at_once
+from swiftwan.models.vae_fast import PEAKS, goes_by_pairs, latent_frames_at_once
 from swiftwan.models.vae_tiles import Tiling
 from swiftwan.pipelines.request import Request
 from swiftwan.sampling import warped
@@ -371,7 +371,9 @@ def _decoding(request: Request, facts: Facts, plan: Plan, costs: Costs, total_by
     if costs.decoder == "fast":
         chunk = latent_frames_at_once(width, rows, columns, size, total_bytes)
         chunk = min(chunk, latent_grid(request, facts)[0])
-        return (12.2 * chunk + 7.7) * 4 * pixels * width * size + WORKSPACE
+        peak, copy_bytes = PEAKS[vae.is_residual], 4 * pixels * width * size
+        copies = peak.by_pairs if goes_by_pairs(peak, copy_bytes, total_bytes) else peak.copies(chunk)
+        return copies * copy_bytes + WORKSPACE
     tile: int = pixels
     covered: int = pixels
     if plan.tiling is not None:
