@@ -298,10 +298,15 @@ def test_the_estimate_is_near_what_an_h200_measured(row, monkeypatch):
     if not beside.startswith("memory"):
         assert load.peak_bytes == pytest.approx(row["peak_bytes"], rel=0.06)
         for name, measured in row["phase_peak_bytes"].items():
-            if name != "load":
-                # A random text encoder is drawn within its phase, in pieces.
-                drawn = 1.0e9 if name == "text" else 0
-                assert phase(load, name).device_bytes == pytest.approx(measured, rel=0.1, abs=drawn)
+            if name in ("load", "between"):
+                continue
+            told = phase(load, name).device_bytes
+            if name == "decode" and "between" not in row["phase_peak_bytes"]:
+                # The first rows count the transformer that is about to leave.
+                told = max(told, phase(load, "denoise").weight_bytes)
+            # A random text encoder is drawn within its phase, in pieces.
+            drawn = 1.0e9 if name == "text" else 0
+            assert told == pytest.approx(measured, rel=0.1, abs=drawn)
     if beside.startswith("others"):
         return
     # Told is a step that computes both predictions in full; what skips work does so in most steps.
