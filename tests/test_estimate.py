@@ -191,6 +191,14 @@ def test_a_budget_is_kept_and_used():
     assert whole.phases == plain.phases
 
 
+def test_on_a_cpu_what_waits_takes_its_room_too():
+    cpu = replace(GPU, torch_device="cpu", capability=None)
+    for plan in (["offload:blocks", "text-encoder:blocks"], ["offload:auto:budget=1", "text-encoder:cpu"]):
+        assert load_of(*SIZES[0], plan, device=cpu).peak_bytes == load_of(*SIZES[0], device=cpu).peak_bytes
+    parked, unload = (load_of(*SIZES[0], [p], device=cpu) for p in ("offload:model", "text-encoder:unload"))
+    assert parked.phases == unload.phases
+
+
 @pytest.mark.parametrize(
     ("plan", "steps", "forwards"),
     [

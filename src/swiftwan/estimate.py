@@ -120,6 +120,8 @@ def estimate(
     costs = plain_costs(request, facts, plan.settings.dtype)
     for technique in plan.techniques:
         costs = technique.cost(costs)
+    if plan.settings.one_memory:
+        costs = costs.in_one_memory()
     if not new_prompt:
         costs = replace(costs, text_bytes=0)
     steps = guided_steps(request, facts, plan)
