@@ -106,7 +106,8 @@ GROUPS: dict[str, dict[str, Case]] = {
         "cuda-graphs",
     )
     | alone("sparse-attention:keep=0.25", "compile", "dtype:fp16", "attention:fp8", "progressive-resolution")
-    | alone("quantize:int8", "quantize:nf4:keep=1", "dtype:fp32")
+    | alone("quantize:int8", "quantize:int8:activations=dynamic", "quantize:fp8:activations=none")
+    | alone("quantize:nf4:keep=1", "dtype:fp32", "vae:fp32", "channels-last", "attention-slicing")
     | {"alone tf32": Case(SMALL, ("dtype:fp32", "tf32"))},
     "together": {
         "near": Case(SMALL, "auto:near"),
