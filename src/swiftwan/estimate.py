@@ -36,6 +36,8 @@ PLAIN_PASSES, FUSED_PASSES = 197, 20
 """How often a block's norms, gates, RoPE and GELU read or write a tensor of all tokens."""
 TINY_SHARE = 0.03
 """Of the decoder's operations, those of ``vae:tiny``: by its convolutions of 64 channels; not timed."""
+FLOAT32_SHARE = 0.53
+"""Of the rate of float32 products, what a decoder reaches in it: 10.0 s of 832x480x81 on an H200."""
 EXPANSION = 40
 """Bytes read and written to expand one weight of 4 or 8 bits."""
 
@@ -255,8 +257,10 @@ def _decode_seconds(request: Request, facts: Facts, plan: Plan, costs: Costs, ce
     rate = rates[costs.decoder == "fast"]
     if costs.decoder == "tiny":
         flop *= TINY_SHARE
-    if vae_dtype(plan) is torch.float32:
-        rate *= ceilings.products["fp32"] / ceilings.products["16"]
+    if vae_dtype(plan) is torch.float32 and costs.product == "tf32":
+        rate *= ceilings.products["tf32"] / ceilings.products["16"]
+    elif vae_dtype(plan) is torch.float32:
+        rate = FLOAT32_SHARE * ceilings.products["fp32"]
     return flop / rate / 1e12
 
 
@@ -364,17 +368,20 @@ def vae_dtype(plan: Plan) -> torch.dtype:
 def _decoding(request: Request, facts: Facts, plan: Plan, costs: Costs, total_bytes: int) -> float:
     """A chunk at its last level, and what later chunks need of it."""
     vae, size = facts.known.vae, vae_dtype(plan).itemsize
-    _, rows, columns = latent_grid(request, facts)
+    frames, rows, columns = latent_grid(request, facts)
     width = _last_width(vae)
     patch = vae.patch_size or 1
     pixels: int = rows * columns * (vae.scale_factor_spatial // patch) ** 2
     if costs.decoder == "tiny":
         return 64 * 4 * 4 * pixels * size + WORKSPACE  # four frames of 64 channels, a few times
     if costs.decoder == "fast":
-        chunk = latent_frames_at_once(width, rows, columns, size, total_bytes)
-        chunk = min(chunk, latent_grid(request, facts)[0])
         peak, copy_bytes = PEAKS[vae.is_residual], 4 * pixels * width * size
-        copies = peak.by_pairs if goes_by_pairs(peak, copy_bytes, total_bytes) else peak.copies(chunk)
+        if frames == 1:
+            copies = peak.picture
+        elif goes_by_pairs(peak, copy_bytes, total_bytes):
+            copies = peak.by_pairs
+        else:
+            copies = peak.copies(min(frames, latent_frames_at_once(width, rows, columns, size, total_bytes)))
         return copies * copy_bytes + WORKSPACE
     tile: int = pixels
     covered: int = pixels

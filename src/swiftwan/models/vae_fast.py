@@ -92,19 +92,21 @@ def latent_frames_at_once(in_dim: int, height: int, width: int, element_size: in
 class Peak:
     """What a decoder holds where it is fullest, in its last level, in copies of four frames of that.
 
-    ``each`` latent frame of a chunk, ``held`` beside them, and all of it where the last level goes ``by_pairs``.
-    Counted from the tensors that live together (tests/test_estimate.py); the first two of Wan2.1 are measured too.
+    ``each`` latent frame of a chunk, ``held`` beside them, and all of it where the last level goes ``by_pairs``, and of
+    a ``picture``, a single frame. Counted from the tensors that live together (tests/test_estimate.py); those of Wan2.1
+    are measured too.
     """
 
     each: float
     held: float
     by_pairs: float
+    picture: float
 
     def copies(self, latent_frames: int) -> float:
         return self.each * latent_frames + self.held
 
 
-PEAKS = {False: Peak(12.2, 7.7, 13.9), True: Peak(15.8, 10.6, 20.5)}
+PEAKS = {False: Peak(12.2, 7.7, 13.9, 8.7), True: Peak(15.8, 10.6, 20.5, 12.2)}
 """By ``is_residual``: Wan2.2's last level begins with twice its channels."""
 
 
