@@ -77,6 +77,29 @@ def first_block_cache(pipe: Any) -> None:
     pipe.transformer.enable_cache(FirstBlockCacheConfig(threshold=0.1))
 
 
+def int8_weights(pipe: Any) -> None:
+    """What ``TorchAoConfig`` does to each linear layer as it loads."""
+    from torchao.quantization import Int8WeightOnlyConfig, quantize_
+
+    quantize_(pipe.transformer.blocks, Int8WeightOnlyConfig())
+
+
+def nf4_weights(pipe: Any) -> None:
+    """What ``BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4")`` does to each linear layer."""
+    import bitsandbytes as bnb
+
+    for parent in list(pipe.transformer.blocks.modules()):
+        for name, linear in list(parent.named_children()):
+            if isinstance(linear, torch.nn.Linear):
+                layer = bnb.nn.Linear4bit(
+                    linear.in_features, linear.out_features, compute_dtype=linear.weight.dtype, quant_type="nf4"
+                )
+                device = linear.weight.device
+                layer.weight = bnb.nn.Params4bit(linear.weight.data.cpu(), requires_grad=False, quant_type="nf4")
+                layer.bias = linear.bias
+                setattr(parent, name, layer.to(device))
+
+
 PEERS: dict[str, Callable[[Any], None]] = {
     "plain": lambda pipe: None,
     "enable_model_cpu_offload": lambda pipe: pipe.enable_model_cpu_offload(),
@@ -85,6 +108,8 @@ PEERS: dict[str, Callable[[Any], None]] = {
     "enable_layerwise_casting float8_e4m3fn": lambda pipe: pipe.transformer.enable_layerwise_casting(
         storage_dtype=torch.float8_e4m3fn, compute_dtype=torch.bfloat16
     ),
+    "TorchAoConfig Int8WeightOnly": int8_weights,
+    "BitsAndBytesConfig nf4": nf4_weights,
     "FirstBlockCache 0.1": first_block_cache,
     "compile_repeated_blocks": lambda pipe: pipe.transformer.compile_repeated_blocks(fullgraph=True),
     # The last: diffusers keeps it for all later models of the process.
