@@ -374,21 +374,24 @@ def _decoding(request: Request, facts: Facts, plan: Plan, costs: Costs, total_by
     pixels: int = rows * columns * (vae.scale_factor_spatial // patch) ** 2
     if costs.decoder == "tiny":
         return 64 * 4 * 4 * pixels * size + WORKSPACE  # four frames of 64 channels, a few times
-    if costs.decoder == "fast":
-        peak, copy_bytes = PEAKS[vae.is_residual], 4 * pixels * width * size
-        if frames == 1:
-            copies = peak.picture
-        elif goes_by_pairs(peak, copy_bytes, total_bytes):
-            copies = peak.by_pairs
-        else:
-            copies = peak.copies(min(frames, latent_frames_at_once(width, rows, columns, size, total_bytes)))
-        return copies * copy_bytes + WORKSPACE
     tile: int = pixels
     covered: int = pixels
     if plan.tiling is not None:
         tiling = plan.tiling.over(patch)
         tile = min(pixels, tiling.sample**2)
         covered = math.prod(_covered(side // patch, tiling) for side in (request.width or 0, request.height or 0))
+    if costs.decoder == "fast":
+        peak, four_frames = PEAKS[vae.is_residual], 4 * width * size
+        chunk = min(frames, latent_frames_at_once(width, rows, columns, size, total_bytes))
+        if plan.tiling is not None:
+            copies = peak.each * chunk * tile + (peak.held - 0.7) * covered
+        elif frames == 1:
+            copies = peak.picture * pixels
+        elif goes_by_pairs(peak, four_frames * pixels, total_bytes):
+            copies = peak.by_pairs * pixels
+        else:
+            copies = peak.copies(chunk) * pixels
+        return copies * four_frames + WORKSPACE
     in_float32, past = (16, 28) if vae.is_residual else (8, 25)
     # Four frames while a layer computes, and what each convolution keeps of the frames before, of all tiles.
     return width * (tile * 4 * (in_float32 + 4 * size) + covered * past * size) + WORKSPACE
