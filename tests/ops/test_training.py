@@ -10,7 +10,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from swiftwan.models.config import POCKET
 from swiftwan.models.dit import WanTransformer
-from swiftwan.ops import flash4_training
+from swiftwan.ops import flash4_training, rope
 from swiftwan.ops.attention import kernel, sdpa
 from swiftwan.ops.few_keys_training import FEW, few_keys, to_prompt
 from swiftwan.ops.fp8 import quantize_rows
@@ -189,3 +189,47 @@ def test_many_keys_go_to_the_reference():
     short, long = (cross_inputs(torch.float32, keys=keys) for keys in (FEW, FEW + 1))
     assert torch.equal(to_prompt(*short), few_keys(*short))
     assert torch.equal(to_prompt(*long), sdpa(*long))
+
+
+@gpu
+@needs_cuda
+@pytest.mark.filterwarnings("default")  # torch.compile advises TF32
+@pytest.mark.parametrize("compiled", [False, True])
+@pytest.mark.parametrize(("heads", "width"), [(12, 128), (5, 48)])
+def test_norm_and_rope_have_the_gradients_of_the_reference(heads, width, compiled):
+    from swiftwan.ops.norm_rope_training import norm_rope
+
+    turned = torch.compile(norm_rope, dynamic=False) if compiled else norm_rope
+    tables = rope.rope_tables(width, 5, 6, 10, device=torch.device("cuda"))
+    weights = torch.rand(2, heads * width, device="cuda") + 0.5
+    q, k = (torch.randn(2, 300, heads * width, device="cuda", dtype=torch.bfloat16, requires_grad=True) for _ in "qk")
+    wide = [x.detach().float().requires_grad_() for x in (q, k)]
+    got, expected = turned(q, k, *weights, tables, heads, 1e-6), rope.norm_rope(*wide, *weights, tables, heads, 1e-6)
+    grads = torch.randn(2, *got[0].shape, device="cuda", dtype=torch.bfloat16)
+    got += torch.autograd.grad(got, (q, k), tuple(grads))
+    expected += torch.autograd.grad(expected, wide, tuple(grads.float()))
+    for mine, theirs in zip(got, expected, strict=True):
+        assert relative(mine, theirs) < 0.004
+
+
+@gpu
+@needs_cuda
+@pytest.mark.filterwarnings("default")
+@pytest.mark.parametrize("compiled", [False, True])
+@pytest.mark.parametrize(("tokens", "width", "rank"), [(300, 8960, 32), (130, 72, 4), (64, 128, 20)])
+def test_gelu_of_a_layer_and_its_adapter_has_the_gradients_of_the_reference(tokens, width, rank, compiled):
+    from swiftwan.ops.lora_gelu_training import lora_gelu, reference
+
+    made = torch.compile(lora_gelu, dynamic=False) if compiled else lora_gelu
+    shapes = (2, tokens, width), (2, tokens, rank), (width, rank)
+    inputs = [torch.randn(shape, device="cuda", dtype=torch.bfloat16, requires_grad=True) for shape in shapes]
+    wide = [x.detach().float().requires_grad_() for x in inputs]
+    got, expected = made(*inputs), reference(*wide)
+    grad = torch.randn_like(got)
+    pairs = zip(
+        (got, *torch.autograd.grad(got, inputs, grad)),
+        (expected, *torch.autograd.grad(expected, wide, grad.float())),
+        strict=True,
+    )
+    for mine, theirs in pairs:
+        assert relative(mine, theirs) < 0.006

@@ -91,6 +91,15 @@ class LoraLinear(Linear):
         return y
 
 
+def lora_gelu(layer: LoraLinear, x: Tensor) -> Tensor:
+    """A feed-forward's first layer with its adapter, and GELU: the ``linear_gelu`` of blocks that learn on a GPU."""
+    from swiftwan.ops.lora_gelu_training import lora_gelu as in_one_pass
+
+    down, up = cast(nn.Linear, layer.lora_A[NAME]).weight, cast(nn.Linear, layer.lora_B[NAME]).weight
+    low = F.linear(x, down.to(x.dtype))
+    return in_one_pass(layer.base_layer(x), low, (up * layer.scaling[NAME]).to(x.dtype))
+
+
 def inject(
     transformer: WanTransformer, rank: int, alpha: float, targets: Sequence[str], *, seed: int
 ) -> dict[str, nn.Parameter]:
