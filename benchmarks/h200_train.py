@@ -6,8 +6,8 @@ A step is everything from latents on the device to the changed adapter: noise, f
 32 on all linears of the blocks, batch 1. A RUN is ``peer`` or ``ours`` and its settings, joined by ``+``. For a peer:
 ``eager`` or ``compiled`` (block by block), ``checkpointed``, ``cudnn``, ``fp32`` (adapters; default bf16, which is
 faster). For ours: ``flash4`` or another attention (``cudnn``, ``sdpa``), ``plain`` (cross-attention by torch), what
-blocks keep (``all``, ``products``, ``attention``, ``nothing``, or what fits ``24gb``), ``fp8`` or
-``fp8ffn`` (8 bits in the feed-forward alone), ``rope`` and ``gelu`` (norm and RoPE, and GELU with its adapter, in Triton), ``eager``,
+blocks keep (``all``, ``products``, ``attention``, ``nothing``, or what fits ``24gb``), ``fp8`` or ``fp8ffn`` (8 bits in
+the feed-forward alone), ``rope`` and ``gelu`` (norm and RoPE, and GELU with its adapter, in Triton), ``eager``,
 ``offloaded`` (the frozen weights in host memory; last, since it takes them from the others); our adapters are fp32.
 
 All runs share one process, one chip and its weights, and are timed by turns; a row's peak is without what the others
@@ -160,7 +160,6 @@ class Bench:
         return optimized(parameters, loss)
 
     def ours(self, words: set[str]) -> Callable[[], Tensor]:
-        from swiftwan.ops.norm_rope_training import TRAINING
         from swiftwan.train import adapter, flow, memory, processes
         from swiftwan.train.trainee import compile_blocks, equip
 
@@ -175,6 +174,8 @@ class Bench:
             if "plain" in words:
                 block.attn2.attend = sdpa
             if "rope" in words:
+                from swiftwan.ops.norm_rope_training import TRAINING
+
                 block.ops = TRAINING
             if "gelu" in words:
                 block.ffn.net[0].linear_gelu = adapter.lora_gelu
