@@ -49,7 +49,9 @@ def lora(
     cache: Annotated[
         Path | None, typer.Option(help="Latents and embeddings. Unset: OUT/cache.", rich_help_panel=_DATA)
     ] = None,
-    check: Annotated[bool, typer.Option("--check", help="Only check data and settings.", rich_help_panel=_DATA)] = False,
+    check: Annotated[
+        bool, typer.Option("--check", help="Only check data and settings.", rich_help_panel=_DATA)
+    ] = False,
     width: Annotated[int | None, typer.Option(help="With height: most pixels.", rich_help_panel=_DATA)] = None,
     height: Annotated[int | None, typer.Option(help="Aspects are kept.", rich_help_panel=_DATA)] = None,
     frames: Annotated[int | None, typer.Option(help="Most of an item; 4k + 1.", rich_help_panel=_DATA)] = None,
