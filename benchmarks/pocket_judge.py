@@ -21,7 +21,7 @@ import torch
 import swiftwan as sw
 from swiftwan.device import versions
 from swiftwan.pocket.judge import judge
-from swiftwan.pocket.world import Scene, sample_scenes
+from swiftwan.pocket.scenes import Scene, sample_scenes
 
 SPLITS = {"held-out": 901, "train": 902}
 Cases = list[tuple[int, str, Scene]]

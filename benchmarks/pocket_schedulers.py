@@ -19,7 +19,7 @@ from statistics import mean
 import swiftwan as sw
 from swiftwan.device import versions
 from swiftwan.pocket.judge import judge
-from swiftwan.pocket.world import sample_scenes
+from swiftwan.pocket.scenes import sample_scenes
 from swiftwan.sampling import SCHEDULERS
 
 STEPS = (4, 8, 12, 20, 50)

@@ -25,8 +25,9 @@ import swiftwan as sw
 from swiftwan.device import pick_device, versions
 from swiftwan.measure.quality import ssim
 from swiftwan.pocket.judge import judge
+from swiftwan.pocket.scenes import Scene, sample_scenes
 from swiftwan.pocket.scorers import FILE, PocketScorers
-from swiftwan.pocket.world import Scene, draw, sample_scenes
+from swiftwan.pocket.world import draw
 from swiftwan.train.pocket_scorers import CHANGES, DISTORTIONS, MILD, changed
 
 SEED = 20_000

@@ -23,7 +23,8 @@ from torch import Tensor
 import swiftwan as sw
 from swiftwan.device import versions
 from swiftwan.pocket.judge import judge, read_clip
-from swiftwan.pocket.world import COLOURS, SHAPES, Scene, draw, sample_scenes
+from swiftwan.pocket.scenes import COLOURS, SHAPES, Scene, sample_scenes
+from swiftwan.pocket.world import draw
 
 CREATIVITY = (0.0, 0.2, 0.4, 0.6, 0.8, 1.0)
 

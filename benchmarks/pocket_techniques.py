@@ -30,7 +30,7 @@ import torch
 from pocket_judge import cases, versions
 
 import swiftwan as sw
-from swiftwan.bench.summary import RUNGS
+from swiftwan.bench.summary import rung_of
 from swiftwan.errors import SwiftwanError
 from swiftwan.measure.quality import Material, relative_distance, score
 from swiftwan.plan import parse
@@ -195,11 +195,6 @@ def processes(arguments: Sequence[tuple[Any, ...]]) -> Iterator[Callable[[Plan, 
         workers.stop()
 
 
-def rung(plan: Plan) -> str:
-    """The loosest of the plan's techniques."""
-    return RUNGS[max((parse(spec).kind for spec in plan), key=list(RUNGS).index, default="exact")]
-
-
 def row(lines: Sequence[dict[str, Any]]) -> dict[str, Any]:
     for status in ("failed", "refused"):
         for each in lines:
@@ -257,7 +252,7 @@ def main() -> None:
             beside = BESIDE.get(plan, ())
             found = {
                 "case": "pocket-techniques",
-                "rung": rung(plan),
+                "rung": rung_of(plan, [parse(spec).kind for spec in plan]),
                 "plan": list(plan),
                 "beside": list(beside),
                 **row(run(plan, beside)),

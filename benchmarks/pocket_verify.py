@@ -19,13 +19,13 @@ from typing import Any
 import torch
 
 import swiftwan as sw
-from swiftwan.bench.summary import RUNGS
+from swiftwan.bench.summary import rung_of
 from swiftwan.device import versions
 from swiftwan.errors import SwiftwanError
 from swiftwan.measure.missing import Missing
 from swiftwan.measure.quality import Material, psnr_db, relative_distance, score, ssim
 from swiftwan.pipelines.result import Result
-from swiftwan.pocket.world import sample_scenes
+from swiftwan.pocket.scenes import sample_scenes
 
 PLANS = (
     "batched-cfg",
@@ -82,8 +82,8 @@ def main() -> None:
             except (SwiftwanError, RuntimeError, ImportError) as problem:
                 row |= {"status": "refused", "reason": str(problem).partition("\n")[0]}
             else:
-                kind = max((technique.kind for technique in engine.plan.techniques), key=list(RUNGS).index)
-                row |= {"status": "ok", "rung": RUNGS[kind], **compared(runs, exact, on)}
+                rung = rung_of(specs, [technique.kind for technique in engine.plan.techniques])
+                row |= {"status": "ok", "rung": rung, **compared(runs, exact, on)}
                 del engine
             with options.out.open("a") as file:
                 file.write(json.dumps(row) + "\n")

@@ -7,7 +7,7 @@ import swiftwan as sw
 from swiftwan.errors import MemoryLimitError, OutputError, RequestError
 from swiftwan.media import read_frames
 from swiftwan.pocket.judge import judge
-from swiftwan.pocket.world import parse_prompt
+from swiftwan.pocket.scenes import parse_prompt
 
 PROMPT = "a red circle moves left over a blue background"
 

@@ -5,7 +5,8 @@ from torchmetrics.functional.image import peak_signal_noise_ratio, structural_si
 from swiftwan.errors import RequestError
 from swiftwan.measure.missing import Missing
 from swiftwan.measure.quality import METRICS, Material, check_metrics, psnr_db, relative_distance, score, ssim
-from swiftwan.pocket.world import draw, parse_prompt
+from swiftwan.pocket.scenes import parse_prompt
+from swiftwan.pocket.world import draw
 
 
 def clips(frames=3, height=24, width=40, noise=20):

@@ -6,7 +6,8 @@ from PIL import Image
 
 import swiftwan as sw
 from swiftwan.pocket.judge import judge, read_clip
-from swiftwan.pocket.world import draw, parse_prompt
+from swiftwan.pocket.scenes import parse_prompt
+from swiftwan.pocket.world import draw
 
 MOVES = "a red circle moves left over a blue background"
 CIRCLE = "a red circle stays still over a gray background"

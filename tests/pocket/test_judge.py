@@ -8,7 +8,7 @@ from torch.nn.functional import conv2d, pad
 from swiftwan.engine import Engine
 from swiftwan.errors import RequestError
 from swiftwan.pocket.judge import Observation, SeenThing, compare, judge, read_clip
-from swiftwan.pocket.world import (
+from swiftwan.pocket.scenes import (
     BACKGROUNDS,
     COLOURS,
     MOTIONS,
@@ -16,10 +16,10 @@ from swiftwan.pocket.world import (
     SHAPES,
     Scene,
     Thing,
-    draw,
     parse_prompt,
     sample_scenes,
 )
+from swiftwan.pocket.world import draw
 
 WORDS = {"colour": COLOURS, "shape": SHAPES, "motion": MOTIONS, "size": RADII}
 

@@ -5,8 +5,9 @@ import random
 import pytest
 import torch
 
+from swiftwan.pocket.scenes import Scene, Thing, sample_scenes
 from swiftwan.pocket.scorers import FILE, TEXT_WORDS, PocketScorers, load_scorers, shrunk, words_of
-from swiftwan.pocket.world import Scene, Thing, draw, sample_scenes
+from swiftwan.pocket.world import draw
 from swiftwan.train.pocket_scorers import CHANGES, DISTORTIONS, changed
 
 CPU = torch.device("cpu")

@@ -5,8 +5,8 @@ import torch
 
 from swiftwan.engine import Engine
 from swiftwan.pipelines.request import TextToVideo
+from swiftwan.pocket.scenes import parse_prompt, sample_scenes
 from swiftwan.pocket.style import likeness, silhouette, training_clips
-from swiftwan.pocket.world import parse_prompt, sample_scenes
 from swiftwan.techniques.lora import shipped
 from swiftwan.weights.lora import describe
 

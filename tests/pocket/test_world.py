@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from swiftwan.errors import RequestError
-from swiftwan.pocket.world import (
+from swiftwan.pocket.scenes import (
     BACKGROUNDS,
     COLOURS,
     MOTIONS,
@@ -12,12 +12,11 @@ from swiftwan.pocket.world import (
     SHAPES,
     Scene,
     Thing,
-    draw,
-    gradient,
     held_out_combinations,
     parse_prompt,
     sample_scenes,
 )
+from swiftwan.pocket.world import draw, gradient
 
 EVERYTHING = list(product(COLOURS, SHAPES, MOTIONS))
 

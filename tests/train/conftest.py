@@ -9,7 +9,8 @@ from safetensors.torch import load_file
 
 from swiftwan import media
 from swiftwan.engine import Engine
-from swiftwan.pocket.world import draw, sample_scenes
+from swiftwan.pocket.scenes import sample_scenes
+from swiftwan.pocket.world import draw
 from swiftwan.train.lora import train
 from swiftwan.train.settings import Settings
 

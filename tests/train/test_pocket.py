@@ -7,7 +7,7 @@ import pytest
 import torch
 
 import swiftwan.pocket
-from swiftwan.pocket.world import (
+from swiftwan.pocket.scenes import (
     COLOURS,
     MOTIONS,
     SHAPES,

@@ -3,8 +3,8 @@ import random
 import pytest
 import torch
 
+from swiftwan.pocket.scenes import Scene, Thing
 from swiftwan.pocket.scorers import FILE, PocketScorers
-from swiftwan.pocket.world import Scene, Thing
 from swiftwan.train.pocket_scorers import CHANGES, DISTORTIONS, MOMENTS, WRONG, changed, make_pool, train, wrong_scenes
 
 CPU = torch.device("cpu")

@@ -21,8 +21,8 @@ from swiftwan.measure.missing import Missing
 if TYPE_CHECKING:
     from swiftwan.measure.clip_score import ClipScorer
     from swiftwan.measure.lpips import Lpips
+    from swiftwan.pocket.scenes import Scene
     from swiftwan.pocket.scorers import PocketScorers
-    from swiftwan.pocket.world import Scene
 
 PSNR_OF_EQUAL_DB = 100.0
 """What equal frames count: their ratio is infinite, which no mean and no JSON can hold."""
@@ -110,7 +110,7 @@ class Material:
 
     @cached_property
     def scene(self) -> Scene | Missing:
-        from swiftwan.pocket.world import parse_prompt
+        from swiftwan.pocket.scenes import parse_prompt
 
         return parse_prompt(self.prompt) or Missing("the prompt is not of the pocket world")
 

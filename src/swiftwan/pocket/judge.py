@@ -24,16 +24,9 @@ from torch import Tensor
 from torch.nn.functional import interpolate, max_pool2d
 
 from swiftwan.errors import RequestError
+from swiftwan.pocket.scenes import BACKGROUNDS, COLOURS, PAIR_SCALE, RADII, Scene, Thing
 from swiftwan.pocket.silhouette import cut_out, find_shape, middle_and_spread, unit_moments
-from swiftwan.pocket.world import (
-    BACKGROUNDS,
-    COLOURS,
-    PAIR_SCALE,
-    RADII,
-    Scene,
-    Thing,
-    gradient,
-)
+from swiftwan.pocket.world import gradient
 
 
 @dataclass(frozen=True)

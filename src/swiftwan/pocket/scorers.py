@@ -21,7 +21,7 @@ import torch.nn.functional as F
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from swiftwan.pocket.world import BACKGROUNDS, COLOURS, MOTIONS, RADII, SHAPES, Scene
+from swiftwan.pocket.scenes import BACKGROUNDS, COLOURS, MOTIONS, RADII, SHAPES, Scene
 
 FILE = Path(__file__).parent / "scorers.safetensors"
 SIDE = 128

@@ -17,7 +17,8 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
-from swiftwan.pocket.world import SHAPES, coverage
+from swiftwan.pocket.scenes import SHAPES
+from swiftwan.pocket.world import coverage
 
 
 @dataclass(frozen=True)

@@ -11,7 +11,8 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
-from swiftwan.pocket.world import Scene, draw, gradient, sample_scenes
+from swiftwan.pocket.scenes import Scene, sample_scenes
+from swiftwan.pocket.world import draw, gradient
 
 COLOUR, BACKGROUND = "black", "sunset"
 

@@ -12,7 +12,8 @@ from swiftwan.errors import RequestError
 from swiftwan.models.config import POCKET, KnownModel
 from swiftwan.models.vae import WanVAE
 from swiftwan.pipelines.request import Request
-from swiftwan.pocket.world import Scene, draw
+from swiftwan.pocket.scenes import Scene
+from swiftwan.pocket.world import draw
 from swiftwan.train.data import find
 from swiftwan.train.pocket_dit import training_scenes
 

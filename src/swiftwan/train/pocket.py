@@ -146,7 +146,7 @@ def pocket_dit(
 
     from swiftwan.models.config import VAEConfig
     from swiftwan.models.vae import WanVAE
-    from swiftwan.pocket.world import sample_scenes
+    from swiftwan.pocket.scenes import sample_scenes
     from swiftwan.train import pocket_dit as recipe
     from swiftwan.train.pocket_tokenizer import build
     from swiftwan.train.pocket_vae import channels_last

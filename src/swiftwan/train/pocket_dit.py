@@ -23,7 +23,8 @@ from torch import Tensor, nn
 from swiftwan.models.config import POCKET
 from swiftwan.models.dit import WanTransformer
 from swiftwan.models.vae import WanVAE
-from swiftwan.pocket.world import BACKGROUNDS, COLOURS, Scene, draw, sample_scenes
+from swiftwan.pocket.scenes import BACKGROUNDS, COLOURS, Scene, sample_scenes
+from swiftwan.pocket.world import draw
 from swiftwan.train.loop import Run, Schedule, seed_of
 from swiftwan.train.pocket_tokenizer import build
 from swiftwan.train.recorded import Gradients, Recorded, plain

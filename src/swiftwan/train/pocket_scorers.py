@@ -20,8 +20,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from swiftwan.pocket.scenes import BACKGROUNDS, COLOURS, RADII, SHAPES, Scene, sample_scenes
 from swiftwan.pocket.scorers import PocketScorers, words_of
-from swiftwan.pocket.world import BACKGROUNDS, COLOURS, RADII, SHAPES, Scene, draw, sample_scenes
+from swiftwan.pocket.world import draw
 from swiftwan.train.loop import Run, Schedule, seed_of
 
 MOMENTS = 3

@@ -16,7 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from swiftwan.pocket.world import BACKGROUNDS, COLOURS, MOTIONS, RADII, SHAPES, Scene, sample_scenes
+from swiftwan.pocket.scenes import BACKGROUNDS, COLOURS, MOTIONS, RADII, SHAPES, Scene, sample_scenes
 from swiftwan.train.pocket_dit import Pocket, tokenize
 from swiftwan.train.pocket_tokenizer import build
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 import itertools
 from collections.abc import Iterator
 
-from swiftwan.pocket.world import BACKGROUNDS, COLOURS, MOTIONS, SHAPES
+from swiftwan.pocket.scenes import BACKGROUNDS, COLOURS, MOTIONS, SHAPES
 
 VOCABULARY = 448
 PAD, END, UNKNOWN = "<pad>", "</s>", "<unk>"

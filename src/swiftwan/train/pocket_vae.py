@@ -17,7 +17,8 @@ from torch import Tensor
 
 from swiftwan.models.config import POCKET, VAEConfig
 from swiftwan.models.vae import WanVAE
-from swiftwan.pocket.world import draw, sample_scenes
+from swiftwan.pocket.scenes import sample_scenes
+from swiftwan.pocket.world import draw
 from swiftwan.train.loop import Run, Schedule, seed_of
 
 KL_WEIGHT = 1e-4
