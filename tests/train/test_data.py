@@ -170,3 +170,10 @@ def test_a_data_set_that_cannot_be_used(tmp_path, hub):
         find("hf:me/other", anything, downloads=tmp_path)
     with pytest.raises(RequestError, match="'hf:me/none' cannot be loaded: Couldn't reach"):
         find("hf:me/none", anything, downloads=tmp_path)
+
+
+def test_a_row_without_a_caption_is_told_the_columns(folder):
+    (folder / "two.csv").write_text("file_name,caption\nclip4.mp4,a circle\nclip3.mp4\n")
+    found = find(str(folder / "two.csv"), anything)
+    assert [clip.path.name for clip in found.clips] == ["clip4.mp4"]
+    assert list(why(found).values()) == ["no caption; give it in one of caption, text, prompt"]

@@ -13,7 +13,7 @@ from safetensors.torch import load_file
 
 import swiftwan as sw
 from swiftwan.cli import main
-from swiftwan.errors import RequestError
+from swiftwan.errors import RequestError, WeightsError
 from swiftwan.models.config import KNOWN_MODELS, POCKET, TransformerConfig
 from swiftwan.models.dit import WanTransformer
 from swiftwan.plan import parse
@@ -244,6 +244,11 @@ def test_a_run_may_start_from_a_student(tmp_path, distilled):
     assert all(torch.equal(one[name], other[name]) for name in one.keys() | other.keys())
     with pytest.raises(RequestError, match=r"not a student of this model with rank 3.* 0 fit"):
         distilled(tmp_path / "other", start=first, rank=3)
+    with pytest.raises(WeightsError, match="is missing"):
+        distilled(tmp_path / "other", start=tmp_path / "none.safetensors")
+    with pytest.raises(RequestError, match="rank is 9999, and the transformer is"):
+        distilled(tmp_path / "other", rank=9999)
+    assert not (tmp_path / "other").exists()  # what was refused holds no run
 
 
 def test_clips_may_be_given_beside_the_walks(tmp_path, distilled):

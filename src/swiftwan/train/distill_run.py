@@ -71,18 +71,19 @@ def run(
         say: is told how far it is.
 
     Raises:
-        RequestError: the folder holds another run, a prompt is too long, or ``start`` has other layers or another rank.
+        RequestError: the folder holds another run, a prompt is too long, the rank is larger than the layers, or
+            ``start`` has other layers or another rank.
         OutputError: the folder cannot be written.
     """
     for prompt in (*prompts, negative_prompt):
         parts.text.check(prompt)
     told = {"base": base, "latent_shape": list(latent_shape), "prompts": digest(prompts), "start": str(start or "")}
-    _begin(folder, asdict(settings) | told)
-    text = embedded(parts.text, (*prompts, negative_prompt))
     roles = cast(parts, settings)
     transformer, beside = roles.transformer, roles.beside
     if start is not None:
         read_lora(start, roles)
+    _begin(folder, asdict(settings) | told)  # now that nothing of it is refused any more
+    text = embedded(parts.text, (*prompts, negative_prompt))
     small, on_gpu = is_small(transformer.config), text.is_cuda
     # Autocast would leave the residual stream in 16 bits behind the first layer; small changes drown there.
     for one in [transformer] if beside is None else [transformer, beside.transformer]:
@@ -104,7 +105,13 @@ def run(
 
 
 def cast(parts: Parts, settings: Settings) -> Roles:
-    """Give out the roles: the transformer that learns plays them all, but where the other expert teaches."""
+    """Give out the roles: the transformer that learns plays them all, but where the other expert teaches.
+
+    Raises:
+        RequestError: the rank is larger than the transformer is wide.
+    """
+    if settings.rank > (width := parts.transformer.config.dim):
+        raise RequestError(f"rank is {settings.rank}, and the transformer is {width} wide; take {width} or less.")
     learns, scale, beside = parts.transformer, settings.guidance_scale, None
     if parts.transformer_2 is not None:
         beside = Expert(parts.transformer_2, 0.0, settings.boundary, settings.guidance_scale_2)
