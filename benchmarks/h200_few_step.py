@@ -5,9 +5,10 @@
 Weights and LoRA are random, of true size: this times, and says nothing of how good a video is. The schedule is that of
 the LightX2V distillation (4 steps of lcm, shift 5, no guidance). Each plan makes a video first that does not count.
 Timed: text (no prompt cache), denoising, decoding, and writing the mp4; ``mp4`` in ``seconds_by_stage`` is what that
-takes longer than the frames. ``error`` is the distance of the last latents
-to those of the exact plan. The peer is diffusers' pipeline, eager in bf16, with 50 guided steps of UniPC, as the model
-was published; its four unguided steps are a row too, since a few-step LoRA runs there as well.
+takes longer than the frames. Random weights make noise, the longest work there is for an mp4's encoder. ``error`` is
+the distance of the last latents to those of the exact plan, the first that ran. The peer is diffusers' pipeline, eager
+in bf16, with 50 guided steps of UniPC, as the model was published; its four unguided steps are a row too, since a
+few-step LoRA runs there as well. Rows are written as they come.
 """
 
 from __future__ import annotations
@@ -26,22 +27,28 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from h200_forward import Case
+from h200_rungs import floor_seconds
 
 import swiftwan as sw
 from swiftwan import media
 from swiftwan.bench.peers import DiffusersPeer
 from swiftwan.device import pick_device, versions
 from swiftwan.measure.quality import relative_distance
-from swiftwan.plan import complete, describe, estimate
+from swiftwan.plan import complete, describe
 
 PROMPT = "A ginger cat walks along a stone wall in the evening sun, the camera follows it slowly"
-CEILINGS = {"product": 782, "attention": 708}  # TFLOP/s in bf16, DESIGN.md
-RUNGS = {
-    "few-step": ("attention:flash4",),
-    "few-step, near": ("quantize:fp8", "attention:fp8"),
-    "few-step, near, sparse25": ("quantize:fp8", "sparse-attention:keep=0.25,bits=8"),
-    "few-step, sparse25": ("sparse-attention:keep=0.25",),
-    "few-step, near, sparse12": ("quantize:fp8", "sparse-attention:keep=0.125,bits=8"),
+COMMON = ("fused", "vae:fast")
+RUNGS: dict[str, tuple[str, tuple[str, ...]]] = {  # name in the rows: rung of its forwards, plan
+    "few-step": ("exact", ("attention:flash4",)),
+    "few-step, near": ("near", ("quantize:fp8", "attention:fp8")),
+    "few-step, near, sparse12": ("sparse12", ("quantize:fp8", "sparse-attention:keep=0.125,bits=8")),
+    "few-step, near, sparse12, graphs": (
+        "sparse12",
+        ("quantize:fp8", "sparse-attention:keep=0.125,bits=8", "cuda-graphs"),
+    ),
+    "few-step, near, sparse25": ("sparse25", ("quantize:fp8", "sparse-attention:keep=0.25,bits=8")),
+    "few-step, sparse25": ("sparse25", ("sparse-attention:keep=0.25",)),
 }
 
 
@@ -56,6 +63,7 @@ def main() -> None:
     parser.add_argument("--peer-steps", type=int, default=50, help="0: no peer")
     parser.add_argument("--device")
     parser.add_argument("--out", type=Path)
+    parser.add_argument("--commit", default="")
     options = parser.parse_args()
     device = pick_device(options.device)
     size = {"width": options.width, "height": options.height, "num_frames": options.frames}
@@ -66,7 +74,8 @@ def main() -> None:
         exact = None
         rows: list[dict[str, Any]] = []
         for rung in options.rungs:
-            plan = [f"few-step:{lora}", "fused", "vae:fast", *RUNGS[rung]]
+            forwards, techniques = RUNGS[rung]
+            plan = [f"few-step:{lora}", *COMMON, *techniques]
             try:
                 engine = sw.Engine.load(options.model, plan=plan, device=options.device)
                 engine.parts.text.cache = None
@@ -74,12 +83,12 @@ def main() -> None:
                 row, latents = timed(engine, request, options.repeats, folder)
                 exact = latents if exact is None else exact
                 row["error"] = relative_distance(latents, exact)
-                row["ceiling_fraction"] = floor(engine, request) / row["seconds_by_stage"]["denoise"]
-                row["plan"] = [spec.replace(str(lora), "LORA") for spec in engine.plan.specs]
+                row["ceiling_fraction"] = floor(options, forwards) / row["seconds_by_stage"]["denoise"]
             except Exception as problem:
-                row = {"status": "failed", "reason": f"{type(problem).__name__}: {str(problem)[:300]}", "plan": plan}
+                row = {"status": "failed", "reason": f"{type(problem).__name__}: {str(problem)[:300]}"}
             engine = None
-            rows.append(tell({"rung": rung} | row, options, device))
+            plan[0] = "few-step:LORA"
+            rows.append({"rung": rung, "plan": plan} | row | about(options, device))
             write(rows, options.out)
             gc.collect()
             torch.cuda.empty_cache()
@@ -94,19 +103,20 @@ def main() -> None:
             (f"{options.peer_steps} steps", replace(plain, num_inference_steps=options.peer_steps)),
         ):
             row, _ = timed(peer, request, 1, folder, warm=False)
-            rows.append(
-                tell({"rung": f"peer, {name}", "plan": [f"diffusers eager, bf16, {name}"]} | row, options, device)
-            )
+            runner = {"runner": f"diffusers eager, bf16, {name}"}
+            rows.append({"rung": f"peer, {name}", "plan": [], **runner} | row | about(options, device))
+            write(rows, options.out)
     whole = rows[-1]
     for row in rows[:-1]:
         if "seconds" in row:
-            row |= {"peer": whole["plan"][0], "peer_seconds": whole["seconds"]}
+            row |= {"peer": whole["runner"], "peer_seconds": whole["seconds"]}
             row["ratio"] = round(whole["seconds"] / row["seconds"], 2)
     write(rows, options.out)
 
 
 def write(rows: list[dict[str, Any]], out: Path | None) -> None:
     """All rows as they stand now: a run cut short leaves what it has."""
+    print(json.dumps(rows[-1]), flush=True)
     if out:
         out.write_text("".join(json.dumps(row) + "\n" for row in rows))
 
@@ -139,21 +149,23 @@ def timed(
     return row, result.latents
 
 
-def floor(engine: sw.Engine, request: Any) -> float:
-    """Seconds of the denoising if every product and all dense attention ran at the measured rate of bf16."""
-    load = estimate(request, engine.facts, engine.plan, engine.device.total_bytes)
-    config = engine.facts.known.transformer
-    attention = config.num_layers * 4 * load.tokens**2 * config.dim / 1e12
-    product = load.tflop_per_forward - attention
-    return load.forwards * (attention / CEILINGS["attention"] + product / CEILINGS["product"])
+def floor(options: Any, rung: str) -> float:
+    """Seconds of the four forwards if every product and all self-attention ran at the rung's measured rates."""
+    case = Case(options.model.removeprefix("random:"), options.width, options.height, options.frames)
+    return 4 * floor_seconds(case, rung)
 
 
-def tell(row: dict[str, Any], options: Any, device: Any) -> dict[str, Any]:
-    row = {"case": f"video-1.3b-{options.width}x{options.height}x{options.frames}"} | row
-    row |= {"device": device.name, "dtype": "bf16", "versions": versions(device)}
-    row |= {"date": datetime.date.today().isoformat(), "weights": "random"}
-    print(json.dumps(row), flush=True)
-    return row
+def about(options: Any, device: Any) -> dict[str, Any]:
+    asked = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True)
+    return {
+        "case": f"video-1.3b-{options.width}x{options.height}x{options.frames}",
+        "device": device.name,
+        "dtype": "bf16",
+        "versions": versions(device),
+        "commit": options.commit or asked.stdout.strip(),
+        "date": datetime.date.today().isoformat(),
+        "weights": "random",
+    }
 
 
 if __name__ == "__main__":

@@ -171,7 +171,10 @@ def main() -> None:
     with torch.no_grad():
         for size in chosen:
             for mode in wanted:
-                modes[mode](size)
+                try:
+                    modes[mode](size)
+                except Exception:  # the other parts are still worth their time
+                    traceback.print_exc()
 
 
 if __name__ == "__main__":

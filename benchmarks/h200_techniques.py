@@ -104,7 +104,9 @@ GROUPS: dict[str, dict[str, Case]] = {
         "deepcache",
         "cuda-graphs",
     )
-    | alone("sparse-attention:keep=0.25", "compile", "tf32", "dtype:fp16", "attention:fp8", "progressive-resolution"),
+    | alone("sparse-attention:keep=0.25", "compile", "dtype:fp16", "attention:fp8", "progressive-resolution")
+    | alone("quantize:int8", "quantize:nf4:keep=1", "dtype:fp32")
+    | {"alone tf32": Case(SMALL, ("dtype:fp32", "tf32"))},
     "together": {
         "near": Case(SMALL, "auto:near"),
         "fast": Case(SMALL, "auto:fast"),

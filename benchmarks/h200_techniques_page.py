@@ -98,7 +98,8 @@ def recipes(rows: dict[str, Row]) -> str:
             peak = f"{row['peak_bytes'] / 1e9:.1f} ({guess['peak_bytes'] / 1e9:.1f})"
             cells = [peak, f"{guess['host_bytes'] / 1e9:.0f}", f"{step(row):.2f} ({guess['step_seconds']:.2f})"]
         else:
-            cells = [f"{row['status']} {row['reason'].partition(':')[2].strip()[:100]}".strip(), "", ""]
+            why = row["reason"].partition(":")[2].partition(",")[0].strip()
+            cells = [f"{row['status']}: {why}" if why else row["status"], "", ""]
         lines.append(f"| `{name}` | {size} | {specs} | {' | '.join(cells)} |")
     return "\n".join(lines)
 

@@ -90,12 +90,12 @@ def common(arguments: argparse.Namespace, device: Any) -> dict[str, Any]:
     }
 
 
-def emit(row: dict[str, Any], out: str) -> None:
-    line = json.dumps(row)
-    print(line, flush=True)
-    if out != "-":
-        with Path(out).open("a") as file:
-            file.write(line + "\n")
+def write(rows: list[dict[str, Any]], out: str) -> None:
+    """All rows as they stand now: a run cut short leaves what it has."""
+    if out == "-":
+        print(json.dumps(rows[-1]), flush=True)
+    else:
+        Path(out).write_text("".join(json.dumps(row) + "\n" for row in rows))
 
 
 # From prompt to mp4
@@ -182,7 +182,6 @@ def ours(arguments: argparse.Namespace, plan: str, request: Any = None) -> sw.En
 
 
 def write_rows(arguments: argparse.Namespace, request: Any, taken: Any, seen: Any, failures: Any) -> None:
-    """All rows as they stand now: a run cut short leaves what it has."""
     device = pick_device(arguments.device)
     rows = []
     eager = next((seen[name]["latents"] for name in seen if name.startswith("diffusers eager")), None)
@@ -222,10 +221,7 @@ def write_rows(arguments: argparse.Namespace, request: Any, taken: Any, seen: An
             row["error"] = ((seen[name]["latents"] - eager).norm() / eager.norm()).item()
             row["error_against"] = "diffusers eager, bf16"
         rows.append(row | about)
-    if arguments.out == "-":
-        print(json.dumps(rows[-1]))
-    else:
-        Path(arguments.out).write_text("".join(json.dumps(row) + "\n" for row in rows))
+    write(rows, arguments.out)
 
 
 # From the start of a process to its first step
@@ -275,31 +271,41 @@ def cold(arguments: argparse.Namespace) -> None:
             del made
             gc.collect()
             torch.cuda.empty_cache()
-        medians: dict[str, float] = {}
-        for runner in (*(name for name in PEERS if name in arguments.peers), *arguments.plans):
-            told = [once(arguments, path, runner) for _ in range(arguments.repeats + 1)]
-            row: dict[str, Any] = {"case": f"cold-{arguments.case}", "rung": "exact"}
-            row |= {"plan": [] if runner in PEERS else plan_of(runner, device), "runner": runner}
-            later = [mark["first step"] for mark in told[1:] if "first step" in mark]
-            if later:
-                medians[runner] = statistics.median(later)
-                row |= {
-                    "status": "ok",
-                    "seconds": round(medians[runner], 2),
-                    "spread": [round(min(later), 2), round(max(later), 2)],
-                    "repeats": len(later),
-                    "first_process_seconds": round(told[0].get("first step", 0.0), 2),
-                    "marks": {key: round(value, 2) for key, value in told[-1].items()},
-                    "size": f"{arguments.width}x{arguments.height}x{arguments.frames}",
-                }
-                best = min((name for name in medians if name in PEERS), key=medians.__getitem__, default=None)
-                if best is not None:
-                    row |= {"peer": best, "peer_seconds": round(medians[best], 2)}
-                    row |= {"ratio": round(medians[best] / medians[runner], 3)}
-            else:
-                row |= {"status": "failed", "reason": told[-1].get("problem", "no first step")}
-            emit(row | common(arguments, device) | {"dtype": "bfloat16"}, arguments.out)
-        print({name: round(value, 2) for name, value in medians.items()}, flush=True)
+        told: dict[str, list[dict[str, Any]]] = {}
+        for runner in (*arguments.plans, *(name for name in PEERS if name in arguments.peers)):
+            for _ in range(arguments.repeats + 1):
+                told.setdefault(runner, []).append(once(arguments, path, runner))
+                write(cold_rows(arguments, device, told), arguments.out)
+
+
+def cold_rows(
+    arguments: argparse.Namespace, device: Any, told: dict[str, list[dict[str, Any]]]
+) -> list[dict[str, Any]]:
+    """Of each runner the median of all processes but the first."""
+    later = {runner: [m["first step"] for m in marks[1:] if "first step" in m] for runner, marks in told.items()}
+    medians = {runner: statistics.median(seconds) for runner, seconds in later.items() if seconds}
+    best = min((name for name in medians if name in PEERS), key=medians.__getitem__, default=None)
+    rows = []
+    for runner, marks in told.items():
+        row: dict[str, Any] = {"case": f"cold-{arguments.case}", "rung": "exact"}
+        row |= {"plan": [] if runner in PEERS else plan_of(runner, device), "runner": runner}
+        if runner in medians:
+            row |= {
+                "status": "ok",
+                "seconds": round(medians[runner], 2),
+                "spread": [round(min(later[runner]), 2), round(max(later[runner]), 2)],
+                "repeats": len(later[runner]),
+                "first_process_seconds": round(marks[0].get("first step", 0.0), 2),
+                "marks": {key: round(value, 2) for key, value in marks[-1].items() if key != "problem"},
+                "size": f"{arguments.width}x{arguments.height}x{arguments.frames}",
+            }
+            if best is not None:
+                row |= {"peer": best, "peer_seconds": round(medians[best], 2)}
+                row |= {"ratio": round(medians[best] / medians[runner], 3)}
+        else:
+            row |= {"status": "failed", "reason": marks[-1].get("problem", "one process alone has run")}
+        rows.append(row | common(arguments, device) | {"dtype": "bfloat16"})
+    return rows
 
 
 def once(arguments: argparse.Namespace, model: str, runner: str) -> dict[str, Any]:
@@ -316,7 +322,10 @@ def once(arguments: argparse.Namespace, model: str, runner: str) -> dict[str, An
     ]
     command += ["--width", str(arguments.width), "--height", str(arguments.height), "--frames", str(arguments.frames)]
     command += ["--steps", str(arguments.steps)] + (["--device", arguments.device] if arguments.device else [])
-    done = subprocess.run(command, capture_output=True, text=True, timeout=arguments.limit)
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, timeout=arguments.limit)
+    except subprocess.TimeoutExpired:
+        return {"problem": f"no first step within {arguments.limit:.0f} s"}
     if done.returncode:
         print(done.stderr[-2000:], flush=True)
         return {"problem": done.stderr.strip().rpartition("\n")[2][:300]}

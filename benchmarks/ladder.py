@@ -43,9 +43,11 @@ FORWARDS_OF = {"video-1.3b-832x480x81": (100, "forward-1.3b-832x480x81")}
 INTRO = """# The ladder
 
 Made from the rows in `benchmarks/` by `python benchmarks/ladder.py`; do not edit. One H200, random weights of the true
-architectures, ours and the peer by turns in one process. *Ratio* is the peer's time over ours. *Of ceiling* is the time
-that the same matrix products and attention would take at the highest rates measured on the chip in the row's number
-format, over ours. *Error* is the relative distance to the run that the row names.
+architectures, ours and the peer by turns in one process. *Ratio* is the peer's time over ours; of forwards the median
+over the turns, which differs a little from the quotient of the times shown. *Of ceiling* is the time that the plain
+run's matrix products, convolutions and attention would take at the highest rates measured on the chip in the row's
+number format, over ours; it passes 100 % where work is left out or done with fewer multiplications. *Error* is the
+relative distance to the run that the row names.
 *Bound* is the matrix products and self-attention of a forward alone, back to back on inputs that stand ready.
 *Sustained* is a run repeated for seconds without a pause: at the chip's limit of 700 W clocks fall from 1980 MHz until
 the power fits, so that time follows energy.

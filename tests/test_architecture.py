@@ -10,7 +10,7 @@ SOURCE = Path(__file__).parents[1] / "src" / "swiftwan"
 
 LAYERS = (
     ("errors", "quiet"),
-    ("device", "ops", "pocket", "prompt_cache"),
+    ("device", "ops", "pocket", "prompt_cache", "unipc"),
     ("ceilings", "models"),
     ("sampling", "guidance", "progressive", "pipelines.request"),
     ("inputs", "media", "weights"),

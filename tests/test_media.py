@@ -175,7 +175,7 @@ def test_a_file_of_ours_is_replaced(tmp_path: Path) -> None:
 
 REFUSED = [
     ("out.gif", 1, 64, 64, "Known: .mp4, .png"),
-    ("out", 1, 64, 64, "Known: .mp4, .png"),
+    ("out", 1, 64, 64, "has no ending"),
     ("out.mp5", 1, 64, 64, "Did you mean '.mp4'"),
     ("out.png", 33, 64, 64, "33 frames; name it .mp4"),
     ("out.mp4", 1, 63, 64, "even sizes"),

@@ -1,9 +1,11 @@
+from dataclasses import replace
+
 import pytest
 import torch
 from PIL import Image
 
 import swiftwan as sw
-from swiftwan.device import pick_device
+from swiftwan.device import Device, pick_device
 from swiftwan.errors import PlanError, RequestError, UnavailableError, WeightsError
 from swiftwan.guidance import BatchedGuidance, SequentialGuidance
 from swiftwan.models.config import KNOWN_MODELS
@@ -47,7 +49,7 @@ def test_an_empty_plan_is_the_plain_run():
     [
         (["batch-cfg"], "unknown technique 'batch-cfg'. Did you mean 'batched-cfg'"),
         (["vae:tiling:smaple=3"], "has no option 'smaple'. Did you mean 'sample'"),
-        (["vae:tiling:sample=x"], "sample is 'x'; it must be int"),
+        (["vae:tiling:sample=x"], "sample is 'x'; it must be a whole number"),
         (["vae:tiling:sample=64,stride=96"], "the stride must be 1 to sample"),
         (["vae"], "needs a value"),
         (["quantize"], "needs a value"),
@@ -166,6 +168,20 @@ def test_two_experts_count_twice():
     two = sw.explain("random:wan2.2-t2v-a14b", request, device="cpu")
     expert = parameter_count(one.facts.known.transformer) * 4
     assert two.load.weight_bytes - one.load.weight_bytes == expert
+
+
+@pytest.mark.parametrize(("free", "words"), [(59 * 10**9, "does not fit"), (60 * 10**9, "fits")])
+def test_host_memory_beside_a_gpu_is_told_by_phase(monkeypatch, free, words):
+    monkeypatch.setattr("swiftwan.plan.host_memory", lambda: (64 * 10**9, free))
+    gpu = Device("cuda:0", "NVIDIA H200", 141 * 10**9, 140 * 10**9, (9, 0), 132, torch.bfloat16, "for the test")
+    told = sw.explain(
+        "random:wan2.2-t2v-a14b", sw.TextToVideo("a cat"), plan=["offload:model"], device="cpu", dtype="bf16"
+    )
+    lines = replace(told, device=gpu).lines()
+    phases = [line for line in lines if line.startswith("  ")]
+    assert [line.rpartition("; ")[2] for line in phases[:2]] == ["59.27 GB of host memory"] * 2
+    assert f"host       peak 59.72 GB; {free / 1e9:.2f} GB free: {words}" in lines
+    assert not [line for line in told.lines() if "host memory" in line or line.startswith("host")]
 
 
 def test_the_transformer_is_counted_exactly():

@@ -129,7 +129,11 @@ def test_without_facts_auto_is_the_machines_kernels():
 
 @pytest.mark.parametrize(
     ("name", "words"),
-    [("atuo", "Did you mean 'auto'"), ("16GB", "Did you mean '16gb'"), ("auto:nearly", "Did you mean 'auto:near'")],
+    [
+        ("atuo", "Did you mean 'auto'"),
+        ("16GB", "Did you mean '16gb'"),
+        ("auto:nearly", "unknown quality 'nearly'. Did you mean 'near'"),
+    ],
 )
 def test_an_unknown_name_is_told(name, words):
     with pytest.raises(PlanError, match=words):

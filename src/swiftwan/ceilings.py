@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache
 from typing import TYPE_CHECKING
 
@@ -25,10 +25,13 @@ class Ceilings:
 
     Attributes:
         products: TFLOP/s by what linear layers multiply in: ``16`` (bf16, fp16), ``fp8``, ``int8``, ``tf32``, ``fp32``.
-        attention: TFLOP/s of self-attention by kernel.
+        attention: TFLOP/s of self-attention by kernel; ``fp32`` is torch's own choice for float32.
         memory, bus: bytes a second of device memory, and from pinned host memory to it.
         decode: TFLOP/s of a VAE's decoder in 16 bits, plain and with ``vae:fast``, by the channels of its last level.
         launch_seconds: host time of one block's launches: plain, and fused.
+        gap_seconds: between one block's kernels where they follow each other at once: plain, and fused.
+        around_blocks, around_forwards: seconds of a forward outside its blocks, and of a step outside its forwards
+            (guidance, solver).
         source: where the numbers are from.
     """
 
@@ -38,6 +41,9 @@ class Ceilings:
     bus: float
     decode: Mapping[int, tuple[float, float]]
     launch_seconds: tuple[float, float]
+    gap_seconds: tuple[float, float]
+    around_blocks: float
+    around_forwards: float
     source: str
 
 
@@ -46,12 +52,18 @@ H200 = Ceilings(
     attention={
         **{"sdpa": 550, "cudnn": 575, "flash4": 685, "flash3": 600, "flash2": 352, "sage": 430},
         "fp8": 870,  # with its rounding: 218 and 7 ms of a forward of 1.3B at 832x480x81
+        "fp32": 46,  # what a forward of 6.25 s has beside products and passes (h200_seed_001/rows.jsonl)
         "fp8-plain": 20,  # a check that forms the matrix in float32; not measured
     },
     memory=4.0e12,
     bus=55e9,
     decode={96: (222, 655), 256: (470, 1014)},
     launch_seconds=(1e-3, 3e-4),
+    # Of pictures, whose kernels are short: 1 ms between the 500 fused ones of a replayed forward, 1.2 ms of kernels
+    # that are no block's (LOG.md); plain, what else two forwards of 16.6 ms take (h200_forward.jsonl).
+    gap_seconds=(6e-5, 3.3e-5),
+    around_blocks=1.2e-3,
+    around_forwards=2.9e-3,  # of a picture 19.1 ms (h200_techniques.jsonl) with forwards of 16.2 (h200_forward.jsonl)
     source="measured on an H200 with torch 2.11 (benchmarks/h200_*.jsonl)",
 )
 
@@ -78,16 +90,19 @@ def _measured(torch_device: str, dtype: torch.dtype) -> Ceilings:
             bus=bus,
             decode={96: (rate / 2, rate / 2)},
             launch_seconds=(0.0, 0.0),
+            gap_seconds=(0.0, 0.0),
+            around_blocks=0.0,
+            around_forwards=0.0,
             source="from a matrix product and a copy measured here",
         )
     scale = rate / H200.products["fp32" if dtype is torch.float32 else "16"]
-    return Ceilings(
+    return replace(
+        H200,
         products={name: one * scale for name, one in H200.products.items()},
         attention={name: one * scale for name, one in H200.attention.items()},
         memory=memory,
         bus=bus,
         decode={width: (plain * scale, fast * scale) for width, (plain, fast) in H200.decode.items()},
-        launch_seconds=H200.launch_seconds,
         source="from a matrix product and copies measured here; what kernels reach of them as on an H200",
     )
 

@@ -83,9 +83,12 @@ def compose(specs: Sequence[str], device: Device, dtype: str | None = None, mode
     problems += _conflicts(techniques)
     runnable: list[Technique] = []
     for technique in techniques:
+        if unreadable := technique.unreadable():
+            problems.append(f"{technique.name}: {unreadable}")
+            continue
         if missing := technique.missing_on(device):
             here = _available(technique, device)
-            problems.append(f"'{technique.name}' cannot run on {device.name}: {missing}{here}")
+            problems.append(f"'{technique.spec}' cannot run on {device.name}: {missing}{here}")
             continue
         try:
             if model is not None:

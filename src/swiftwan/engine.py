@@ -78,7 +78,8 @@ class Engine:
                 device=torch.device(where.torch_device),
                 dtype=chosen.settings.dtype,
                 vae_dtype=chosen.settings.vae_dtype,
-                transformers_on=torch.device("cpu") if chosen.settings.transformers_on_host else None,
+                transformers_on_host=chosen.settings.transformers_on_host,
+                resident_blocks=chosen.settings.resident_blocks,
                 text_home=chosen.settings.text_home,
                 as_loaded=chosen.settings.as_loaded,
             )
@@ -151,6 +152,7 @@ class Engine:
         """
         chosen = make_plan(plan, self.device, self.dtype_name, self.facts)
         switch(self.parts, self.plan.techniques, chosen.techniques)
+        _free_memory()  # of recorded graphs, and of weights in another format
         self.parts.text.cache = _prompt_cache(chosen.settings.prompt_cache)
         _allow_tf32(chosen)
         self.plan = chosen

@@ -131,8 +131,8 @@ def estimate(request: Request, facts: Facts, plan: Plan, total_bytes: int, ceili
         bring = facts.experts * (costs.block_bytes + costs.rest_bytes) / ceilings.bus
     return replace(
         load,
-        step_seconds=max(steps, default=0) * forward,
-        denoise_seconds=forwards * forward + small + bring,
+        step_seconds=max(steps, default=0) * forward + ceilings.around_forwards,
+        denoise_seconds=forwards * forward + len(steps) * ceilings.around_forwards + small + bring,
         decode_seconds=decode,
     )
 
@@ -214,10 +214,12 @@ def _forward_seconds(costs: Costs, ceilings: Ceilings) -> float:
     layers = costs.sizes.num_layers
     passes = FUSED_PASSES if costs.fused else PLAIN_PASSES
     between = layers * passes * costs.token_bytes + costs.expanded_parameters * EXPANSION
+    attention = "fp32" if costs.dtype is torch.float32 else costs.attention
     computing = (
         _linear_flop(costs) / ceilings.products[costs.product] / 1e12
-        + costs.attention_share * _attention_flop(costs) / ceilings.attention[costs.attention] / 1e12
+        + costs.attention_share * _attention_flop(costs) / ceilings.attention[attention] / 1e12
         + between / ceilings.memory
+        + layers * ceilings.gap_seconds[costs.fused] / costs.batch
     )
     if not costs.graphs:
         computing = max(computing, layers * ceilings.launch_seconds[costs.fused] / costs.batch)
@@ -226,7 +228,7 @@ def _forward_seconds(costs: Costs, ceilings: Ceilings) -> float:
         streamed = 1 - costs.resident_blocks / layers
         resident = seconds * (1 - streamed)
         seconds = resident + max(seconds * streamed, streamed * costs.block_bytes / ceilings.bus / costs.batch)
-    return seconds
+    return seconds + ceilings.around_blocks / costs.batch
 
 
 def _decode_seconds(request: Request, facts: Facts, plan: Plan, costs: Costs, ceilings: Ceilings) -> float:
@@ -247,19 +249,34 @@ def _decode_seconds(request: Request, facts: Facts, plan: Plan, costs: Costs, ce
 
 @cache
 def decoder_flop(config: VAEConfig) -> tuple[int, int]:
-    """Operations to decode a cell of the first latent frame, and of one behind it; counted on the meta device."""
-    from torch.utils.flop_counter import FlopCounterMode
+    """Operations to decode a cell of a clip of one latent frame, and what a second adds; those of all convolutions.
+
+    Counted from their weights. torch's counter runs the layers on meta, which imports its compiler, a second; it has
+    the attention of the middle block too, 0.5 % at 832x480.
+    """
+    from torch import nn
 
     from swiftwan.models.vae import WanVAE
+    from swiftwan.models.vae_blocks import CausalConv3d, Upsample
 
-    side, counts = 4, []
-    with torch.device("meta"), torch.no_grad():
+    with torch.device("meta"):
         vae = WanVAE(config)
-        for frames in (1, 2):
-            with FlopCounterMode(display=False) as counter:
-                vae.decode_raw(torch.empty(1, config.z_dim, frames, side, side))
-            counts.append(counter.get_total_flops() // side**2)
-    return counts[0], counts[1] - counts[0]
+    alone = 2 * vae.post_quant_conv.weight.numel()
+    both = 2 * alone
+    places, frames = 1, 1  # that a cell of a following frame has become, where the walk through the layers has come to
+    in_time = {id(layer.time_conv) for layer in vae.decoder.modules() if isinstance(layer, Upsample)}
+    for layer in vae.decoder.modules():
+        if isinstance(layer, Upsample):
+            if layer.time_conv is not None:  # the clip's first frame stays single
+                both += 2 * places * frames * layer.time_conv.weight.numel()
+                frames *= 2
+            places *= 4
+        elif isinstance(layer, nn.Conv2d | nn.Conv3d) and id(layer) not in in_time:
+            flop = 2 * places * layer.weight.numel()
+            both += (1 + frames) * flop
+            # A single frame has no past, so of a kernel's steps in time only the last is computed.
+            alone += flop // layer.kernel_size[0] if isinstance(layer, CausalConv3d) else flop
+    return alone, both - alone
 
 
 # Memory

@@ -9,8 +9,8 @@ from typing import Any
 from swiftwan import inputs
 from swiftwan.ceilings import ceilings_of
 from swiftwan.composition import Plan, compose, parse
-from swiftwan.device import Device, pick_device
-from swiftwan.estimate import Load, estimate
+from swiftwan.device import Device, host_memory, pick_device
+from swiftwan.estimate import Load, Phase, estimate
 from swiftwan.facts import Facts, complete, describe
 from swiftwan.pipelines.request import Request
 from swiftwan.recipes import specs_of
@@ -75,17 +75,34 @@ class Explanation:
             f"work       {load.forwards} forwards of {load.tokens} tokens, {load.tflop_per_forward:.3g} TFLOP each",
             *_times(load),
             f"memory     peak {_gb(load.peak_bytes)} GB in {load.fullest.name}; {_gb(self.device.free_bytes)} GB free: "
-            f"{'fits' if self.fits else 'does not fit'}; {_gb(load.host_bytes)} GB of host memory",
+            f"{'fits' if self.fits else 'does not fit'}",
             *(
                 f"  {phase.name:8} {_gb(phase.weight_bytes):>6} GB of weights + about {_gb(phase.activation_bytes)} GB"
+                + self._beside(phase)
                 for phase in load.phases
             ),
+            *self._host(),
         ]
         for number, technique in enumerate(self.plan.techniques, 1):
             lines.append(f"{number}. {technique.spec} ({technique.kind}): {technique.reason}")
             lines += [f"   {line}" for line in technique.fit(self.facts.known)]
             lines.append(f"   a switch costs: {technique.switch}")
         return lines if self.plan.techniques else [*lines, "plan       plain: no techniques"]
+
+    def _shares_memory(self) -> bool:
+        """Whether the device computes in host memory: a CPU, an Apple GPU."""
+        return self.device.capability is None
+
+    def _beside(self, phase: Phase) -> str:
+        """A phase's host memory, where that is another."""
+        return "" if self._shares_memory() else f"; {_gb(phase.host_bytes)} GB of host memory"
+
+    def _host(self) -> list[str]:
+        """What there is of it."""
+        if self._shares_memory():
+            return []
+        need, free = self.load.host_bytes, host_memory()[1]
+        return [f"host       peak {_gb(need)} GB; {_gb(free)} GB free: {'fits' if need <= free else 'does not fit'}"]
 
     def _asked_above_the_plan(self) -> str:
         """Which of a few-step model's own settings the request changes."""

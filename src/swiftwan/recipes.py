@@ -68,6 +68,9 @@ def specs_of(name: str, device: Device, dtype: str | None, facts: Facts | None, 
     Raises:
         PlanError: there is no plan of that name.
     """
+    if name.startswith("auto:") and name not in NAMES:
+        quality = name.removeprefix("auto:")
+        raise PlanError(f"unknown quality '{quality}'." + did_you_mean(quality, get_args(Quality)))
     if name not in NAMES:
         raise PlanError(f"unknown plan '{name}'." + did_you_mean(name, NAMES))
     if name == "none":
@@ -76,12 +79,12 @@ def specs_of(name: str, device: Device, dtype: str | None, facts: Facts | None, 
     fast = _kernels(device, number_format, EXACT_ATTENTION)
     if name in RECIPES:
         return [*RECIPES[name].specs, *fast]
-    quality = cast(Quality, name.partition(":")[2] or "exact")
+    wish = cast(Quality, name.partition(":")[2] or "exact")
     if facts is None or device.capability is None:
         return fast
-    if quality != "exact" and facts.known.transformer.attention_head_dim in kernel("fp8").widths:
+    if wish != "exact" and facts.known.transformer.attention_head_dim in kernel("fp8").widths:
         fast = _kernels(device, number_format, ("fp8", *EXACT_ATTENTION))
-    return _fitting(quality, fast, device, dtype, facts, request)
+    return _fitting(wish, fast, device, dtype, facts, request)
 
 
 def _kernels(device: Device, dtype: torch.dtype, attention: Sequence[str]) -> list[str]:

@@ -1,4 +1,4 @@
-"""Noise schedules and solvers: diffusers' own, set up for flow prediction with the model's shift."""
+"""Noise schedules and solvers for flow prediction with the model's shift: UniPC is ours, the others are diffusers'."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ import torch
 
 from swiftwan.errors import RequestError, did_you_mean
 from swiftwan.models.config import Defaults
+from swiftwan.unipc import UniPC
 
 SCHEDULERS = ("unipc", "euler", "heun", "dpm++", "lcm")
 
@@ -89,7 +90,7 @@ def make_scheduler(
     device: torch.device,
     levels: Sequence[float] | None = None,
 ) -> Any:
-    """A diffusers scheduler with its timesteps set.
+    """A scheduler, of diffusers or like them, with its timesteps set.
 
     Its sigmas run from 1 to 0 along ``shift * s / (1 + (shift - 1) * s)``. ``unipc`` (arXiv 2302.04867, order 2)
     is Wan's own choice; ``dpm++`` (arXiv 2211.01095) is of order 2 as well; ``euler`` and ``heun`` take one and two
@@ -99,9 +100,25 @@ def make_scheduler(
         levels: where ``euler`` and ``lcm`` evaluate the model instead: one falling noise level a step. (Their own last
             step begins at 0.001, which with four steps is a quarter of the work for nothing.)
     """
-    import diffusers
-
     check_scheduler(name)
+    if name == "unipc":
+        return UniPC(num_inference_steps, flow_shift, device)
+    return diffusers_scheduler(
+        name, num_inference_steps=num_inference_steps, flow_shift=flow_shift, device=device, levels=levels
+    )
+
+
+def diffusers_scheduler(
+    name: str,
+    *,
+    num_inference_steps: int,
+    flow_shift: float,
+    device: torch.device,
+    levels: Sequence[float] | None = None,
+) -> Any:
+    """As :func:`make_scheduler`, of diffusers in any case."""
+    import diffusers  # a second, which Wan's own solver is spared
+
     flow: dict[str, Any] = {
         "prediction_type": "flow_prediction",
         "use_flow_sigmas": True,

@@ -94,8 +94,10 @@ def test_the_pocket_matrix_beside_diffusers(tmp_path) -> None:
     [
         (["bench", "poket", "--out", "x"], "Did you mean 'pocket'?"),
         (["bench", "pocket", "--out", "x", "--compare", "none.jsonl"], "there are no rows at 'none.jsonl'"),
+        (["bench", "pocket", "--out", "x", "--compare", "/dev/null"], "there are no rows at '/dev/null'"),
         (["verify", "batched-cgf"], "Did you mean 'batched-cfg'?"),
         (["verify", "batched-cfg", "--runs", "0"], "--runs is 0"),
+        (["verify", "batched-cfg", "--frames", "1000001"], "1000001 frames take about"),
     ],
 )
 def test_what_is_wrong_is_told_in_one_line_before_anything_runs(arguments, told, capsys, tmp_path, monkeypatch) -> None:
@@ -105,6 +107,16 @@ def test_what_is_wrong_is_told_in_one_line_before_anything_runs(arguments, told,
     assert told in said
     assert said.count("\n") == 1
     assert not list(tmp_path.iterdir())
+
+
+def test_rows_of_another_machine_are_refused_before_anything_runs(tmp_path, monkeypatch, machine, capsys) -> None:
+    monkeypatch.setattr("swiftwan.bench.run.ask_machine", lambda device: machine)
+    row = {"model": "pocket", "request_name": "a", "plan_name": "plain", "device": "Another", "status": "ok"}
+    (tmp_path / "rows.jsonl").write_text(json.dumps(row) + "\n")
+    out = tmp_path / "out"
+    assert main(["bench", "pocket", "--out", str(out), "--compare", str(tmp_path / "rows.jsonl")]) == 2
+    assert "the rows are of other devices: Another and Abacus" in capsys.readouterr().err
+    assert not out.exists()
 
 
 def test_verify_prints_its_checks_and_a_verdict(capsys) -> None:

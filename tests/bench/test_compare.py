@@ -58,3 +58,8 @@ def test_another_device_or_matrix_cannot_be_compared(rows) -> None:
         worse(rows, [row | {"device": "H200"} for row in rows])
     with pytest.raises(RequestError, match="no cell in common"):
         worse(rows, [row | {"model": "other"} for row in rows])
+
+
+def test_rows_of_another_kind_are_refused_by_the_field_that_they_lack(rows) -> None:
+    with pytest.raises(RequestError, match=r"has no 'request_name'; give the rows\.jsonl"):
+        worse([{"case": "forward", "model": "pocket", "seconds": 1.0}], rows)

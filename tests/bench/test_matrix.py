@@ -68,7 +68,7 @@ def test_a_cell_is_every_combination_and_survives_json(tmp_path) -> None:
         ('models = ["pocket"]', 'models = ["pocket"]\nmetrics = ["pnsr"]', "unknown metric 'pnsr'"),
         ('models = ["pocket"]', 'models = ["pocket"]\nbaseline = "pear"', "baseline is 'pear'. Did you mean 'peer'?"),
         ('models = ["pocket"]', 'models = ["pocket"]\nrounds = 0', "rounds is 0; it must be 1 or more"),
-        ('models = ["pocket"]', "models = [", "cannot be read"),
+        ('models = ["pocket"]', "models = [", "is no TOML"),
     ],
 )
 def test_what_is_wrong_is_named(tmp_path, old, new, told) -> None:

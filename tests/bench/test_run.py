@@ -4,6 +4,7 @@ from dataclasses import replace
 
 import pytest
 
+from swiftwan.bench.cell import Job
 from swiftwan.bench.report import Report, markdown, page
 from swiftwan.bench.rows import Journal
 from swiftwan.bench.run import ask_machine, lines_of, run_in_process, run_matrix, turns
@@ -98,6 +99,25 @@ def test_a_process_that_dies_or_hangs_is_a_row(tmp_path, matrix, machine, monkey
     assert "not done after 0.2 s" in run_in_process(job, 0.2)["reason"]
     assert run_in_process(job, 0.2)["status"] == "failed"
     assert not list((tmp_path / "logs").glob("*.job.json"))
+
+
+def test_a_plan_with_a_point_or_a_slash_in_its_name_has_files_of_its_own(
+    tmp_path, matrix, machine, monkeypatch
+) -> None:
+    from swiftwan.bench import run
+
+    monkeypatch.setattr(run.sys, "executable", "/bin/true")
+    plans = tuple(replace(plan, name=f"keep=0.5/{plan.name}") for plan in matrix.plans)
+    dotted = replace(matrix, plans=plans, baseline=plans[0].name, rounds=1)
+    rows = [progress.row for progress in run_matrix(dotted, tmp_path, machine, run_in_process)]
+    assert ["with exit code 0" in row["reason"] for row in rows] == [True] * len(plans)
+    assert len(list((tmp_path / "logs").glob("keep=0.5-*.txt"))) == len(plans)
+
+
+def test_a_folder_that_cannot_be_written_is_told(tmp_path, matrix, machine) -> None:
+    job = next(run_matrix(matrix, tmp_path, machine, lambda job, limit: {"status": "ok", "job": job.to_json()})).row
+    row = run_in_process(replace(Job.from_json(job["job"]), folder=tmp_path / "gone"), 10)
+    assert (row["status"], "No such file or directory" in row["reason"]) == ("no space", True)
 
 
 def test_this_machine_is_asked_in_a_process_that_ends() -> None:

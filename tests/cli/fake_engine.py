@@ -27,6 +27,12 @@ class Explanation:
     plan: object
     asked: object
 
+    device = types.SimpleNamespace(name="an abacus", total_bytes=10**9)
+
+    @property
+    def load(self):
+        return types.SimpleNamespace(peak_bytes=10**6 * self.request.num_frames)
+
     def lines(self):
         return [f"{self.model} runs {type(self.request).__name__}", f"plan: {self.plan}"]
 

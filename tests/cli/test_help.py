@@ -52,3 +52,18 @@ def test_start_up_leaves_torch_alone(tmp_path: Path, arguments: list[str]) -> No
         env=os.environ | {"PYTHONPATH": str(Path(swiftwan.cli.__file__).parents[2])},
     )
     assert done.returncode == 0, done.stderr
+
+
+def test_ctrl_c_ends_any_verb_with_a_word(monkeypatch: pytest.MonkeyPatch, call: Call) -> None:
+    def interrupted() -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("swiftwan.cli.models.model_states", interrupted)
+    assert call("models") == (130, "", "cancelled\n")
+
+
+def test_a_group_of_verbs_alone_shows_its_help_and_no_empty_error(call: Call) -> None:
+    code, out, err = call("train")
+    assert code == 2
+    assert "distill" in out
+    assert "error:" not in err

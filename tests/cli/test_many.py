@@ -131,6 +131,7 @@ def test_a_foreign_file_is_left_alone(capsys):
         (("p.txt", "a prompt", "--out", "many"), "both given"),
         (("p.txt", "--out", "p.txt"), "cannot be made"),
         (("p.txt", "--out", "many", "--model", "pockte"), "Did you mean 'pocket'"),
+        (("p.txt", "--out", "many", "--model", ""), "There is no model ''"),
         (("p.txt", "--out", "many", "--with", "nonsense"), "unknown technique 'nonsense'"),
     ],
     ids=str,
@@ -143,6 +144,14 @@ def test_what_fails_every_line_is_one_error(capsys, arguments, words):
     assert (code, out) == (2, [])
     assert words in err[-1]
     assert err[-1].startswith("error: ")
+    assert not Path("many").exists()
+
+
+def test_a_line_that_cannot_fit_fails_alone(capsys):
+    Path("p.jsonl").write_text('{"prompt": "a red circle", "num_frames": 1000001}\n')
+    code, _, err = call(capsys, "p.jsonl", "--out", "many")
+    assert code == 1
+    assert "line 1: 128x128, 1000001 frames take about" in err[-2]
 
 
 def test_ctrl_c_keeps_what_is_done(capsys, monkeypatch):

@@ -18,6 +18,17 @@ def test_style_clips_are_clips_with_captions(clips):
     assert sorted(path.name for path in clips.iterdir()) == ["clip00.mp4", "clip00.txt", "clip01.mp4", "clip01.txt"]
 
 
+@pytest.mark.parametrize(
+    ("arguments", "told"), [(("clips", "--count", "0"), "--count is 0"), (("file",), "'file' cannot be made")]
+)
+def test_style_clips_that_cannot_be_drawn(arguments, told, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "file").touch()
+    assert main(["train", "style-clips", *arguments]) == 2
+    assert told in capsys.readouterr().err
+    assert [path.name for path in tmp_path.iterdir()] == ["file"]
+
+
 def test_check_only_reports(clips, tmp_path, capsys):
     (clips / "odd.mp4").write_bytes(b"no video")
     try:

@@ -101,7 +101,6 @@ ON_A_GPU = (
 
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
-@pytest.mark.filterwarnings("ignore::DeprecationWarning")  # what FlashAttention-4 says to itself as it compiles
 @pytest.mark.parametrize("plan", ON_A_GPU)
 def test_ten_runs_on_a_gpu_are_one_run_and_leave_nothing(plan):
     made = sw.Engine.load("pocket", plan=["prompt-cache:off", *plan], device="cuda")

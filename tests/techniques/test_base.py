@@ -62,7 +62,11 @@ def test_overlapping_claims_of_a_slot_conflict_and_an_empty_claim_does_not():
 
 @pytest.mark.parametrize(
     ("text", "words"),
-    [("stone:hieght=2", "has no option 'hieght'"), ("stone:max-height=tall", "max-height is 'tall'; it must be float")],
+    [
+        ("stone:hieght=2", "has no option 'hieght'"),
+        ("stone:max-height=tall", "max-height is 'tall'; it must be a number"),
+        ("stone:max-height=1,max-height=2", "has max-height twice"),
+    ],
 )
 def test_bad_options_say_which(text, words):
     with pytest.raises(PlanError, match=words):

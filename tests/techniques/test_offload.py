@@ -4,12 +4,17 @@ from importlib.resources import files
 
 import pytest
 import torch
+from torch import nn
 
 import swiftwan as sw
 from swiftwan.device import pick_device
 from swiftwan.errors import PlanError
+from swiftwan.models.parking import Parked
 from swiftwan.models.streaming import StreamedBlock
-from swiftwan.plan import make_plan
+from swiftwan.plan import describe, make_plan, parse
+from swiftwan.weights.build import build
+from swiftwan.weights.find import locate
+from swiftwan.weights.load import randomize
 
 REQUEST = sw.TextToVideo("a red circle moves left over a blue background", seed=1, num_inference_steps=2, num_frames=5)
 
@@ -99,12 +104,67 @@ def test_the_expert_that_waits_is_not_on_the_device(two_experts):
         (["offload:blocs"], "offload is 'blocs'. Did you mean 'blocks'"),
         (["offload:blocks:resident=-2"], "resident is -2"),
         (["offload:model:resident=2"], "offload:model has no resident blocks"),
+        (["offload:auto:budget=inf"], "offload:auto has a budget of inf GB"),
         (["offload:blocks", "quantize:nf4:keep=1"], "offload cannot run beside quantize: bitsandbytes"),
     ],
 )
 def test_bad_plans_say_what_and_how(specs, words):
     with pytest.raises(PlanError, match=words):
         make_plan(specs, pick_device("cpu"))
+
+
+def test_that_nothing_streams_is_told():
+    (told,) = sw.explain("pocket", REQUEST, plan=["offload:blocks:resident=7"], device="cpu").plan.techniques
+    assert told.fit(describe("pocket").known) == ["'pocket' has 7 blocks: all stay on the device, none streams"]
+    assert parse("offload:blocks:resident=6").fit(describe("pocket").known) == []
+
+
+@pytest.mark.parametrize(
+    ("spec", "here"),
+    [
+        ("offload:blocks:resident=3", {"blocks.0.attn1.to_q", "blocks.2.ffn.net.2.weight", "proj_out"}),
+        ("offload:blocks", {"proj_out"}),
+        ("offload:auto:budget=1", {"blocks.0.attn1.to_q", "blocks.2.ffn.net.2.weight", "blocks.6.norm2", "proj_out"}),
+        ("offload:auto:budget=0.001", {"proj_out"}),
+        ("offload:model", set()),
+    ],
+)
+def test_what_stays_on_the_device_loads_straight_to_it(monkeypatch, spec, here):
+    places = {}
+    monkeypatch.setattr(
+        "swiftwan.weights.build.load_weights",
+        lambda module, files, *, component, rest_on=None, **more: places.update({component: rest_on}),
+    )
+    settings = make_plan([spec], pick_device("cpu")).settings
+    build(
+        locate("pocket"),
+        device=torch.device("meta"),
+        dtype=torch.float32,
+        transformers_on_host=settings.transformers_on_host,
+        resident_blocks=settings.resident_blocks,
+    )
+    assert places["vae"] is None
+    paths = ["blocks.0.attn1.to_q", "blocks.2.ffn.net.2.weight", "blocks.6.norm2", "proj_out"]
+    assert {path for path in paths if places["transformer"](path).type == "meta"} == here
+    assert all(places["transformer"](path).type in ("meta", "cpu") for path in paths)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+def test_random_weights_rest_where_a_gpu_reads_them_and_are_the_same():
+    with torch.device("meta"):
+        resting, plain = (nn.Sequential(nn.Linear(64, 96), nn.Linear(96, 32, bias=False)) for _ in range(2))
+    randomize(resting, device="cuda", dtype=torch.bfloat16, rest_on=lambda path: torch.device("cpu"))
+    randomize(plain, device="cuda", dtype=torch.bfloat16)
+    homes = [parameter.data_ptr() for parameter in resting.parameters()]
+    assert all(parameter.is_pinned() for parameter in resting.parameters())
+    for one, other in zip(resting.parameters(), plain.parameters(), strict=True):
+        assert torch.equal(one, other.cpu())
+    parked = Parked(resting, torch.device("cuda"))
+    assert [parameter.data_ptr() for parameter in resting.parameters()] == homes
+    parked.come()
+    for one, other in zip(resting.parameters(), plain.parameters(), strict=True):
+        assert torch.equal(one, other)
 
 
 @pytest.mark.gpu

@@ -86,7 +86,7 @@ def test_no_small_step_is_the_plain_run(sizes):
         ("progressive-resolution:scale=0.1", "scale is 0.1"),
         ("progressive-resolution:until=1", "until is 1.0; it is a noise level between 0 and 1"),
         ("progressive-resolution:untl=0.5", "no option 'untl'. Did you mean 'until'"),
-        ("progressive-resolution:scale=half", "scale is 'half'; it must be float"),
+        ("progressive-resolution:scale=half", "scale is 'half'; it must be a number"),
         ("progressive-resolution:0.5", "takes no value '0.5'"),
     ],
 )

@@ -1,5 +1,6 @@
 import importlib.util
 from dataclasses import replace
+from functools import partial
 
 import pytest
 import torch
@@ -96,6 +97,13 @@ def test_both_models_can_be_quantized_and_each_only_once():
     assert len(plan.techniques) == 2
     with pytest.raises(PlanError, match="both decide linear of transformer"):
         make_plan(["quantize:int8", "quantize:nf4:keep=1"], pick_device("cpu"))
+
+
+def test_keeping_every_block_is_refused():
+    explain = partial(sw.explain, "pocket", sw.TextToVideo("a red circle"), device="cpu")
+    with pytest.raises(PlanError, match="keep is 4 blocks at either end of the 7 of 'pocket': none is left to change"):
+        explain(plan=["quantize:int4:keep=4"])
+    assert explain(plan=["quantize:int4:keep=3"]).plan.specs == ("quantize:int4:keep=3",)
 
 
 @pytest.mark.parametrize(

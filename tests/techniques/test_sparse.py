@@ -62,7 +62,7 @@ def test_an_order_alone_changes_nothing():
     [
         ("sparse-attention:keep=0", "keep is 0.0; it is a share"),
         ("sparse-attention:keep=1.5", "keep is 1.5"),
-        ("sparse-attention:keep=some", "keep is 'some'; it must be float"),
+        ("sparse-attention:keep=some", "keep is 'some'; it must be a number"),
         ("sparse-attention:dense-steps=-1", "dense-steps is -1"),
         ("sparse-attention:dense-step=1", "Did you mean 'dense-steps'"),
         ("sparse-attention:bits=4", "bits is 4; it is 16 or 8"),

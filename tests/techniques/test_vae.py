@@ -20,7 +20,7 @@ def test_fast_is_exact_and_needs_a_gpu(monkeypatch):
     fast = parse("vae:fast")
     assert (fast.spec, fast.kind) == ("vae:fast", "exact")
     assert parse("vae:tiling").kind == "approximate"
-    with pytest.raises(PlanError, match="'vae' cannot run on .*its kernels need an NVIDIA GPU"):
+    with pytest.raises(PlanError, match="'vae:fast' cannot run on .*its kernels need an NVIDIA GPU"):
         make_plan(["vae:fast"], CPU)
     monkeypatch.setattr("swiftwan.techniques.vae.find_spec", lambda name: None)
     with pytest.raises(PlanError, match="pip install triton"):

@@ -152,7 +152,7 @@ def test_nothing_is_lost_or_left(original: Path, tmp_path: Path, monkeypatch: py
     assert "is a file" in refused(lambda: convert(str(original), out / "holiday.mp4"), OutputError)
     (out / "holiday.mp4").unlink()
     monkeypatch.setattr(write.shutil, "disk_usage", lambda _: SimpleNamespace(free=1))
-    assert "its disk has 0.0 GB free" in refused(lambda: convert(str(original), out), OutputError)
+    assert "its disk has 0.000 GB free" in refused(lambda: convert(str(original), out), OutputError)
     monkeypatch.undo()
 
     def interrupt(component: str, done: int, total: int) -> None:

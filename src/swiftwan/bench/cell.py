@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any
 
 from swiftwan.bench.matrix import BenchPlan, Cell
 from swiftwan.bench.rows import ITSELF, write_text
-from swiftwan.errors import MemoryLimitError, OutputError, PlanError, RequestError, SwiftwanError, WeightsError
+from swiftwan.errors import MemoryLimitError, OutputError, PlanError, RequestError, WeightsError
 
 if TYPE_CHECKING:
     import torch
@@ -75,7 +75,7 @@ def attempt(job: Job) -> dict[str, Any]:
         return {"status": "oom", "reason": _line(problem)}
     except (RequestError, WeightsError) as problem:
         return {"status": "refused", "reason": _line(problem)}
-    except (SwiftwanError, Exception) as problem:
+    except Exception as problem:
         return {"status": "failed", "reason": f"{type(problem).__name__}: {_line(problem)}"}
 
 

@@ -6,7 +6,7 @@ by 2 %. Quality does not vary on one machine, so small limits hold there.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 
 from swiftwan.bench.rows import Row
@@ -25,6 +25,8 @@ LIMITS = {
     "pocket_perceptual": 0.005,
 }
 """The least change that counts, signed in the direction of worse."""
+
+_NEEDED = ("model", "request_name", "plan_name", "device", "status")
 
 
 @dataclass(frozen=True)
@@ -46,16 +48,11 @@ def worse(old: Sequence[Row], new: Sequence[Row]) -> list[Change]:
     """What is worse in ``new``; cells that only one of them has are no change, except finished ones that are gone.
 
     Raises:
-        RequestError: the files are of other devices, or have no cell in common.
+        RequestError: the files cannot be compared; see :func:`check_comparable`.
     """
-    before = {_cell(row): row for row in old}
     after = {_cell(row): row for row in new}
-    devices = {row["device"] for row in old}, {row["device"] for row in new}
-    if devices[0] != devices[1]:
-        told = " and ".join(", ".join(sorted(names)) or "nothing" for names in devices)
-        raise RequestError(f"the rows are of other devices: {told}; only one machine's times can be compared.")
-    if not before.keys() & after.keys():
-        raise RequestError("the two files have no cell in common; compare runs of the same matrix.")
+    check_comparable(old, after, {row["device"] for row in new})
+    before = {_cell(row): row for row in old}
     changes = []
     for name, row in before.items():
         if name in after:
@@ -63,6 +60,25 @@ def worse(old: Sequence[Row], new: Sequence[Row]) -> list[Change]:
         elif row["status"] == "ok":
             changes.append(Change(name, "status", "ok", "not there"))
     return changes
+
+
+def check_comparable(old: Sequence[Row], cells: Collection[str], devices: set[str]) -> None:
+    """Refuse rows that a run of these cells on these devices cannot be compared with, before it takes its hours.
+
+    Raises:
+        RequestError: they are no rows of ``swiftwan bench``, of other devices, or of other cells alone.
+    """
+    for name in _NEEDED:
+        if not all(name in row for row in old):
+            raise RequestError(
+                f"a row to compare with has no '{name}'; give the rows.jsonl of another 'swiftwan bench'."
+            )
+    theirs = {row["device"] for row in old}
+    if theirs != devices:
+        told = " and ".join(", ".join(sorted(names)) or "nothing" for names in (theirs, devices))
+        raise RequestError(f"the rows are of other devices: {told}; only one machine's times can be compared.")
+    if not {_cell(row) for row in old} & set(cells):
+        raise RequestError("the two files have no cell in common; compare runs of the same matrix.")
 
 
 def _changes(name: str, old: Row, new: Row) -> list[Change]:

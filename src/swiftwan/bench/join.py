@@ -33,7 +33,7 @@ def join(out: Path, parts: Sequence[Path]) -> Machine:
             for video in sorted((part / "videos").glob("*")):
                 shutil.copy2(video, out / "videos" / video.name)
     except OSError as error:
-        raise OutputError(f"'{out}' cannot be written: {error}.") from None
+        raise OutputError(f"'{out}' cannot be written: {error.strerror}; give another --out.") from None
     journal = Journal(out / "journal.jsonl")
     have = journal.read()
     for line in (line for lines in journals.values() for line in lines):

@@ -164,8 +164,10 @@ def read_matrix(name_or_path: str) -> Matrix:
         raise RequestError(
             f"there is no matrix '{name_or_path}', nor a file of that name." + did_you_mean(name_or_path, known)
         ) from None
-    except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
-        raise RequestError(f"matrix '{name_or_path}' cannot be read: {error}.") from None
+    except OSError as error:
+        raise RequestError(f"matrix '{name_or_path}' cannot be read: {error.strerror}.") from None
+    except (UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
+        raise RequestError(f"matrix '{name_or_path}' is no TOML: {error}.") from None
     return _matrix(path.stem, values)
 
 

@@ -21,7 +21,7 @@ from swiftwan.models.config import KnownModel, TransformerConfig, VAEConfig
 from swiftwan.models.dit import KEEP_FP32, TEXT_LENGTH, WanTransformer
 from swiftwan.models.vae import WanVAE
 from swiftwan.pipelines.clock import Clock
-from swiftwan.sampling import make_scheduler
+from swiftwan.sampling import diffusers_scheduler
 from swiftwan.weights.build import UMT5_XXL
 from swiftwan.weights.find import Folder, locate
 from swiftwan.weights.layout import RandomModel
@@ -94,7 +94,7 @@ class DiffusersPeer:
             device=self.torch_device,
         )
         done("text", 1)
-        self.pipe.scheduler = make_scheduler(
+        self.pipe.scheduler = diffusers_scheduler(
             request.scheduler,
             num_inference_steps=request.num_inference_steps,
             flow_shift=request.flow_shift,

@@ -34,7 +34,7 @@ class Journal:
         except FileNotFoundError:
             return []
         except OSError as error:
-            raise OutputError(f"'{self.path}' cannot be read: {error}.") from None
+            raise OutputError(f"'{self.path}' cannot be read: {error.strerror}.") from None
         lines = data.split(b"\n")
         return [row for number, line in enumerate(lines, 1) if (row := self._row(line, number, len(lines))) is not None]
 
@@ -52,7 +52,9 @@ class Journal:
                 file.flush()
                 os.fsync(file.fileno())
         except OSError as error:
-            raise OutputError(f"'{self.path}' cannot be written: {error}; the rows before it are kept.") from None
+            raise OutputError(
+                f"'{self.path}' cannot be written: {error.strerror}; the rows before it are kept."
+            ) from None
 
     def _row(self, line: bytes, number: int, lines: int) -> Row | None:
         try:
@@ -71,10 +73,11 @@ def _whole_bytes(path: Path) -> int:
 
 
 def read_rows(path: Path) -> list[Row]:
-    """Read a file of rows that a benchmark wrote; raises RequestError if there is none."""
-    if not path.is_file():
+    """Read a file of rows that a benchmark wrote; raises RequestError if there is none, or none in it."""
+    rows = Journal(path).read() if path.is_file() else []
+    if not rows:
         raise RequestError(f"there are no rows at '{path}'; give the rows.jsonl of another run.")
-    return Journal(path).read()
+    return rows
 
 
 def write_rows(path: Path, rows: list[Row]) -> None:
@@ -96,7 +99,7 @@ def write_text(path: Path, text: str) -> None:
             os.fsync(file.fileno())
         temporary.replace(path)
     except OSError as error:
-        raise OutputError(f"'{path}' cannot be written: {error}.") from None
+        raise OutputError(f"'{path}' cannot be written: {error.strerror}.") from None
     finally:
         temporary.unlink(missing_ok=True)
 

@@ -12,6 +12,7 @@ and the code, so lines of another time or place are left aside.
 from __future__ import annotations
 
 import json
+import re
 import subprocess
 import sys
 import time
@@ -26,6 +27,9 @@ from swiftwan.bench.machine import Machine
 from swiftwan.bench.matrix import Cell, Matrix
 from swiftwan.bench.rows import Journal, Row, content_key
 from swiftwan.errors import OutputError, RequestError, SwiftwanError
+
+_UNFIT = re.compile(r"[^\w.=-]+")
+"""What a plan's name may hold and a file's should not."""
 
 RunCell = Callable[[Job, float], Row]
 """A job and its time limit in seconds, to the values it measured."""
@@ -78,7 +82,7 @@ def run_matrix(
         for folder in (out, out / "logs", out / "videos", out / "reference"):
             folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
-        raise OutputError(f"'{out}' cannot be written: {error}.") from None
+        raise OutputError(f"'{out}' cannot be written: {error.strerror}; give another --out.") from None
     journal = Journal(out / "journal.jsonl")
     have = {row.get("key") for row in journal.read() if row.get("status") == "ok" or not retry}
     everything = turns(matrix, machine)
@@ -115,7 +119,7 @@ def _run(turn: Turn, matrix: Matrix, out: Path, machine: Machine, run_cell: RunC
         cell=cell,
         round=turn.round,
         folder=out,
-        stem=f"{cell.plan.name}-{turn.key[:8]}",
+        stem=f"{_UNFIT.sub('-', cell.plan.name)}-{turn.key[:8]}",
         reference=_reference(_baseline(cell, matrix, machine), out),
     )
     measured = run_cell(job, matrix.timeout_seconds)
@@ -158,8 +162,17 @@ def lines_of(matrix: Matrix, out: Path, machine: Machine) -> tuple[list[Row], in
 
 def run_in_process(job: Job, timeout_seconds: float) -> Row:
     """Run a cell in a fresh interpreter; its output goes to OUT/logs."""
-    at = job.folder / "logs" / f"{job.stem}"
-    told, result, log = at.with_suffix(".job.json"), at.with_suffix(".result.json"), at.with_suffix(".txt")
+    at = job.folder / "logs" / job.stem
+    try:
+        return _run_in_process(job, timeout_seconds, at)
+    except OSError as error:
+        return {"status": "no space", "reason": f"'{at.parent}' cannot be written: {error.strerror}."}
+
+
+def _run_in_process(job: Job, timeout_seconds: float, at: Path) -> Row:
+    """As :func:`run_in_process`; ``at`` is the path of its files without their endings."""
+    # Not with_suffix: a plan may be named after a number, and all behind its point would go.
+    told, result, log = (at.with_name(at.name + ending) for ending in (".job.json", ".result.json", ".txt"))
     result.unlink(missing_ok=True)
     started = time.monotonic()
     try:
@@ -182,8 +195,6 @@ def run_in_process(job: Job, timeout_seconds: float) -> Row:
         if result.exists():
             row: Row = json.loads(result.read_text(encoding="utf-8"))
             return row
-    except OSError as error:
-        return {"status": "no space", "reason": f"'{at.parent}' cannot be written: {error}."}
     finally:
         told.unlink(missing_ok=True)
         result.unlink(missing_ok=True)

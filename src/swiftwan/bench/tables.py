@@ -147,7 +147,7 @@ def beside_baseline(row: Row, baseline: Row) -> list[list[str]]:
         if ours and theirs and figure.better:
             ratio = f"{theirs / ours if figure.better == 'less' else ours / theirs:.2f}x"
         elif ours is not None and theirs is not None:
-            ratio = f"{ours - theirs:+.3f}"
+            ratio = f"{round(ours - theirs, 3) + 0.0:+.3f}"  # never -0.000
         table.append([figure.name, _value(baseline, figure), _value(row, figure), ratio])
     return table
 

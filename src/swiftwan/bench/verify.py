@@ -50,10 +50,10 @@ EXACT_FP32 = Limits(50, 0.995, 0.01)
 
 They are drawn from the pocket model (benchmarks/pocket_verify.jsonl: bf16, 8 prompts, H200), whose judge tells which
 clips still show their prompt's words. Approximate: between the worst clip of plans that kept all words (cfg-interval,
-deepcache: 23.7 dB, SSIM 0.90, latents 0.67 off) and the one that lost some (sparse-attention: 21.6, 0.855, 0.85).
+deepcache: 23.7 dB, SSIM 0.90, latents 0.67 off) and the one that lost some (sparse-attention: 21.6, 0.855, 0.86).
 Near: just below the worst of int4, which kept all (24.0, 0.93, 0.52). Exact: well below batched-cfg (43.6, 0.996,
-0.06), as one of 64 other clips came to 35 dB. Float32: batched-cfg came to 92 dB. On other weights all this is
-a judgement.
+0.06), as one of 64 other clips came to 35 dB. Float32: batched-cfg came to 97 dB in 3 steps on a CPU. On other
+weights all this is a judgement.
 """
 
 REPEAT_LIMIT = 0.01

@@ -66,11 +66,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except Exception as error:
         # A wrong option or verb. Typer 0.20 raises click's class and 0.29 its own; both have this method.
         if hasattr(error, "format_message"):
-            return _end(f"error: {error.format_message()}", 2)
+            told = error.format_message()
+            return _end(f"error: {told}", 2) if told else 2  # 'swiftwan train' alone has already shown its help
         if os.environ.get("SWIFTWAN_TRACEBACK"):
             traceback.print_exc()
         told = f"error: unexpected {type(error).__name__}: {error}"
         return _end(f"{told}; please report; run again with SWIFTWAN_TRACEBACK=1 for the traceback", 1)
+    if code == Cancelled.exit_code:  # Typer catches Ctrl-C itself, and says nothing
+        return _end("cancelled", code)
     return code if isinstance(code, int) else 0
 
 

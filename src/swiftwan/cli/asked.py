@@ -3,12 +3,9 @@
 No ``from __future__ import annotations`` here: Typer reads the annotations as objects.
 """
 
-from collections.abc import Callable
 from dataclasses import dataclass
-from functools import wraps
-from inspect import Signature, signature
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
 from typer import Argument, Option
 
@@ -140,17 +137,3 @@ class Asked:
         bool,
         Option("--json", help="Print one JSON object on stdout, all else on stderr.", rich_help_panel=_FILE),
     ] = False
-
-
-def takes_asked(verb: Callable[[Asked], None]) -> Callable[..., None]:
-    """Give a verb the fields of :class:`Asked` as its options."""
-
-    @wraps(verb)
-    def command(**values: Any) -> None:
-        verb(Asked(**values))
-
-    options = list(signature(Asked).parameters.values())
-    command.__signature__ = Signature(options)  # type: ignore[attr-defined]
-    command.__annotations__ = {option.name: option.annotation for option in options}
-    del command.__wrapped__
-    return command

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from swiftwan.errors import Cancelled, RequestError
+from swiftwan.errors import Cancelled, RequestError, SwiftwanError
 
 if TYPE_CHECKING:
     from swiftwan.bench.machine import Machine
@@ -37,6 +37,7 @@ def bench(
     """Measure plans against each other and against diffusers, each in a process of its own."""
     from dataclasses import replace
 
+    from swiftwan.bench.compare import check_comparable
     from swiftwan.bench.join import join as join_parts
     from swiftwan.bench.matrix import read_matrix
     from swiftwan.bench.report import Report, write
@@ -50,10 +51,10 @@ def bench(
     if only:
         what = what.only(only)
     before = read_rows(compare) if compare else []
-    if join:
-        machine = join_parts(out, join)
-    else:
-        machine = ask_machine(what.device)
+    machine = join_parts(out, join) if join else ask_machine(what.device)
+    if compare:
+        check_comparable(before, [cell.name for cell in what.cells()], {machine.device})
+    if not join:
         _run(what, out, machine, retry=retry)
     lines, others = lines_of(what, out, machine)
     if others:
@@ -64,7 +65,8 @@ def bench(
     write_rows(out / "rows.jsonl", rows)
     _, page = write(Report(what.title, rows, out, ["swiftwan", *sys.argv[1:]]))
     if all(row["status"] != "ok" for row in rows):
-        raise RequestError(f"no cell of '{matrix}' ran: {rows[0]['reason']}; see '{page}'.")
+        kind = RequestError if all(row["status"] == "refused" for row in rows) else SwiftwanError
+        raise kind(f"no cell of '{matrix}' ran: {rows[0]['reason']}; see '{page}'.")
     if compare:
         _judge(before, rows)
     typer.echo(page)

@@ -9,6 +9,8 @@ from typing import Annotated, Any, Literal, cast
 
 import typer
 
+from swiftwan.errors import Cancelled
+
 _BY_SIZE = "Unset: by the model's size."
 
 
@@ -86,18 +88,21 @@ def distill(
         format=form,
         **(FOR_SMALL if small else FOR_LARGE) | given,
     )
-    # A small model's weights are rounded for nothing; a large one's would not fit beside its activations.
-    engine = Engine.load(model, plan=[], device=device, dtype="fp32" if small else None)
-    path = distill_run.run(
-        out,
-        engine.parts,
-        lines,
-        request.negative_prompt or "",
-        engine.latent_shape(request)[1:],
-        settings,
-        base=facts.name,
-        clips=drawn(engine.parts.vae, scenes, request, seed) if scenes else None,
-        start=start,
-        say=lambda line: typer.echo(line, err=True),
-    )
+    try:
+        # A small model's weights are rounded for nothing; a large one's would not fit beside its activations.
+        engine = Engine.load(model, plan=[], device=device, dtype="fp32" if small else None)
+        path = distill_run.run(
+            out,
+            engine.parts,
+            lines,
+            request.negative_prompt or "",
+            engine.latent_shape(request)[1:],
+            settings,
+            base=facts.name,
+            clips=drawn(engine.parts.vae, scenes, request, seed) if scenes else None,
+            start=start,
+            say=lambda line: typer.echo(line, err=True),
+        )
+    except KeyboardInterrupt:
+        raise Cancelled(f"stopped; the same command goes on from what is in '{out}'") from None
     typer.echo(json.dumps({"lora": str(path), "bytes": path.stat().st_size}))

@@ -10,10 +10,11 @@ from typing import TYPE_CHECKING, Any
 
 import typer
 
-from swiftwan.cli.asked import Asked, takes_asked
+from swiftwan.cli.asked import Asked
 from swiftwan.cli.many import generate_many
+from swiftwan.cli.options import takes
 from swiftwan.cli.progress import Display, cancellable, shown
-from swiftwan.cli.understand import Run, understand
+from swiftwan.cli.understand import Run, refuse_what_cannot_fit, understand
 from swiftwan.errors import Cancelled, RequestError
 
 if TYPE_CHECKING:
@@ -21,7 +22,7 @@ if TYPE_CHECKING:
     from swiftwan.plan import Explanation
 
 
-@takes_asked
+@takes(Asked)
 def generate(asked: Asked) -> None:
     """Make a video (.mp4) or a picture (.png) from words, images or a video; with --prompts, many."""
     if asked.prompts is not None:
@@ -55,7 +56,7 @@ def _generate_many(asked: Asked) -> None:
         raise typer.Exit(1)
 
 
-@takes_asked
+@takes(Asked)
 def explain(asked: Asked) -> None:
     """Say what generate would do and what it would take; load and write nothing."""
     if asked.prompts is not None:
@@ -101,7 +102,9 @@ def _check(run: Run) -> None:
     pick_device(run.device)
     if run.dtype is not None:
         parse_dtype(run.dtype)
-    request = _explain(run).request
+    explanation = _explain(run)
+    refuse_what_cannot_fit(explanation)
+    request = explanation.request
     assert request.num_frames is not None
     assert request.height is not None
     assert request.width is not None

@@ -16,7 +16,14 @@ import typer
 
 from swiftwan.cli.asked import Asked
 from swiftwan.cli.progress import Display, cancellable
-from swiftwan.cli.understand import ending, short_name, understand_plan, understand_request, words_of
+from swiftwan.cli.understand import (
+    ending,
+    refuse_what_cannot_fit,
+    short_name,
+    understand_plan,
+    understand_request,
+    words_of,
+)
 from swiftwan.errors import Cancelled, MemoryLimitError, OutputError, RequestError
 from swiftwan.pipelines.request import TASKS, Request, request_from_json
 
@@ -60,11 +67,11 @@ def generate_many(asked: Asked, display: Display) -> Outcome:
         PlanError, UnavailableError, WeightsError: what would fail every line.
         OutputError: the folder cannot be made.
     """
-    folder = _folder(asked)
+    entries = list(_entries(asked))
     runner = Runner(asked, display)
+    folder = _folder(asked)
     outcome = Outcome()
     names: set[Path] = set()
-    entries = list(_entries(asked))
     try:
         with cancellable(display):
             for number, (line, text) in enumerate(entries, 1):
@@ -93,7 +100,7 @@ class Runner:
         from swiftwan.plan import describe, make_plan
 
         self.asked, self.display = asked, display
-        self.model = asked.model or "pocket"
+        self.model = "pocket" if asked.model is None else asked.model
         # One plan for all lines, so that a later call finds what it has made.
         named = understand_plan(asked, {})
         self.plan = make_plan(named, pick_device(asked.device), asked.dtype, describe(self.model)).specs
@@ -122,6 +129,7 @@ class Runner:
         }
         if {"inputs": []} | {name: record[name] for name in wanted if name in record} == wanted:
             return True
+        refuse_what_cannot_fit(told)
         assert told.request.num_frames is not None
         assert told.request.height is not None
         assert told.request.width is not None

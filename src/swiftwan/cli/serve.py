@@ -6,14 +6,14 @@ No ``from __future__ import annotations`` here: Typer reads the annotations as o
 import logging
 import os
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
-from inspect import signature
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 from typer import Option, echo
 
+from swiftwan.cli.options import takes
 from swiftwan.errors import RequestError, UnavailableError, did_you_mean
 
 if TYPE_CHECKING:
@@ -65,20 +65,7 @@ class Options:
     ] = None
 
 
-def takes_options(verb: Callable[[Options], None]) -> Callable[..., None]:
-    """Give a verb the fields of :class:`Options` as its options."""
-
-    def command(**values: object) -> None:
-        verb(Options(**values))  # type: ignore[arg-type]
-
-    options = signature(Options)
-    command.__name__, command.__doc__ = verb.__name__, verb.__doc__
-    command.__signature__ = options  # type: ignore[attr-defined]
-    command.__annotations__ = {name: option.annotation for name, option in options.parameters.items()}
-    return command
-
-
-@takes_options
+@takes(Options)
 def serve(options: Options) -> None:
     """Serve videos over HTTP, as OpenAI's clients ask for them."""
     run(options, page=False)

@@ -10,7 +10,7 @@ from typing import Annotated
 
 import typer
 
-from swiftwan.errors import Cancelled
+from swiftwan.errors import Cancelled, OutputError, RequestError
 from swiftwan.train import pocket
 
 app = typer.Typer(add_completion=False, no_args_is_help=True)
@@ -30,12 +30,18 @@ def style_clips(
 ) -> None:
     """Draw clips to try a LoRA with: the embedded model's world as silhouettes at sunset."""
     from swiftwan import media
+    from swiftwan.bench.rows import write_text
     from swiftwan.pocket.style import training_clips
 
-    out.mkdir(parents=True, exist_ok=True)
+    if count < 1:
+        raise RequestError(f"--count is {count}; it must be 1 or more.")
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise OutputError(f"the folder '{out}' cannot be made: {error.strerror}; choose another.") from None
     for number, (frames, caption) in enumerate(training_clips(count, seed)):
         media.write(out / f"clip{number:02}.mp4", frames, fps=16, record={"request": {"prompt": caption}})
-        (out / f"clip{number:02}.txt").write_text(caption, encoding="utf-8")
+        write_text(out / f"clip{number:02}.txt", caption)
     typer.echo(f"{count} clips in {out}")
 
 

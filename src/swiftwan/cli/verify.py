@@ -33,14 +33,19 @@ def verify(
     if runs < 1:
         raise RequestError(f"--runs is {runs}; it must be 1 or more.")
     from swiftwan.bench import verify as verification
+    from swiftwan.cli.understand import refuse_what_cannot_fit
     from swiftwan.pipelines.request import TextToVideo
+    from swiftwan.plan import explain
     from swiftwan.recipes import NAMES
 
-    asked = plan[0] if len(plan) == 1 and plan[0] in NAMES else plan
+    named = plan[0] if len(plan) == 1 and plan[0] in NAMES else plan
+    asked: str | list[str] = [] if named == "none" else named
     request = TextToVideo(prompt, seed=seed, width=width, height=height, num_frames=frames, num_inference_steps=steps)
+    for each in (asked, []):
+        refuse_what_cannot_fit(explain(model, request, plan=each, device=device, dtype=dtype))
     try:
         verdict = verification.verify(
-            [] if asked == "none" else asked,
+            asked,
             model,
             request,
             runs=runs,

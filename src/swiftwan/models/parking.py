@@ -71,5 +71,7 @@ def take_turns(blocks: Iterable[nn.Module], device: torch.device) -> None:
 def _to_host(tensor: Tensor, pin: bool) -> Tensor:
     if not pin:
         return tensor.detach().cpu()
+    if tensor.device.type == "cpu" and tensor.is_pinned():
+        return tensor.detach()
     host = host_memory(tensor.nbytes, locked=True).view(tensor.dtype).view(tensor.shape)
     return host.copy_(tensor.detach())

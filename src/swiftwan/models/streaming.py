@@ -30,7 +30,8 @@ class _Locked(mmap.mmap):
         memory = super().__new__(cls, -1, size)
         if hasattr(mmap, "MADV_HUGEPAGE"):  # Linux: pages of 2 MB are made and locked in a fraction of the time
             memory.madvise(mmap.MADV_HUGEPAGE)
-        memory.address = torch.frombuffer(memory, dtype=torch.uint8).data_ptr()
+        # Writing makes the pages, by all threads at once; to lock them first would make them one after the other.
+        memory.address = torch.frombuffer(memory, dtype=torch.uint8).zero_().data_ptr()
         torch.cuda.check_error(torch.cuda.cudart().cudaHostRegister(memory.address, size, 0))
         return memory
 
@@ -42,11 +43,11 @@ class _Locked(mmap.mmap):
 
 
 def host_memory(size: int, locked: bool) -> Tensor:
-    """So many bytes of host memory, locked in place where a GPU is to copy from it."""
+    """So many zero bytes of host memory, locked in place where a GPU is to copy from it."""
     return (
         torch.frombuffer(_Locked(max(size, 1)), dtype=torch.uint8)[:size]
         if locked
-        else torch.empty(size, dtype=torch.uint8)
+        else torch.zeros(size, dtype=torch.uint8)
     )
 
 

@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from swiftwan.progressive import Progressive
     from swiftwan.sampling import FewStep
     from swiftwan.techniques.costs import Costs
-    from swiftwan.weights.build import Parts
+    from swiftwan.weights.build import Parts, ResidentBlocks
     from swiftwan.weights.load import AsLoaded
 
 Kind = Literal["exact", "near", "approximate", "retrained"]
@@ -51,7 +51,8 @@ class Settings:
     """What techniques decide before anything loads.
 
     ``as_loaded`` changes layers as they get their weights; ``merges`` says that something is to be added to the
-    weights first, so that they must stay as they are until then; ``few_step`` is how a distilled model is sampled;
+    weights first, so that they must stay as they are until then; ``resident_blocks`` says which blocks of transformers
+    that load on the host go straight to the device; ``few_step`` is how a distilled model is sampled;
     ``vae_dtype`` is the VAE's own format; ``progressive`` makes the first steps smaller.
     """
 
@@ -61,6 +62,7 @@ class Settings:
     tf32: bool = False
     prompt_cache: str = "disk"
     transformers_on_host: bool = False
+    resident_blocks: ResidentBlocks | None = None
     text_home: str = "gpu"
     as_loaded: AsLoaded | None = None
     merges: bool = False
@@ -96,6 +98,10 @@ class Technique:
 
     def missing_on(self, device: Device) -> str:
         """What this machine lacks to run it, in words; empty if nothing."""
+        return ""
+
+    def unreadable(self) -> str:
+        """What is wrong with a file that it needs, in words; empty if nothing."""
         return ""
 
     def fit(self, model: KnownModel) -> list[str]:
@@ -148,10 +154,12 @@ class Technique:
                 if key not in known:
                     what = f"takes no value '{value}'" if key == "value" else f"has no option '{key}'"
                     raise PlanError(f"technique '{cls.name}' {what}." + (did_you_mean(key, known) if known else ""))
+                if known[key].name in options:
+                    raise PlanError(f"technique '{cls.name}' has {key} twice: give it once.")
                 try:
                     options[known[key].name] = types[known[key].name](value)
                 except ValueError:
-                    wanted = types[known[key].name].__name__
+                    wanted = "a whole number" if types[known[key].name] is int else "a number"
                     raise PlanError(f"{cls.name}: {key} is '{value}'; it must be {wanted}.") from None
         if "value" in known and "value" not in options and known["value"].default is MISSING:
             raise PlanError(f"technique '{cls.name}' needs a value: {_summary(cls.__doc__ or '')}")

@@ -18,7 +18,6 @@ from swiftwan.techniques.lora import Lora, MergedLora, shipped
 from swiftwan.weights.lora import LoraFile
 
 if TYPE_CHECKING:
-    from swiftwan.device import Device
     from swiftwan.models.config import KnownModel
     from swiftwan.weights.build import Parts
 
@@ -166,12 +165,12 @@ class FewStepModel(Technique):
             found, source = _find(LoraFile.open(Path(self.lora.path).expanduser()))
         return (replace(found, steps=self.steps) if self.steps else found), source
 
-    def missing_on(self, device: Device) -> str:
+    def unreadable(self) -> str:
         try:
             self.schedule()
         except WeightsError as problem:
             return str(problem)
-        return self.lora.missing_on(device) if self.lora else ""
+        return self.lora.unreadable() if self.lora else ""
 
     def conflict(self, other: Technique) -> str:
         if isinstance(other, FewStepModel):

@@ -12,7 +12,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from swiftwan.models.dit import GELU, Block, SelfAttention, each_block
+from swiftwan.models.dit import Block, SelfAttention, each_block
+from swiftwan.models.dit_layers import GELU
 from swiftwan.ops.attention import kernel
 from swiftwan.ops.fp8 import Fp8Linear, Rounded
 from swiftwan.ops.gelu_fp8 import Bound

@@ -17,7 +17,6 @@ from swiftwan.techniques.base import Settings, Slot, Technique
 from swiftwan.weights.lora import PICKLES, Expert, Fit, LoraFile
 
 if TYPE_CHECKING:
-    from swiftwan.device import Device
     from swiftwan.models.config import KnownModel, TransformerConfig
     from swiftwan.models.dit import WanTransformer
     from swiftwan.techniques.costs import Costs
@@ -101,7 +100,7 @@ class Lora(Technique):
     def file(self) -> Path:
         return shipped(STYLE) if self.path == STYLE else Path(self.path).expanduser()
 
-    def missing_on(self, device: Device) -> str:
+    def unreadable(self) -> str:
         try:
             self._open()
         except WeightsError as problem:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, replace
 from types import MappingProxyType
 from typing import TYPE_CHECKING
@@ -50,7 +51,7 @@ class Offload(Technique):
         if self.resident and self.value != "blocks":
             raise PlanError(f"offload:{self.value} has no resident blocks; that is for offload:blocks.")
 
-        if self.value == "auto" and not self.budget > 0:
+        if self.value == "auto" and not 0 < self.budget < math.inf:
             raise PlanError(
                 f"offload:auto has a budget of {self.budget:g} GB; say how much of the device's memory the "
                 "transformers may take: offload:auto:budget=8."
@@ -61,10 +62,13 @@ class Offload(Technique):
     def fit(self, model: KnownModel) -> list[str]:
         if self.value == "experts" and model.boundary_ratio is None:
             raise PlanError(f"'{model.name}' has one transformer; take offload:model or offload:blocks")
+        if self.resident >= model.transformer.num_layers:
+            return [f"'{model.name}' has {model.transformer.num_layers} blocks: all stay on the device, none streams"]
         return []
 
     def apply(self, settings: Settings) -> Settings:
-        return replace(settings, transformers_on_host=True)
+        stay = self._that_stay if self.value in ("auto", "blocks") else None
+        return replace(settings, transformers_on_host=True, resident_blocks=stay)
 
     def cost(self, costs: Costs) -> Costs:
         layers = costs.sizes.num_layers
@@ -99,25 +103,31 @@ class Offload(Technique):
             bring(transformer, parts.device)
 
     def _resident(self, experts: int, layers: int, rest: int, block: int) -> int:
+        """As :meth:`_that_stay`.
+
+        Raises:
+            PlanError: the budget does not hold what cannot stream.
+        """
+        stay, least = self._that_stay(experts, layers, rest, block), experts * rest + 2 * block
+        if self.value == "auto" and stay < layers and self.budget * 1e9 < least:
+            raise PlanError(
+                f"offload: budget is {self.budget:g} GB, and the two blocks at work and what is no block take "
+                f"{least / 1e9:.2f} GB; give more, or quantize."
+            )
+        return stay
+
+    def _that_stay(self, experts: int, layers: int, rest: int, block: int) -> int:
         """How many blocks of each transformer stay on the device.
 
         Args:
             rest, block: bytes of a transformer without its blocks, and of one block.
-
-        Raises:
-            PlanError: the budget does not hold what cannot stream.
         """
         if self.value == "blocks":
             return min(self.resident, layers)
         budget, least = int(self.budget * 1e9), experts * rest + 2 * block
         if experts * (rest + layers * block) <= budget:
             return layers
-        if budget < least:
-            raise PlanError(
-                f"offload: budget is {self.budget:g} GB, and the two blocks at work and what is no block take "
-                f"{least / 1e9:.2f} GB; give more, or quantize."
-            )
-        return min((budget - least) // (experts * block), layers - 1)
+        return min(max(budget - least, 0) // (experts * block), layers - 1)
 
 
 class OneAtATime:

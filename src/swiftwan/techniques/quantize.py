@@ -18,6 +18,7 @@ from swiftwan.techniques.ends import Ends, LinearOtherAtEnds
 
 if TYPE_CHECKING:
     from swiftwan.device import Device
+    from swiftwan.models.config import KnownModel
     from swiftwan.techniques.costs import Costs
     from swiftwan.weights.build import Parts
 
@@ -111,6 +112,13 @@ class Quantize(Technique):
         if self.value == "fp8" and self.is_dynamic and (device.capability or (0, 0)) < (8, 9):
             return "8-bit float products need compute capability 8.9 or more; take quantize:fp8:activations=none"
         return ""
+
+    def fit(self, model: KnownModel) -> list[str]:
+        if self.on == "transformer" and 2 * self.keep >= (layers := model.transformer.num_layers):
+            raise PlanError(
+                f"keep is {self.keep} blocks at either end of the {layers} of '{model.name}': none is left to change"
+            )
+        return []
 
     def apply(self, settings: Settings) -> Settings:
         if self.on == "text" or settings.merges:

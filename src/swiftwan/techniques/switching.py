@@ -7,7 +7,8 @@ from functools import partial
 from typing import TYPE_CHECKING, cast
 
 from swiftwan.errors import PlanError
-from swiftwan.models.dit import GELU, all_blocks, each_block, linear_gelu, project
+from swiftwan.models.dit import all_blocks, each_block, project
+from swiftwan.models.dit_layers import GELU, linear_gelu
 from swiftwan.ops.attention import sdpa
 from swiftwan.ops.block import PLAIN
 from swiftwan.techniques.base import RELOAD, Technique

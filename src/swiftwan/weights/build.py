@@ -22,7 +22,7 @@ from swiftwan.quiet import silence
 from swiftwan.weights import check
 from swiftwan.weights.find import locate, read_layout
 from swiftwan.weights.layout import Folder, Layout, RandomModel, Source
-from swiftwan.weights.load import AsLoaded, load_weights, randomize
+from swiftwan.weights.load import AsLoaded, Place, load_weights, randomize
 
 UMT5_XXL = {
     "vocab_size": 256_384,
@@ -34,6 +34,13 @@ UMT5_XXL = {
     "feed_forward_proj": "gated-gelu",
 }
 """Sizes of google/umt5-xxl, which every published Wan reads its text with."""
+
+ResidentBlocks = Callable[[int, int, int, int], int]
+"""(transformers, blocks of each, bytes of one without its blocks, bytes of a block) to how many blocks of each stay on
+the device."""
+
+RestOn = Callable[[TransformerConfig, int], Place | None]
+"""(sizes of a transformer, how many there are) to where its layers rest; None is on the device."""
 
 
 @dataclass
@@ -67,7 +74,8 @@ def build(
     device: torch.device,
     dtype: torch.dtype,
     vae_dtype: torch.dtype | None = None,
-    transformers_on: torch.device | None = None,
+    transformers_on_host: bool = False,
+    resident_blocks: ResidentBlocks | None = None,
     text_home: str = "gpu",
     as_loaded: AsLoaded | None = None,
 ) -> Parts:
@@ -75,22 +83,39 @@ def build(
 
     Args:
         vae_dtype: of the VAE, if it is not that of the rest.
-        transformers_on: where to load the transformers, if not on the device: a technique brings them there.
+        transformers_on_host: whether a technique brings them from there to the device.
+        resident_blocks: how many blocks of each transformer it leaves on the device; these load straight there.
         text_home: ``cpu`` if the text encoder works in host memory, ``blocks`` if it only waits there.
         as_loaded: changes the transformers' layers one by one, as soon as each has its weights.
 
     Raises:
         WeightsError: files are missing, damaged or of another model.
     """
-    vae_dtype, transformers_on = vae_dtype or dtype, transformers_on or device
+    host, vae_dtype = torch.device("cpu"), vae_dtype or dtype
+
+    def rest_on(config: TransformerConfig, experts: int) -> Place | None:
+        if not transformers_on_host:
+            return None
+        # Layers that change as they load are smaller than told here: they all come later.
+        if resident_blocks is None or as_loaded is not None:
+            return lambda path: host
+        blocks, rest = transformer_bytes(config, dtype)
+        here = resident_blocks(experts, config.num_layers, rest, blocks // config.num_layers)
+        return lambda path: host if _block_of(path) >= here else device
+
     if isinstance(source, RandomModel):
-        parts = _random(source.known, device, dtype, vae_dtype, transformers_on, as_loaded)
+        parts = _random(source.known, device, dtype, vae_dtype, rest_on, as_loaded)
     else:
-        parts = _load(read_layout(source), device, dtype, vae_dtype, transformers_on, as_loaded)
-    host = torch.device("cpu")
+        parts = _load(read_layout(source), device, dtype, vae_dtype, rest_on, as_loaded)
     parts.text.runs_on = host if text_home == "cpu" else device
     parts.text.rests_on = host if text_home in ("cpu", "blocks") else device
     return parts
+
+
+def _block_of(path: str) -> int:
+    """The number of the transformer block that a path is in; -1 for none."""
+    first, *others = path.split(".")
+    return int(others[0]) if first == "blocks" and others else -1
 
 
 def _load(
@@ -98,21 +123,22 @@ def _load(
     device: torch.device,
     dtype: torch.dtype,
     vae_dtype: torch.dtype,
-    transformers_on: torch.device,
+    rest_on: RestOn,
     as_loaded: AsLoaded | None,
 ) -> Parts:
+    experts = 2 if layout.transformer_2 else 1
+
     def transformer(component: str, config: TransformerConfig) -> WanTransformer:
         model = _on_meta(WanTransformer, config)
         load_weights(
             model,
             layout.files[component],
-            # Layers are changed on the device, where it takes a moment, before they go to rest.
-            device=device if as_loaded else transformers_on,
+            device=device,
             dtype=dtype,
             component=component,
             keep_fp32=KEEP_FP32,
             ignore=("*.norm_added_q.*",),
-            rest_on=transformers_on,
+            rest_on=rest_on(config, experts),
             as_loaded=as_loaded,
         )
         return model
@@ -165,7 +191,7 @@ def _random(
     device: torch.device,
     dtype: torch.dtype,
     vae_dtype: torch.dtype,
-    transformers_on: torch.device,
+    rest_on: RestOn,
     as_loaded: AsLoaded | None,
 ) -> Parts:
     def transformer(seed: int) -> WanTransformer:
@@ -176,7 +202,7 @@ def _random(
             dtype=dtype,
             keep_fp32=KEEP_FP32,
             seed=seed,
-            rest_on=transformers_on,
+            rest_on=rest_on(known.transformer, 2 if known.boundary_ratio else 1),
             as_loaded=as_loaded,
         )
         return model
@@ -193,7 +219,7 @@ def _random(
 
     def encoder(rests_on: torch.device) -> nn.Module:
         model: nn.Module = _on_meta(_encoder, "UMT5EncoderModel", UMT5_XXL)
-        randomize(model, device=device, dtype=dtype, rest_on=rests_on)
+        randomize(model, device=device, dtype=dtype, rest_on=lambda path: rests_on)
         return model
 
     pocket = locate(POCKET.name)

@@ -94,9 +94,12 @@ def _refuse_other_formats(path: Path, start: bytes, size: int, header_bytes: int
     if not any(start):
         raise _broken(path, "begins with zeros: its download never finished")
     if header_bytes > _MAX_HEADER_BYTES:
-        raise WeightsError(
-            f"{path} is not a safetensors file: its first bytes ask for a header of {header_bytes:,} bytes "
-            f"(limit {_MAX_HEADER_BYTES:,})"
+        if path.suffix == ".gguf":
+            raise _broken(path, "is not a GGUF file: it begins with other bytes")
+        raise _broken(
+            path,
+            f"is not a safetensors file: its first bytes ask for a header of {header_bytes:,} bytes "
+            f"(limit {_MAX_HEADER_BYTES:,})",
         )
     if size < 8 + header_bytes:
         raise _broken(path, f"is truncated: has {size:,} bytes, its header alone needs {8 + header_bytes:,}")

@@ -21,6 +21,7 @@ from swiftwan.errors import RequestError, WeightsError, did_you_mean
 from swiftwan.models.config import KnownModel, TransformerConfig, VAEConfig
 from swiftwan.models.dit import KEEP_FP32, WanTransformer
 from swiftwan.models.vae import WanVAE
+from swiftwan.quiet import silence
 from swiftwan.weights import check, shapes
 from swiftwan.weights.find import identify, locate, read_layout
 from swiftwan.weights.gather import open_transformer
@@ -265,6 +266,7 @@ def _expected(component: str, part: Part) -> dict[str, check.Shape]:
 
 
 def _encoder(part: Part) -> nn.Module:
+    silence()
     import transformers  # seconds, which a transformer or a VAE alone need not spend
 
     configs = {

@@ -20,7 +20,7 @@ import torch
 from torch import Tensor, nn
 
 from swiftwan.errors import OutputError
-from swiftwan.models.streaming import bring_own
+from swiftwan.models.streaming import bring_own, host_memory
 from swiftwan.weights import check
 from swiftwan.weights.sources import Shards, Tensors
 from swiftwan.weights.write import SHARD_BYTES, TYPES, Slot, appearing, write_json, write_shards
@@ -35,6 +35,9 @@ DRAWN_AT_ONCE = 2**27
 
 AsLoaded = Callable[[nn.Module, str, nn.Module], nn.Module]
 """(the model, path of a layer in it, the layer, its weights just there) to what shall stand in its place."""
+
+Place = Callable[[str], torch.device]
+"""Path of a layer, or of a tensor in it, to where it rests."""
 
 
 @dataclass(frozen=True)
@@ -56,7 +59,7 @@ def load_weights(
     component: str,
     keep_fp32: Sequence[str] = (),
     ignore: Sequence[str] = (),
-    rest_on: torch.device | str | None = None,
+    rest_on: Place | None = None,
     as_loaded: AsLoaded | None = None,
 ) -> LoadReport:
     """Fill a module built on meta from a source of tensors, or from safetensors shards.
@@ -66,7 +69,7 @@ def load_weights(
     a glob of ``ignore``. Tied parameters need to be in it once. Afterwards ``module.reset_buffers``
     is called if there is such a method, for buffers that are computed rather than stored. With ``as_loaded`` a
     layer is changed before the next one is read: so a model that fits in 8 bits only need never be there in 16.
-    With ``rest_on`` each layer moves there as soon as it is whole and changed.
+    With ``rest_on`` each tensor goes straight there, or moves there as soon as its layer is whole and changed.
 
     Raises WeightsError for damaged files and for anything missing, unexpected or of another shape.
     """
@@ -88,12 +91,14 @@ def load_weights(
     total = 0
     # In the order of the source: so one shard after the other is opened, read and let go of.
     for name in filter(by_name.__contains__, tensors.shapes):
-        tensor = _convert(tensors.read(name, device), _dtype_of(name, dtype, keep_fp32))
+        # Layers are changed on the device, where it takes a moment, before they go to rest.
+        home = device if rest_on is None or as_loaded is not None else rest_on(name)
+        tensor = _convert(tensors.read(name, home), _dtype_of(name, dtype, keep_fp32))
         _assign(module, slots[by_name[name]], tensor)
         total += tensor.nbytes
         layers.has(name)
     tensors.close()
-    _finish(module, device)
+    _finish(module, device if rest_on is None else rest_on(""))
     return LoadReport(component, len(stored), total, time.perf_counter() - started)
 
 
@@ -104,13 +109,13 @@ def randomize(
     dtype: torch.dtype,
     keep_fp32: Sequence[str] = (),
     seed: int = 0,
-    rest_on: torch.device | str | None = None,
+    rest_on: Place | None = None,
     as_loaded: AsLoaded | None = None,
 ) -> None:
     """Fill a module built on meta with random weights made on the device, tensor by tensor.
 
-    Each layer that is whole moves to ``rest_on``: a GPU draws 14 billion numbers in seconds, one thread of a CPU in
-    minutes. None leaves it.
+    All are drawn on the device, wherever they rest: a GPU draws 14 billion numbers in seconds, one thread of a CPU in
+    minutes. What rests in host memory beside a GPU is written where the GPU can read it from, once.
 
     Norm weights are 1 and biases 0; the rest is normal with a standard deviation of 1/sqrt(fan-in), so
     activations keep their size. The same seed gives the same weights on the same kind of device, up to rounding in
@@ -124,8 +129,8 @@ def randomize(
         name = names[0]
         wanted = _dtype_of(name, dtype, keep_fp32) if slot.is_floating_point() else slot.dtype
         # What nothing changes goes straight to where it rests, and only what is being drawn is on the device.
-        home = device if as_loaded is not None else rest_on or device
-        tensor = torch.zeros(slot.shape, dtype=wanted, device=home)
+        home = device if rest_on is None or as_loaded is not None else rest_on(name)
+        tensor = _zeros(slot.shape, wanted, home, device)
         owner, _, leaf = name.rpartition(".")
         if "norm" in type(module.get_submodule(owner)).__name__.lower() and leaf in ("weight", "gamma"):
             tensor.fill_(1)
@@ -137,20 +142,23 @@ def randomize(
                 drawn = torch.empty(piece.shape, device=device)
                 piece.copy_(drawn.normal_(0, max(fan_in, 1) ** -0.5, generator=generator))
         if rest_on is not None and len(names) > 1:  # one tensor of several layers: all of them get the one that rests
-            tensor = tensor.to(rest_on)
+            tensor = tensor.to(rest_on(name))
         _assign(module, names, tensor)
         layers.has(name)
-    _finish(module, torch.device(rest_on or device))
+    _finish(module, device if rest_on is None else rest_on(""))
+
+
+def _zeros(shape: torch.Size, dtype: torch.dtype, home: torch.device, device: torch.device) -> Tensor:
+    if home.type == device.type:
+        return torch.zeros(shape, dtype=dtype, device=home)
+    return host_memory(shape.numel() * dtype.itemsize, locked=device.type == "cuda").view(dtype).view(shape)
 
 
 class _Layers:
     """Counts the tensors that each layer still lacks; changes it, and moves it, when it has all."""
 
-    def __init__(
-        self, model: nn.Module, names: Iterable[str], change: AsLoaded | None, rest_on: torch.device | str | None
-    ) -> None:
-        self.model, self.change = model, change
-        self.rest_on = None if rest_on is None else torch.device(rest_on)
+    def __init__(self, model: nn.Module, names: Iterable[str], change: AsLoaded | None, rest_on: Place | None) -> None:
+        self.model, self.change, self.rest_on = model, change, rest_on
         self.lacks = Counter(name.rpartition(".")[0] for name in names)
 
     def has(self, name: str) -> None:
@@ -163,7 +171,7 @@ class _Layers:
             layer = self.change(self.model, path, self.model.get_submodule(path))
             setattr(self.model.get_submodule(parent), leaf, layer)
         if self.rest_on is not None:
-            bring_own(self.model.get_submodule(path), self.rest_on)
+            bring_own(self.model.get_submodule(path), self.rest_on(path))
 
 
 def save_weights(

@@ -122,7 +122,7 @@ def _write_shard(path: Path, slots: Sequence[Slot], read: Callable[[Slot], Tenso
 def refuse_if_too_large(folder: Path, need: int) -> None:
     have = shutil.disk_usage(folder.parent).free
     if need > have:
-        raise OutputError(f"{folder} needs {need / 1e9:.1f} GB, its disk has {have / 1e9:.1f} GB free; choose another")
+        raise OutputError(f"{folder} needs {need / 1e9:.3f} GB, its disk has {have / 1e9:.3f} GB free; choose another")
 
 
 def write_json(path: Path, values: Mapping[str, Any]) -> None:

@@ -60,6 +60,12 @@ def test_one_folder_has_one_server(make_service: Make) -> None:
         Service(ServiceSettings(service.settings.folder))
 
 
+def test_a_queue_that_cannot_be_written_is_told(tmp_path: Path) -> None:
+    (tmp_path / "jobs.sqlite3").mkdir()
+    with pytest.raises(OutputError, match=r"the queue in '.*' cannot be written"):
+        Service(ServiceSettings(tmp_path))
+
+
 def test_a_cancelled_job_stops_within_a_step_and_the_next_one_runs(make_service: Make, add_to: Any, wait: Any) -> None:
     service = make_service()
     long, short = add_to(service, num_inference_steps=100_000), add_to(service)

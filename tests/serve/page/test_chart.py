@@ -19,4 +19,4 @@ def test_bars_have_one_a_value() -> None:
 
 def test_without_values_there_are_words() -> None:
     assert "Waiting" in chart.area([(0.0, 1.0)], unit="GB", said="")
-    assert "No steps" in chart.bars([], unit="s", said="")
+    assert "Shown when" in chart.bars([], unit="s", said="")

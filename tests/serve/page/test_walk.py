@@ -162,6 +162,7 @@ def test_generate_watch_and_see_it_in_another_browser(open_page: Open, picture: 
     page.locator("#metrics").get_by_text("Prompt, by the judge").wait_for()
     page.locator("#metrics .facts dd").get_by_text("frames/s").wait_for()
     expect(page.locator("#metrics rect.column")).to_have_count(40)
+    expect(page.locator("#result button:visible")).to_have_text(["Generate", "Cancel", "Again", "Delete"])
     picture(page, "page")
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import sqlite3
 import time
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field, replace
@@ -63,7 +64,7 @@ class Service:
         """Open the folder and put right what a crash left.
 
         Raises:
-            OutputError: the folder cannot be used, or another server uses it.
+            OutputError: the folder cannot be made or written, its disk is full, or another server uses it.
             StoreError: another version of swiftwan wrote it.
         """
         self.settings = settings
@@ -74,9 +75,16 @@ class Service:
             self._lock.acquire(timeout=2)  # the workers of a server that was killed need a moment to notice
         except Timeout:
             raise OutputError(f"another server uses '{settings.folder}'; stop it or choose another folder.") from None
-        self.store = Store(self.folder.database, limit=settings.queue_limit)
-        self.store.worker_died(None, "the server died in every attempt at this job; see its log.")
-        self.store.forget()
+        except OSError as error:
+            told = f"the folder '{settings.folder}' cannot be written: {error.strerror}; choose another."
+            raise OutputError(told) from None
+        try:
+            self.store = Store(self.folder.database, limit=settings.queue_limit)
+            self.store.worker_died(None, "the server died in every attempt at this job; see its log.")
+            self.store.forget()
+        except sqlite3.OperationalError as error:
+            told = f"the queue in '{settings.folder}' cannot be written: {error}; free some room or choose another."
+            raise OutputError(told) from None
         self.folder.sweep(self.store.all_files())
         self.supervisor = Supervisor(
             self.folder, self.store, self._workers(), settings.patience, settings.command, settings.keep_s

@@ -39,7 +39,7 @@ def area(points: Sequence[tuple[float, float]], *, unit: str, said: str) -> str:
 def bars(values: Sequence[float], *, unit: str, said: str) -> str:
     """One bar a value, numbered from 1."""
     if not values:
-        return _empty("No steps yet.")
+        return _empty("Shown when the run has ended.")
     marks = ticks(0.0, max(values), 3)
     room = (_WIDTH - _LEFT - _RIGHT) / len(values)
     floor = _HEIGHT - _BOTTOM

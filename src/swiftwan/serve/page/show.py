@@ -161,7 +161,7 @@ def times(job: Job | None) -> dict[str, str | None]:
 
 
 def _said(steps: Sequence[float]) -> str:
-    return f"Time of {len(steps)} denoising steps, the longest {seconds(max(steps))}." if steps else "No steps yet."
+    return f"Time of {len(steps)} denoising steps, the longest {seconds(max(steps))}." if steps else ""
 
 
 _METRICS = {
@@ -205,7 +205,7 @@ def others(service: Service, job: Job | None) -> str:
         {
             "Model": public_name(job.model if job is not None else service.settings.model),
             "Load time": _seconds(record.get("load_seconds")),
-            "Peak memory": f"{peak / 2**30:.2f} GiB" if peak else None,
+            "Peak memory": _gb(peak) if peak else None,
             "Number format": record.get("dtype"),
             "Plan": " ".join(record["plan"]) or "plain" if record else None,
             "torch": record.get("versions", {}).get("torch"),
@@ -223,8 +223,8 @@ def explained(explanation: Explanation, time_s: float | None, wait_s: float | No
         ("Time", _time(load, time_s)),
         (
             "Memory",
-            f"{_gib(load.weight_bytes)} of weights + about {_gib(load.activation_bytes)} of "
-            f"{_gib(explanation.device.total_bytes)}: {'fits' if fits else 'does not fit'}",
+            f"{_gb(load.weight_bytes)} of weights + about {_gb(load.activation_bytes)} of "
+            f"{_gb(explanation.device.total_bytes)}: {'fits' if fits else 'does not fit'}",
         ),
     ]
     if wait_s:
@@ -331,7 +331,7 @@ def pair(one: Job | None, other: Job | None, values: Mapping[str, Any] | None) -
     if one is None or other is None:
         return videos
     left, right = (
-        times(job) | {"Peak memory": _unit(job.record.get("peak_bytes"), "GiB", 2**30), "Seed": job.request["seed"]}
+        times(job) | {"Peak memory": _unit(job.record.get("peak_bytes"), "GB", 1e9), "Seed": job.request["seed"]}
         for job in (one, other)
     )
     rows = "".join(
@@ -376,8 +376,8 @@ def _unit(value: float | None, unit: str, size: float = 1) -> str | None:
     return None if value is None else f"{value / size:.1f} {unit}"
 
 
-def _gib(count: int) -> str:
-    return f"{count / 2**30:.2f} GiB"
+def _gb(count: int) -> str:
+    return f"{count / 1e9:.2f} GB"
 
 
 def _frames(request: Mapping[str, Any]) -> str:
