@@ -10,7 +10,7 @@ SOURCE = Path(__file__).parents[1] / "src" / "swiftwan"
 
 LAYERS = (
     ("errors", "quiet"),
-    ("device", "ops", "pocket", "prompt_cache", "unipc"),
+    ("device", "ops", "pocket", "prompt_cache", "unipc", "whole_file"),
     ("ceilings", "models"),
     ("sampling", "guidance", "progressive", "pipelines.request"),
     ("inputs", "media", "weights"),
@@ -19,6 +19,7 @@ LAYERS = (
     ("estimate",),
     ("recipes",),
     ("plan",),
+    ("memory",),
     ("pipelines",),
     ("engine",),
     ("measure",),

@@ -1,11 +1,15 @@
 """The engine on the embedded model: what a new user meets first."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 
 import swiftwan as sw
 from swiftwan.errors import MemoryLimitError, OutputError, RequestError
 from swiftwan.media import read_frames
+from swiftwan.memory import WillNotFitError
+from swiftwan.plan import complete
 from swiftwan.pocket.judge import judge
 from swiftwan.pocket.scenes import parse_prompt
 
@@ -95,6 +99,31 @@ def test_out_of_memory_says_what_would_fit(engine, monkeypatch):
     assert problem.value.__cause__ is None
     monkeypatch.undo()
     assert engine.run(sw.TextToVideo(PROMPT, num_frames=5, num_inference_steps=1)).frames.shape[0] == 5
+
+
+def test_what_no_memory_can_hold_is_refused_before_it_runs(engine):
+    steps = []
+    with pytest.raises(WillNotFitError, match=r"will not fit: 128x128, 1000001 frames take about .* frames should fit"):
+        engine.run(sw.TextToVideo(PROMPT, num_frames=1_000_001), on_step=steps.append)
+    assert steps == []
+
+
+def test_a_text_encoder_that_is_not_needed_takes_no_room():
+    request = sw.TextToVideo(PROMPT, seed=1, num_frames=5, num_inference_steps=1)
+    engine = sw.Engine.load("pocket", plan=["prompt-cache:memory"], device="cpu")
+    full = complete(request, engine.facts)
+    needs = [engine._explain(full, new_prompt=new).load.peak_bytes for new in (True, False)]
+    assert needs[0] > needs[1]
+    roomy, engine.device = engine.device, replace(engine.device, total_bytes=int(sum(needs) / 2 / 1.1))
+    with pytest.raises(WillNotFitError):
+        engine.run(request)
+    engine.device = roomy
+    engine.run(request)
+    small = sw.Engine.load("pocket", plan=["prompt-cache:memory"], device="cpu")
+    small.parts.text.cache = engine.parts.text.cache
+    small.device = replace(roomy, total_bytes=int(sum(needs) / 2 / 1.1))
+    assert small.run(request).frames.shape[0] == 5
+    assert not small.parts.text.is_loaded
 
 
 def test_diffusers_runs_the_same_weights():

@@ -5,12 +5,13 @@ import torch
 from PIL import Image
 
 import swiftwan as sw
+from swiftwan import plan as swiftwan_plan
 from swiftwan.device import Device, pick_device
 from swiftwan.errors import PlanError, RequestError, UnavailableError, WeightsError
 from swiftwan.guidance import BatchedGuidance, SequentialGuidance
 from swiftwan.models.config import KNOWN_MODELS
 from swiftwan.models.dit import WanTransformer
-from swiftwan.plan import make_plan, parse
+from swiftwan.plan import Load, make_plan, parse
 from swiftwan.techniques import TECHNIQUES
 from swiftwan.weights.build import parameter_count
 
@@ -58,6 +59,10 @@ def test_an_empty_plan_is_the_plain_run():
         (["dtype:bf16", "dtype:fp16"], "both decide weights of"),
         (["tf32"], "cannot run on"),
         ("fastest", "unknown plan 'fastest'"),
+        ("auto:fine", "unknown quality 'fine'"),
+        ("step-cache:threshold=0.1", "'step-cache:threshold=0.1' is a technique, not a plan's name; give it in a list"),
+        (["16gb", "step-cache"], "'16gb' is a plan's name, which stands alone"),
+        (["auto"], "'auto' is a plan's name, which stands alone"),
     ],
     ids=str,
 )
@@ -182,6 +187,25 @@ def test_host_memory_beside_a_gpu_is_told_by_phase(monkeypatch, free, words):
     assert [line.rpartition("; ")[2] for line in phases[:2]] == ["59.27 GB of host memory"] * 2
     assert f"host       peak 59.72 GB; {free / 1e9:.2f} GB free: {words}" in lines
     assert not [line for line in told.lines() if "host memory" in line or line.startswith("host")]
+
+
+@pytest.mark.parametrize(
+    ("seconds", "told"),
+    [
+        (0.01234, "0.0123 s"),
+        (599.0, "599 s"),
+        (600.0, "10 minutes"),
+        (35_999.0, "600 minutes"),
+        (357_000.0, "99.2 hours"),
+        (1.79e7, "207 days"),
+        (1e9, "11,574 days"),
+    ],
+)
+def test_a_time_is_told_in_a_unit_that_one_can_imagine(seconds, told):
+    load = Load(1, 1, 1.0, (), step_seconds=seconds, denoise_seconds=seconds, decode_seconds=0.0)
+    assert swiftwan_plan._times(load) == [
+        f"time       about {told} a step, {told} of denoising and 0 s of decoding: {told}"
+    ]
 
 
 def test_the_transformer_is_counted_exactly():

@@ -203,20 +203,8 @@ def _sm(capability: tuple[int, int]) -> str:
 
 
 def _cpu() -> Device:
-    import torch
-
-    total, free = host_memory()
-    return Device(
-        torch_device="cpu",
-        name=_cpu_name(),
-        total_bytes=total,
-        free_bytes=free,
-        capability=None,
-        cores=cpu_threads(),
-        # Two cores of an AMD EPYC, torch 2.13: a product of 1024 x 1024 takes 61 ms in fp32, 2.3 s in bf16.
-        dtype=torch.float32,
-        dtype_reason="most CPUs have no 16-bit matrix units; there bf16 can be forty times slower than fp32",
-    )
+    # Two cores of an AMD EPYC, torch 2.13: a product of 1024 x 1024 takes 61 ms in fp32, 2.3 s in bf16.
+    return _of_host("cpu", "most CPUs have no 16-bit matrix units; there bf16 can be forty times slower than fp32")
 
 
 def _mps() -> Device:
@@ -225,16 +213,22 @@ def _mps() -> Device:
     if not torch.backends.mps.is_available():
         why = "it needs macOS on Apple silicon and a torch built for it"
         raise UnavailableError(f"device is 'mps', which is not here: {why}. Use '--device cpu'.")
+    return _of_host("mps", "mps is untested here, and fp32 is the format least likely to go wrong")
+
+
+def _of_host(torch_device: str, why_fp32: str) -> Device:
+    import torch
+
     total, free = host_memory()
     return Device(
-        torch_device="mps",
+        torch_device=torch_device,
         name=_cpu_name(),
         total_bytes=total,
         free_bytes=free,
         capability=None,
         cores=cpu_threads(),
         dtype=torch.float32,
-        dtype_reason="mps is untested here, and fp32 is the format least likely to go wrong",
+        dtype_reason=why_fp32,
     )
 
 

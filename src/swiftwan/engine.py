@@ -12,11 +12,12 @@ import torch
 
 from swiftwan.device import Device, pick_device
 from swiftwan.errors import MemoryLimitError
+from swiftwan.memory import SLACK, WillNotFitError, refuse_what_cannot_fit, what_would_fit
 from swiftwan.pipelines.generate import OnStep, generate
 from swiftwan.pipelines.request import Request
 from swiftwan.pipelines.result import Out, Result
 from swiftwan.pipelines.stages import words
-from swiftwan.plan import Facts, Plan, complete, describe, estimate, make_plan
+from swiftwan.plan import Explanation, Facts, Plan, complete, describe, estimate, make_plan
 from swiftwan.prompt_cache import PromptCache
 from swiftwan.techniques.lora import find_loras, labels
 from swiftwan.techniques.switching import switch
@@ -170,11 +171,13 @@ class Engine:
 
         Raises:
             RequestError: a task or a value that the model or the plan cannot take, or an input that cannot be read.
-            MemoryLimitError: the device's memory ran out; says which settings would fit.
+            WillNotFitError: it takes more than all memory of the device; says which settings would fit.
+            MemoryLimitError: the device's memory ran out; says the same.
             OutputError: ``out`` cannot be written; told before anything runs where that is known.
         """
         request = complete(request, self.facts)
         self.plan.check(request)
+        self._check_memory(request)
         film = None if out is None else Out(Path(out), quality)
         if film is not None:
             film.check(request)
@@ -192,20 +195,29 @@ class Engine:
         for request in requests:
             yield self.run(request, on_step=on_step)
 
+    def _explain(self, request: Request, *, new_prompt: bool = True) -> Explanation:
+        load = estimate(request, self.facts, self.plan, self.device.total_bytes, new_prompt=new_prompt)
+        return Explanation(self.facts, request, self.plan, self.device, load)
+
+    def _check_memory(self, request: Request) -> None:
+        try:
+            refuse_what_cannot_fit(self._explain(request))
+        except WillNotFitError:
+            if self.parts.text.is_loaded or not self.parts.text.knows(words(request)):
+                raise
+            refuse_what_cannot_fit(self._explain(request, new_prompt=False))
+
     def _memory_advice(self, request: Request) -> str:
-        total = self.device.total_bytes
-        need = estimate(request, self.facts, self.plan, total)
+        explanation = self._explain(request)
         budget = pick_device(self.device.torch_device).free_bytes
-        told = (
-            f"{self.device.name} ran out of memory at {request.width}x{request.height}, {request.num_frames} frames, "
-            f"which takes about {need.activation_bytes / 1e9:.1f} GB beside {need.weight_bytes / 1e9:.1f} GB of weights"
+        fits = what_would_fit(
+            explanation, lambda smaller: SLACK * explanation.load_of(smaller).activation_bytes < budget
         )
-        step = self.facts.grid.temporal
-        for frames in range((request.num_frames or 1) - step, 0, -step):
-            smaller = replace(request, num_frames=frames)
-            if 1.1 * estimate(smaller, self.facts, self.plan, total).activation_bytes < budget:
-                return f"{told}; {frames} frames should fit, or the same frames at a smaller size, or vae:tiling."
-        return f"{told}; free memory on the device, or take a smaller size or model."
+        return (
+            f"{self.device.name} ran out of memory at {request.width}x{request.height}, {request.num_frames} frames, "
+            f"which takes about {explanation.load.activation_bytes / 1e9:.1f} GB beside "
+            f"{explanation.load.weight_bytes / 1e9:.1f} GB of weights; {fits}"
+        )
 
 
 def _grow_by_pages() -> None:

@@ -48,6 +48,11 @@ class Cancelled(SwiftwanError):
     exit_code = 130
 
 
+def reason(error: Exception) -> str:
+    """What went wrong in a library's or the system's own words, without a number and the path that the message has."""
+    return getattr(error, "strerror", None) or str(error)
+
+
 def did_you_mean(word: str, known: Iterable[str]) -> str:
     """Return `` Did you mean 'x'?`` for the closest known word, or the list of all when none is close."""
     known = sorted(known)

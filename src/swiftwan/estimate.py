@@ -62,7 +62,7 @@ class Load:
         tokens: video tokens of a forward.
         forwards: predictions in all; two a step with guidance.
         tflop_per_forward: operations of one, if nothing is skipped.
-        phases: in the order in which they come; the prompt is taken to be new.
+        phases: in the order in which they come.
         transformer_bytes: of the transformers' weights on the device while it denoises.
         step_seconds: of a step that computes both predictions; None where the machine's rates are unknown.
         denoise_seconds, decode_seconds: of the whole phase.
@@ -101,16 +101,27 @@ class Load:
         return max(phase.host_bytes for phase in self.phases)
 
 
-def estimate(request: Request, facts: Facts, plan: Plan, total_bytes: int, ceilings: Ceilings | None = None) -> Load:
+def estimate(
+    request: Request,
+    facts: Facts,
+    plan: Plan,
+    total_bytes: int,
+    ceilings: Ceilings | None = None,
+    *,
+    new_prompt: bool = True,
+) -> Load:
     """Count a completed request's operations (two a multiply-add), bytes and seconds under a plan.
 
     Args:
         total_bytes: of the device's memory; ``vae:fast`` makes its chunks by it.
         ceilings: of the device; None leaves the times out.
+        new_prompt: False leaves out the text encoder, which is not loaded for prompts in the cache.
     """
     costs = plain_costs(request, facts, plan.settings.dtype)
     for technique in plan.techniques:
         costs = technique.cost(costs)
+    if not new_prompt:
+        costs = replace(costs, text_bytes=0)
     steps = guided_steps(request, facts, plan)
     forwards = sum(steps)
     flop = _linear_flop(costs) + _attention_flop(costs)

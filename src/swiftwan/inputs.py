@@ -15,7 +15,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from swiftwan.errors import RequestError
+from swiftwan.errors import RequestError, reason
 from swiftwan.models.config import Defaults
 from swiftwan.pipelines.request import Blend, Grid, Request, VideoToVideo
 
@@ -221,7 +221,7 @@ def _decoded(name: str, source: Any, data: bytes) -> Image:
     except (OSError, SyntaxError, ValueError, EOFError, IndexError, TypeError, MemoryError) as error:
         if isinstance(error, RequestError):
             raise
-        raise RequestError(f"{name} '{source}' is damaged: {error}.") from None
+        raise RequestError(f"{name} '{source}' is damaged: {reason(error)}.") from None
     return image
 
 
@@ -245,7 +245,7 @@ def _bytes(name: str, source: str | Path) -> bytes:
     except (OSError, ValueError) as error:
         if isinstance(error, RequestError):
             raise
-        raise RequestError(f"{name} '{source}' cannot be read: {getattr(error, 'strerror', error)}.") from None
+        raise RequestError(f"{name} '{source}' cannot be read: {reason(error)}.") from None
 
 
 def _pixels(image: Image) -> Tensor:
@@ -294,7 +294,7 @@ def clip_facts(video: str | Path | Sequence[Image]) -> ClipFacts:
             # Headers may say nothing, or what is not so; packets are counted without decoding them.
             frames = sum(packet.size > 0 for packet in container.demux(stream))
         except av.FFmpegError as error:
-            raise RequestError(f"video '{video}' is damaged: {error}.") from None
+            raise RequestError(f"video '{video}' is damaged: {reason(error)}.") from None
         return ClipFacts(first.size, frames, float(stream.average_rate) if stream.average_rate else None)
 
 
@@ -345,7 +345,7 @@ def _decode(video: str | Path, container: Any) -> Iterator[Image]:
             image = frame.to_image()
             yield image.rotate(frame.rotation, expand=True) if frame.rotation else image
     except (av.FFmpegError, ValueError) as error:
-        raise RequestError(f"video '{video}' is damaged: {error}.") from None
+        raise RequestError(f"video '{video}' is damaged: {reason(error)}.") from None
 
 
 class _Opened:
@@ -364,7 +364,7 @@ class _Opened:
         try:
             self.container = av.open(io.BytesIO(data), format=kind.split(",")[0])
         except (av.FFmpegError, ValueError) as error:
-            raise RequestError(f"video '{self.video}' is damaged: {error}.") from None
+            raise RequestError(f"video '{self.video}' is damaged: {reason(error)}.") from None
         if not self.container.streams.video:
             self.container.close()
             raise RequestError(f"'{self.video}' holds no video.")

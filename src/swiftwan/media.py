@@ -9,7 +9,6 @@ from __future__ import annotations
 import errno
 import io
 import json
-import os
 import shutil
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -18,7 +17,8 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
-from swiftwan.errors import OutputError, RequestError, UnavailableError, did_you_mean
+from swiftwan.errors import OutputError, RequestError, UnavailableError, did_you_mean, reason
+from swiftwan.whole_file import beside, replacing
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -116,7 +116,7 @@ def check_writable(path: Path, *, num_frames: int, height: int, width: int) -> N
         _check_name(path, num_frames=num_frames, height=height, width=width)
         if not path.parent.is_dir():
             raise OutputError(f"the folder '{path.parent}' does not exist; create it or choose another.")
-        with _temporary(path) as probe:
+        with beside(path) as probe:
             probe.write_bytes(b"?")
         free = shutil.disk_usage(path.parent).free
     # White noise at quality 10, the worst there is, takes 0.94 bytes a pixel; a PNG at most its raw three.
@@ -288,28 +288,8 @@ def _write_whole(path: Path, data: bytes) -> None:
     with _told(path):
         if path.is_dir():
             raise OutputError(f"'{path}' is a folder; give the name of a file in it.")
-        with _temporary(path) as temporary:
-            with temporary.open("wb") as file:
-                file.write(data)
-                file.flush()
-                os.fsync(file.fileno())
-            temporary.replace(path)
-        if os.name == "posix":  # elsewhere a folder cannot be opened
-            folder = os.open(path.parent, os.O_RDONLY)
-            try:
-                os.fsync(folder)
-            finally:
-                os.close(folder)
-
-
-@contextmanager
-def _temporary(path: Path) -> Iterator[Path]:
-    """Yield a hidden name beside ``path``; whatever then stands there is removed, however the block ends."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        yield temporary
-    finally:
-        temporary.unlink(missing_ok=True)
+        with replacing(path) as half:
+            half.write_bytes(data)
 
 
 @contextmanager
@@ -332,7 +312,7 @@ def _refuse(path: Path, error: OSError | ValueError) -> NoReturn:
         case errno.ENAMETOOLONG:
             what = f"'{path.name[:40]}...' is too long a name for this disk; choose a shorter one"
         case _:
-            what = f"'{path}' cannot be written: {error}"
+            what = f"'{path}' cannot be written: {reason(error)}"
     raise OutputError(what + ".") from error
 
 
@@ -344,8 +324,7 @@ def _kind(path: Path) -> str:
     except FileNotFoundError:
         raise OutputError(f"'{path}' does not exist.") from None
     except (OSError, ValueError) as error:
-        reason = getattr(error, "strerror", None) or error
-        raise OutputError(f"'{path}' cannot be read: {reason}.") from None
+        raise OutputError(f"'{path}' cannot be read: {reason(error)}.") from None
     if head.startswith(b"\x89PNG\r\n\x1a\n"):
         return ".png"
     if head[4:8] == b"ftyp":
@@ -380,4 +359,4 @@ def _told_unreadable(path: Path) -> Iterator[None]:
     try:
         yield
     except (av.FFmpegError, OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
-        raise OutputError(f"'{path}' is damaged: {error}.") from error
+        raise OutputError(f"'{path}' is damaged: {reason(error)}.") from error

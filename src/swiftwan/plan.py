@@ -13,7 +13,7 @@ from swiftwan.device import Device, host_memory, pick_device
 from swiftwan.estimate import Load, Phase, estimate
 from swiftwan.facts import Facts, complete, describe
 from swiftwan.pipelines.request import Request
-from swiftwan.recipes import specs_of
+from swiftwan.recipes import check_no_name, specs_of
 
 __all__ = ["Explanation", "Facts", "Load", "Plan", "complete", "describe", "estimate", "explain", "make_plan", "parse"]
 
@@ -37,8 +37,11 @@ def make_plan(
     Raises:
         PlanError: every problem at once.
     """
-    specs = specs_of(plan, device, dtype, facts, request) if isinstance(plan, str) else plan
-    return compose(specs, device, dtype, facts.known if facts else None)
+    if isinstance(plan, str):
+        plan = specs_of(plan, device, dtype, facts, request)
+    else:
+        check_no_name(plan)
+    return compose(plan, device, dtype, facts.known if facts else None)
 
 
 @dataclass(frozen=True)
@@ -55,6 +58,10 @@ class Explanation:
     @property
     def fits(self) -> bool:
         return self.load.peak_bytes <= self.device.free_bytes
+
+    def load_of(self, request: Request) -> Load:
+        """What another completed request would take here, without its times."""
+        return estimate(request, self.facts, self.plan, self.device.total_bytes)
 
     def lines(self) -> list[str]:
         request, load, dtype = self.request, self.load, str(self.plan.settings.dtype).removeprefix("torch.")
@@ -164,9 +171,18 @@ def _times(load: Load) -> list[str]:
     most = "at most " if load.at_most else "about "
     total = load.denoise_seconds + load.decode_seconds
     return [
-        f"time       {most}{load.step_seconds:.3g} s a step, {load.denoise_seconds:.3g} s of denoising and "
-        f"{load.decode_seconds:.3g} s of decoding: {total:.3g} s"
+        f"time       {most}{_time(load.step_seconds)} a step, {_time(load.denoise_seconds)} of denoising and "
+        f"{_time(load.decode_seconds)} of decoding: {_time(total)}"
     ]
+
+
+def _time(seconds: float) -> str:
+    """Three digits, in the largest unit of which there are ten or more."""
+    for unit, size in (("days", 86400), ("hours", 3600), ("minutes", 60)):
+        if seconds >= 10 * size:
+            count = seconds / size
+            return f"{count:.3g} {unit}" if count < 1000 else f"{count:,.0f} {unit}"
+    return f"{seconds:.3g} s"
 
 
 def _gb(count: int) -> str:

@@ -16,6 +16,7 @@ from swiftwan.estimate import Load, estimate
 from swiftwan.facts import Facts, complete
 from swiftwan.ops.attention import kernel
 from swiftwan.pipelines.request import Request, TextToVideo
+from swiftwan.techniques import TECHNIQUES
 from swiftwan.techniques.fused import Fused
 from swiftwan.techniques.quantize import Quantize
 from swiftwan.techniques.vae import FastVae
@@ -58,6 +59,27 @@ EXACT_ATTENTION = ("flash4", "cudnn")
 NAMES = ("auto", *(f"auto:{quality}" for quality in get_args(Quality)), "none", *RECIPES)
 
 
+def check_name(name: str) -> None:
+    """Raise PlanError if there is no plan of that name."""
+    if name in NAMES:
+        return
+    first, _, rest = name.partition(":")
+    if first == "auto":
+        raise PlanError(f"unknown quality '{rest}'." + did_you_mean(rest, get_args(Quality)))
+    if first in TECHNIQUES:
+        raise PlanError(f"'{name}' is a technique, not a plan's name; give it in a list (--with {name}).")
+    raise PlanError(f"unknown plan '{name}'." + did_you_mean(name, NAMES))
+
+
+def check_no_name(specs: Sequence[str]) -> None:
+    """Raise PlanError if a plan's name is among techniques."""
+    if name := next((spec for spec in specs if spec in NAMES), None):
+        raise PlanError(
+            f"'{name}' is a plan's name, which stands alone (--plan {name}); to add techniques, list those that "
+            "'swiftwan explain' tells of it beside them."
+        )
+
+
 def specs_of(name: str, device: Device, dtype: str | None, facts: Facts | None, request: Request | None) -> list[str]:
     """The techniques of a named plan on this machine.
 
@@ -68,11 +90,7 @@ def specs_of(name: str, device: Device, dtype: str | None, facts: Facts | None, 
     Raises:
         PlanError: there is no plan of that name.
     """
-    if name.startswith("auto:") and name not in NAMES:
-        quality = name.removeprefix("auto:")
-        raise PlanError(f"unknown quality '{quality}'." + did_you_mean(quality, get_args(Quality)))
-    if name not in NAMES:
-        raise PlanError(f"unknown plan '{name}'." + did_you_mean(name, NAMES))
+    check_name(name)
     if name == "none":
         return []
     number_format = parse_dtype(dtype) if dtype else device.dtype

@@ -29,12 +29,12 @@ def test_values_that_hardly_differ_get_an_axis_that_shows_it() -> None:
 
 def test_a_chart_names_its_lines_axes_and_marks() -> None:
     marks = [(0, 1, "text<"), (2, 3, "VAE")]
-    svg = lines([Series("a<b", 0, [(0, 1), (2, 3)], marks), Series("c", 1, [(0, 2)], marks[:1])], x="seconds", y="GiB")
+    svg = lines([Series("a<b", 0, [(0, 1), (2, 3)], marks), Series("c", 1, [(0, 2)], marks[:1])], x="seconds", y="GB")
     assert "a&lt;b: VAE" in svg
     for word in ("a&lt;b", "text&lt;", "VAE"):
         assert svg.count(f"</svg> {word}</li>") == 1, "the legend tells each line and each kind of mark once"
     assert svg.count("M-4 0a4") == 3, "both lines' text and the legend's"
-    assert 'aria-label="GiB against seconds"' in svg
+    assert 'aria-label="GB against seconds"' in svg
 
 
 def test_a_figure_is_a_file_of_its_own() -> None:

@@ -96,6 +96,7 @@ def test_the_pocket_matrix_beside_diffusers(tmp_path) -> None:
         (["bench", "pocket", "--out", "x", "--compare", "none.jsonl"], "there are no rows at 'none.jsonl'"),
         (["bench", "pocket", "--out", "x", "--compare", "/dev/null"], "there are no rows at '/dev/null'"),
         (["verify", "batched-cgf"], "Did you mean 'batched-cfg'?"),
+        (["verify", "16gb", "step-cache"], "'16gb' is a plan's name, which stands alone"),
         (["verify", "batched-cfg", "--runs", "0"], "--runs is 0"),
         (["verify", "batched-cfg", "--frames", "1000001"], "1000001 frames take about"),
     ],

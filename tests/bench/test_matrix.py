@@ -64,7 +64,7 @@ def test_a_cell_is_every_combination_and_survives_json(tmp_path) -> None:
             "plan 'fast': unknown technique 'batched-cgf'. Did you mean",
         ),
         ('with = ["batched-cfg"]', 'with = ["quantize:int5"]', "plan 'fast': quantize"),
-        ('with = ["batched-cfg"]', 'with = "atuo"', "plan 'fast': with is 'atuo'. Did you mean 'auto'?"),
+        ('with = ["batched-cfg"]', 'with = "atuo"', "plan 'fast': unknown plan 'atuo'. Did you mean 'auto'?"),
         ('models = ["pocket"]', 'models = ["pocket"]\nmetrics = ["pnsr"]', "unknown metric 'pnsr'"),
         ('models = ["pocket"]', 'models = ["pocket"]\nbaseline = "pear"', "baseline is 'pear'. Did you mean 'peer'?"),
         ('models = ["pocket"]', 'models = ["pocket"]\nrounds = 0', "rounds is 0; it must be 1 or more"),

@@ -57,7 +57,7 @@ def test_the_eight_figures_stand_beside_the_baseline_with_their_ratio(report) ->
     peer, _, fast, _ = report.rows
     table = {line[0]: line[1:] for line in beside_baseline(fast, peer)}
     assert table["Clip-wise latency"] == ["10.500 s", "2.625 s", "4.00x"]
-    assert table["Max VRAM"] == ["1.00 GiB", "0.50 GiB", "2.00x"]
+    assert table["Max VRAM"] == ["1.07 GB", "0.54 GB", "2.00x"]
     assert table["CLIP score"] == ["-", "-", ""]
     assert len(table) == 9
 

@@ -65,7 +65,7 @@ def test_the_conclusion_names_a_plan_for_each_need(rows) -> None:
     # load 3 s, warm-up with one of three steps 1 s, two steps of 1.05 s
     assert said[0].startswith("Single prompts: fast (near, fp32): 6.1 s from nothing to a clip of 3 steps, 4.00x")
     assert said[1] == "Batches: fast (near, fp32): 2.62 s a clip once loaded, 4.00x the baseline's speed."
-    assert "0.50 GiB" in said[2]
+    assert "0.54 GB" in said[2]
     assert said[3].startswith("Without any change of the maths: plain (exact, fp32)")
     assert said[4] == "1 of 4 cells did not run: broken."
     assert conclusion(rows[3:]) == ["No cell finished, so there is nothing to conclude."]

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 
 from swiftwan.errors import RequestError, did_you_mean
 from swiftwan.models.config import KNOWN_MODELS, POCKET_DEFAULTS
+from swiftwan.pipelines.request import Grid
 
 CALLS = []
 
@@ -28,10 +29,14 @@ class Explanation:
     asked: object
 
     device = types.SimpleNamespace(name="an abacus", total_bytes=10**9)
+    facts = types.SimpleNamespace(grid=Grid(spatial=16, temporal=4))
 
     @property
     def load(self):
-        return types.SimpleNamespace(peak_bytes=10**6 * self.request.num_frames)
+        return self.load_of(self.request)
+
+    def load_of(self, request):
+        return types.SimpleNamespace(peak_bytes=10**6 * request.num_frames, weight_bytes=0)
 
     def lines(self):
         return [f"{self.model} runs {type(self.request).__name__}", f"plan: {self.plan}"]

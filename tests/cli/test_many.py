@@ -151,7 +151,7 @@ def test_a_line_that_cannot_fit_fails_alone(capsys):
     Path("p.jsonl").write_text('{"prompt": "a red circle", "num_frames": 1000001}\n')
     code, _, err = call(capsys, "p.jsonl", "--out", "many")
     assert code == 1
-    assert "line 1: 128x128, 1000001 frames take about" in err[-2]
+    assert "line 1: will not fit: 128x128, 1000001 frames take about" in err[-2]
 
 
 def test_ctrl_c_keeps_what_is_done(capsys, monkeypatch):

@@ -8,6 +8,10 @@ from pathlib import Path
 
 import pytest
 
+from swiftwan.cli.models import model_states
+from swiftwan.models.config import KNOWN_MODELS, ClipConfig
+from swiftwan.weights.build import UMT5_XXL, parameter_count, text_parameter_count
+
 Call = Callable[..., tuple[int, str, str]]
 
 
@@ -37,6 +41,16 @@ def test_models_tells_what_is_here(monkeypatch: pytest.MonkeyPatch, call: Call, 
     code, out, _ = call("models")
     assert code == 0
     assert all(name in out for name in states)
+
+
+def test_the_sizes_told_are_those_of_the_modules() -> None:
+    told = {row.name: row.weights_bytes for row in model_states()}
+    for name, known in KNOWN_MODELS.items():
+        experts = 1 if known.boundary_ratio is None else 2
+        parameters = experts * parameter_count(known.transformer) + parameter_count(known.vae)
+        parameters += text_parameter_count(UMT5_XXL)
+        parameters += parameter_count(ClipConfig()) if known.transformer.image_dim else 0
+        assert told[name] == pytest.approx(2 * parameters, rel=0.015), name
 
 
 def test_models_download(monkeypatch: pytest.MonkeyPatch, call: Call) -> None:

@@ -40,6 +40,8 @@ def test_a_request_is_frozen():
 
 def test_an_image_has_one_frame():
     assert sw.TextToImage("a cat").completed(DEFAULTS).num_frames == 1
+    with pytest.raises(TypeError, match="positional"):
+        sw.TextToImage("a cat", 1)
 
 
 @pytest.mark.parametrize(
@@ -53,6 +55,8 @@ def test_an_image_has_one_frame():
         ({"height": -16}, "height is -16"),
         ({"prompt": "  \n"}, "prompt is empty"),
         ({"num_inference_steps": 0}, "num_inference_steps is 0; allowed: 1 to 1000"),
+        ({"seed": -1}, "seed is -1; allowed: 0 to 9223372036854775807."),
+        ({"flow_shift": 0}, "flow_shift is 0; allowed: 0.01 to 100."),
         ({"guidance_scale": float("nan")}, "guidance_scale is nan"),
         ({"flow_shift": -1.0}, "flow_shift is -1.0"),
         ({"fps": 0}, "fps is 0"),
@@ -76,9 +80,9 @@ def test_json_goes_there_and_back():
     [
         ({"task": "TextToVidio"}, "Did you mean 'TextToVideo'"),
         ({"widht": 320}, "has no field 'widht'. Did you mean 'width'"),
-        ({"width": "abc"}, "width is 'abc'; it must be int"),
+        ({"width": "abc"}, "width is 'abc'; it must be a whole number"),
         ({"seed": True}, "seed is True"),
-        ({"prompt": 3}, "prompt is 3; it must be str"),
+        ({"prompt": 3}, "prompt is 3; it must be text"),
     ],
     ids=str,
 )
@@ -105,7 +109,7 @@ def complete(request):
         (sw.Blend("x", images=["a.png"]), "a blend of 1 image; it takes two or more"),
         (sw.Blend("x", images=["a", "b"], weights=[1]), "1 weights for 2 images"),
         (sw.Blend("x", images=["a", "b"], weights=[0, 0]), "sum to zero"),
-        (sw.Blend("x", images=["a", "b"], weights=[1, -1]), "a weight is -1; allowed: 0"),
+        (sw.Blend("x", images=["a", "b"], weights=[1, -1]), "a weight is -1; allowed: 0 to 1000000"),
         (sw.Blend("x", images=["a", "b"], weights=[1, float("nan")]), "a weight is nan"),
         (sw.ImageToVideo("x", image="a", num_frames=1), "num_frames is 1, and ImageToVideo's first frame is its image"),
     ],
@@ -193,7 +197,7 @@ def test_paths_and_images_in_memory_in_json():
         ({"task": "ImageToVideo", "prompt": "x"}, "ImageToVideo needs image; give it"),
         ({"task": "Blend"}, "Blend needs prompt and images; give them"),
         ({"task": "Blend", "prompt": "x", "images": "a.png"}, "images is 'a.png'; it must be a list"),
-        ({"task": "Blend", "prompt": "x", "images": ["a", 3]}, "image is 3; it must be str"),
+        ({"task": "Blend", "prompt": "x", "images": ["a", 3]}, "image is 3; it must be text"),
         ({"task": "Blend", "prompt": "x", "images": ["a", "b"], "weights": ["1", 2]}, "weight is '1'"),
         ({"task": "ImageToImage", "prompt": "x", "image": "a", "creativity": True}, "creativity is True"),
         ({"task": "ImageToImage", "prompt": "x", "image": "a", "creativty": 1}, "Did you mean 'creativity'"),

@@ -355,6 +355,8 @@ def test_prompts_come_from_a_file_or_the_world(tmp_path):
     file.write_bytes(b"\xff\xfe\xff")
     with pytest.raises(RequestError, match="cannot be read as text"):
         read_prompts(file)
+    with pytest.raises(RequestError, match="none.txt' cannot be read as text: No such file or directory; give"):
+        read_prompts(tmp_path / "none.txt")
 
 
 def test_prompts_may_be_the_captions_of_clips(tmp_path):

@@ -4,6 +4,7 @@ import pytest
 import torch
 from torch import nn
 
+from swiftwan.errors import OutputError
 from swiftwan.train.loop import Run, Schedule, seed_of
 
 
@@ -36,8 +37,8 @@ def test_a_failed_save_leaves_the_last_good_state(tmp_path, monkeypatch):
     def full(*args, **kwargs):
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr("swiftwan.train.loop.save_file", full)
-    with pytest.raises(OSError, match="No space"):
+    monkeypatch.setattr("swiftwan.weights.write.save_file", full)
+    with pytest.raises(OutputError, match="state.safetensors cannot be written: No space left on device; free room"):
         run.save()
     assert run.state_path.read_bytes() == before
 

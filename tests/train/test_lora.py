@@ -6,9 +6,9 @@ import signal
 import subprocess
 import sys
 from dataclasses import replace
-from pathlib import Path
 
 import pytest
+import torch
 from tests.train.conftest import SMALL, rows, same
 
 from swiftwan.engine import Engine
@@ -120,20 +120,18 @@ def interrupt_at(step):
 
 
 def test_a_full_disk_keeps_the_last_good_checkpoint(clips, tmp_path, engine, monkeypatch):
-    from swiftwan.train import checkpoint
+    from swiftwan.weights import write
 
-    written = []
-    save_file = checkpoint.save_file
+    save_file = write.save_file
 
     def full(tensors, path, **options):
-        if written:
-            Path(path).write_bytes(b"half")
+        if "step-00000004" in path.name:
+            path.write_bytes(b"half")
             raise OSError(28, "No space left on device")
-        written.append(path)
         save_file(tensors, path, **options)
 
-    monkeypatch.setattr(checkpoint, "save_file", full)
-    with pytest.raises(OutputError, match=r"step 4 cannot be written: .*No space.*step-00000002.*same command"):
+    monkeypatch.setattr(write, "save_file", full)
+    with pytest.raises(OutputError, match=r"step-00000004.* cannot be written: No space.*step-00000002.*same command"):
         train(engine, str(clips), tmp_path, SMALL)
     assert [path.name for path in (tmp_path / "checkpoints").iterdir()] == ["step-00000002.safetensors"]
 
@@ -145,6 +143,15 @@ def test_a_damaged_checkpoint_falls_back_to_the_one_before(whole, tmp_path, capl
     newest.write_bytes(newest.read_bytes()[:-100])
     assert checkpoints.latest().step == 4
     assert "is damaged and not used" in caplog.text
+
+
+def test_a_save_takes_away_the_halves_of_a_run_that_was_killed(tmp_path):
+    checkpoints = Checkpoints(tmp_path)
+    for half in (".step-00000002.safetensors.1a2b3c4d.tmp", ".tmpAEepkF"):  # ours, and safetensors' own
+        (tmp_path / half).write_bytes(b"half")
+    checkpoints.save(2, {"a": torch.ones(2)}, {})
+    assert [path.name for path in tmp_path.iterdir()] == ["step-00000002.safetensors"]
+    assert checkpoints.latest().step == 2
 
 
 def test_a_loss_that_is_not_finite_stops_the_run_and_is_never_saved(clips, tmp_path, engine, monkeypatch):

@@ -233,7 +233,7 @@ def test_failed_save_leaves_the_old(tmp_path: Path, monkeypatch: pytest.MonkeyPa
 
 def test_disk_too_small(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("swiftwan.weights.write.shutil.disk_usage", lambda _: SimpleNamespace(free=1))
-    assert "its disk has 0.0 GB free" in refused(lambda: save_weights(Net(), tmp_path / "n", {}), OutputError)
+    assert "its disk has 0.000 GB free" in refused(lambda: save_weights(Net(), tmp_path / "n", {}), OutputError)
     assert list(tmp_path.iterdir()) == []
 
 

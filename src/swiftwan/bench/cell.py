@@ -17,8 +17,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from swiftwan.bench.matrix import BenchPlan, Cell
-from swiftwan.bench.rows import ITSELF, write_text
+from swiftwan.bench.rows import ITSELF
 from swiftwan.errors import MemoryLimitError, OutputError, PlanError, RequestError, WeightsError
+from swiftwan.whole_file import write_text
 
 if TYPE_CHECKING:
     import torch

@@ -247,18 +247,18 @@ def _plan(name: str, told: Any) -> BenchPlan:
 def _check_specs(plan: str, specs: str | Sequence[str]) -> None:
     """Refuse what no machine knows before the first cell runs; what this machine lacks is told by the cell."""
     from swiftwan.composition import parse
-    from swiftwan.recipes import NAMES
+    from swiftwan.recipes import check_name, check_no_name
 
-    if isinstance(specs, str):
-        if specs not in NAMES:
-            raise RequestError(f"plan '{plan}': with is '{specs}'." + did_you_mean(specs, NAMES))
-        return
-    for spec in specs:
-        try:
+    try:
+        if isinstance(specs, str):
+            check_name(specs)
+            return
+        check_no_name(specs)
+        for spec in specs:
             if "$" not in spec:  # a variable is known when its cell runs
                 parse(spec)
-        except PlanError as problem:
-            raise RequestError(f"plan '{plan}': {problem}") from None
+    except PlanError as problem:
+        raise RequestError(f"plan '{plan}': {problem}") from None
 
 
 def _request(name: str, told: Any, *, partial: bool = False) -> dict[str, Any]:

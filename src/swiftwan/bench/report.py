@@ -20,6 +20,7 @@ from swiftwan.bench.page import CONTROLS, SCRIPT, STYLE
 from swiftwan.bench.rows import Row
 from swiftwan.bench.summary import conclusion, frontier, group, number
 from swiftwan.bench.tables import QUALITY_FIGURES, beside_baseline, facts, hardware, missing_values, overview, quality
+from swiftwan.whole_file import write_text
 
 EMBEDDED_BYTES = 4 * 2**20
 """A video up to this size goes into the page itself; a larger one stays beside it, and the page says so."""
@@ -144,11 +145,11 @@ def _charts(rows: Sequence[Row]) -> str:
         series(row, points, _phase_ends(row, points))
         for row in done
         for device in row["hardware"].get("memory_over_time", [])[:1]
-        if (points := [(seconds, used / 2**30) for seconds, used in device])
+        if (points := [(seconds, used / 1e9) for seconds, used in device])
     ]
     if memory:
         note = "Marks end a phase, by the host's clock."
-        drawn.append(_chart("Memory over time, all processes", charts.lines(memory, x="seconds", y="GiB"), note))
+        drawn.append(_chart("Memory over time, all processes", charts.lines(memory, x="seconds", y="GB"), note))
     for figure in QUALITY_FIGURES[:2]:
         dots = [series(row, [(row["seconds"], value)]) for row in done if (value := number(row, figure.field))]
         if dots:
@@ -209,8 +210,6 @@ def _source(folder: Path, name: str) -> tuple[str | None, str]:
 
 def write(report: Report) -> tuple[Path, Path]:
     """Write report.md and report.html into the benchmark's folder; raises OutputError where it cannot."""
-    from swiftwan.bench.rows import write_text
-
     texts: dict[str, Any] = {"report.md": markdown(report), "report.html": page(report)}
     for name, text in texts.items():
         write_text(report.folder / name, text)

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from swiftwan.errors import OutputError, RequestError
+from swiftwan.whole_file import write_text
 
 Row = dict[str, Any]
 
@@ -83,25 +84,6 @@ def read_rows(path: Path) -> list[Row]:
 def write_rows(path: Path, rows: list[Row]) -> None:
     """Replace a file of rows, whole or not at all."""
     write_text(path, "".join(json.dumps(row, allow_nan=False, ensure_ascii=False) + "\n" for row in rows))
-
-
-def write_text(path: Path, text: str) -> None:
-    """Replace a text file, whole or not at all.
-
-    Raises:
-        OutputError: it cannot be written there.
-    """
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        with temporary.open("w", encoding="utf-8") as file:
-            file.write(text)
-            file.flush()
-            os.fsync(file.fileno())
-        temporary.replace(path)
-    except OSError as error:
-        raise OutputError(f"'{path}' cannot be written: {error.strerror}.") from None
-    finally:
-        temporary.unlink(missing_ok=True)
 
 
 def content_key(values: Mapping[str, Any]) -> str:

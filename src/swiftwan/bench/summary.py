@@ -174,8 +174,8 @@ def conclusion(rows: Sequence[Row]) -> list[str]:
     def each(row: Row) -> str:
         return f"{row['seconds']:.2f} s a clip once loaded"
 
-    def gib(row: Row) -> float:
-        return float(row["peak_bytes"] / 2**30)
+    def gb(row: Row) -> float:
+        return float(row["peak_bytes"] / 1e9)
 
     single = min(done, key=lambda row: row["first_clip_seconds"])
     batch = min(done, key=lambda row: row["seconds"])
@@ -185,7 +185,7 @@ def conclusion(rows: Sequence[Row]) -> list[str]:
     said = [
         f"Single prompts: {told(single, cold(single))}.{_later(single, done)}",
         f"Batches: {told(batch, each(batch))}." + (f" Within its spread: {', '.join(alike)}." if alike else ""),
-        f"Little memory: {told(small, f'{gib(small):.2f} GiB at its peak')}.",
+        f"Little memory: {told(small, f'{gb(small):.2f} GB at its peak')}.",
     ]
     exact = [row for row in done if row["rung"] == "exact" and not row["is_baseline"]]
     if exact and (best := min(exact, key=lambda row: row["seconds"])) is not batch:

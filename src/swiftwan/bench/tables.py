@@ -22,8 +22,8 @@ class Figure:
     factor: bool = True
 
 
-def _gib(count: float) -> str:
-    return f"{count / 2**30:.2f} GiB"
+def _gb(count: float) -> str:
+    return f"{count / 1e9:.2f} GB"
 
 
 def _s(seconds: float) -> str:
@@ -33,7 +33,7 @@ def _s(seconds: float) -> str:
 SEED_FIGURES = (
     Figure("Load time", "load_seconds", _s, "less"),
     Figure("Warm-up time", "warm_up_seconds", _s, "less"),
-    Figure("Max VRAM", "peak_bytes", _gib, "less"),
+    Figure("Max VRAM", "peak_bytes", _gb, "less"),
     Figure("CLIP score", "clip_score", "{:.3f}".format),
     Figure("Temporal LPIPS", "temporal_lpips", "{:.3f}".format),
     Figure("Throughput", "throughput_frames_per_second", "{:.3f} frames/s".format, "more"),
@@ -82,7 +82,7 @@ def overview(rows: Sequence[Row]) -> list[list[str]]:
                 f"{1000 * row['step_median_seconds']:.0f} ms",
                 _s(row["phase_seconds"].get("decode", 0.0)),
                 _s(row["encode_seconds"]) if row["encode_seconds"] is not None else "-",
-                _gib(row["peak_bytes"]),
+                _gb(row["peak_bytes"]),
                 f"{100 * row['ceiling_fraction']:.0f} %",
                 str(row["repeats"]),
             ]
@@ -123,8 +123,8 @@ def hardware(rows: Sequence[Row]) -> list[list[str]]:
             table.append(
                 [
                     row["plan_name"],
-                    _or_dash(seen["memory_free_before_bytes"], _gib),
-                    _or_dash(seen["memory_used_peak_bytes"], _gib),
+                    _or_dash(seen["memory_free_before_bytes"], _gb),
+                    _or_dash(seen["memory_used_peak_bytes"], _gb),
                     _or_dash(seen["utilisation_mean_percent"], "{:.0f} %".format),
                     _or_dash(seen["temperature_peak_celsius"], "{:.0f} C".format),
                     _or_dash(seen["power_mean_watts"], "{:.0f} W".format),

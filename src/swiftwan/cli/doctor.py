@@ -11,7 +11,7 @@ from typing import Annotated, Literal
 
 import typer
 
-GIB = 2**30
+GB = 10**9
 
 
 @dataclass(frozen=True)
@@ -66,7 +66,7 @@ def _gpu() -> Iterator[Finding]:
     for index in range(torch.cuda.device_count()):
         gpu = pick_device(f"cuda:{index}")
         assert gpu.capability is not None
-        memory = f"{gpu.free_bytes / GIB:.1f} of {gpu.total_bytes / GIB:.1f} GiB free"
+        memory = f"{gpu.free_bytes / GB:.1f} of {gpu.total_bytes / GB:.1f} GB free"
         sm = f"sm{gpu.capability[0]}{gpu.capability[1]}, {gpu.cores} multiprocessors"
         yield Finding("gpu", "ok", f"{gpu.torch_device} {gpu.name}, {sm}, {memory}{_driver()}")
 
@@ -101,8 +101,8 @@ def _cpu() -> Iterator[Finding]:
     cpu = pick_device("cpu")
     total, free = host_memory()
     yield Finding("cpu", "ok", f"{cpu.name}, {cpu.cores} threads, {platform.system()} {platform.machine()}")
-    told = f"{free / GIB:.1f} of {total / GIB:.1f} GiB free"
-    yield (Finding("memory", "ok", told) if free > 2 * GIB else Finding("memory", "warn", f"{told}; 2 are advised"))
+    told = f"{free / GB:.1f} of {total / GB:.1f} GB free"
+    yield (Finding("memory", "ok", told) if free > 2 * GB else Finding("memory", "warn", f"{told}; 2 are advised"))
 
 
 def _disk() -> Iterator[Finding]:
@@ -111,10 +111,10 @@ def _disk() -> Iterator[Finding]:
     for name, folder in (("models", Path(constants.HF_HUB_CACHE)), ("here", Path.cwd())):
         exists = next(path for path in (folder, *folder.parents) if path.exists())
         free = shutil.disk_usage(exists).free
-        told = f"{name}: {free / GIB:.1f} GiB free in {folder}"
+        told = f"{name}: {free / GB:.1f} GB free in {folder}"
         if name == "here" and not os.access(folder, os.W_OK):
             yield Finding("disk", "warn", f"{told}, not writable; give --out a folder that is")
-        elif free < GIB:
+        elif free < GB:
             yield Finding("disk", "warn", f"{told}; free some")
         else:
             yield Finding("disk", "ok", told)

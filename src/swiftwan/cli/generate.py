@@ -14,8 +14,9 @@ from swiftwan.cli.asked import Asked
 from swiftwan.cli.many import generate_many
 from swiftwan.cli.options import takes
 from swiftwan.cli.progress import Display, cancellable, shown
-from swiftwan.cli.understand import Run, refuse_what_cannot_fit, understand
+from swiftwan.cli.understand import Run, understand
 from swiftwan.errors import Cancelled, RequestError
+from swiftwan.memory import refuse_what_cannot_fit
 
 if TYPE_CHECKING:
     from swiftwan.pipelines.result import Result
@@ -128,7 +129,7 @@ def _likeness(like: Path, run: Run) -> str:
 def _summary(result: Result) -> str:
     num_frames, height, width, _ = result.frames.shape
     size = f"{width}x{height}" + (f", {num_frames} frames" if num_frames > 1 else "")
-    peak = f"{result.peak_bytes / 2**30:.2f} GiB peak"
+    peak = f"{result.peak_bytes / 1e9:.2f} GB peak"
     where = f"{result.device} {result.dtype}"
     given = "".join(f"{given}\n" for given in result.inputs)
     return f"{given}{size}, seed {result.request.seed}, {result.seconds['total']:.1f} s on {where}, {peak}"

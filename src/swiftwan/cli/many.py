@@ -18,13 +18,13 @@ from swiftwan.cli.asked import Asked
 from swiftwan.cli.progress import Display, cancellable
 from swiftwan.cli.understand import (
     ending,
-    refuse_what_cannot_fit,
     short_name,
     understand_plan,
     understand_request,
     words_of,
 )
 from swiftwan.errors import Cancelled, MemoryLimitError, OutputError, RequestError
+from swiftwan.memory import refuse_what_cannot_fit
 from swiftwan.pipelines.request import TASKS, Request, request_from_json
 
 if TYPE_CHECKING:
@@ -204,7 +204,7 @@ def _from_json(asked: Asked, text: str) -> tuple[Request, str | None]:
         raise RequestError(f"no JSON object: {error}.") from None
     name = values.pop("out", None)
     if not isinstance(name, str | None):
-        raise RequestError(f"out is {name!r}; it must be str.")
+        raise RequestError(f"out is {name!r}; it must be text.")
     task = str(values.get("task", "TextToVideo"))
     open_words = words_of(asked, task) if task in TASKS else {}
     return request_from_json({"task": task} | open_words | values), name

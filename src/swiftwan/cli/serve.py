@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Annotated
 from typer import Option, echo
 
 from swiftwan.cli.options import takes
-from swiftwan.errors import RequestError, UnavailableError, did_you_mean
+from swiftwan.errors import RequestError, UnavailableError
 
 if TYPE_CHECKING:
     from swiftwan.serve.jobs.service import ServiceSettings
@@ -176,7 +176,7 @@ def _check(models: Sequence[str], settings: "ServiceSettings") -> None:
     """Raise now what every job would fail with, or no worker would come up with."""
     from swiftwan.device import check_device, parse_dtype
     from swiftwan.plan import describe, parse
-    from swiftwan.recipes import NAMES
+    from swiftwan.recipes import check_name, check_no_name
 
     for device in settings.devices:
         check_device(device)
@@ -184,8 +184,9 @@ def _check(models: Sequence[str], settings: "ServiceSettings") -> None:
         parse_dtype(settings.dtype)
     for model in models:
         describe(model)
-    if not isinstance(settings.plan, str):
-        for spec in settings.plan:
-            parse(spec)
-    elif settings.plan not in NAMES:
-        raise RequestError(f"unknown plan '{settings.plan}'." + did_you_mean(settings.plan, NAMES))
+    if isinstance(settings.plan, str):
+        check_name(settings.plan)
+        return
+    check_no_name(settings.plan)
+    for spec in settings.plan:
+        parse(spec)

@@ -30,8 +30,8 @@ def style_clips(
 ) -> None:
     """Draw clips to try a LoRA with: the embedded model's world as silhouettes at sunset."""
     from swiftwan import media
-    from swiftwan.bench.rows import write_text
     from swiftwan.pocket.style import training_clips
+    from swiftwan.whole_file import write_text
 
     if count < 1:
         raise RequestError(f"--count is {count}; it must be 1 or more.")

@@ -7,14 +7,11 @@ from collections.abc import Mapping
 from dataclasses import dataclass, fields
 from itertools import count
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from swiftwan.cli.asked import Asked
-from swiftwan.errors import RequestError, UnavailableError, did_you_mean
+from swiftwan.errors import RequestError, did_you_mean
 from swiftwan.pipelines.request import TASKS, Request, request_from_json
-
-if TYPE_CHECKING:
-    from swiftwan.plan import Explanation
 
 PICTURES = ("TextToImage", "ImageToImage", "Blend")
 _QUALITIES = ("exact", "near", "fast")
@@ -197,23 +194,6 @@ def _check_unchanged(asked: Asked, record: Mapping[str, Any]) -> None:
                 f"'{given['name']}' has changed since '{asked.like}' was made from it; give it with --image, "
                 "--last-image or --video to take it as it is now."
             )
-
-
-def refuse_what_cannot_fit(explanation: Explanation) -> None:
-    """Raise now what a GPU would tell after loading, and a CPU never: the system ends a process that takes too much.
-
-    Estimated peaks are within 6 % of the measured ones (docs/plans.md), so a tenth is left to them.
-
-    Raises:
-        UnavailableError: the run takes more than all memory of its device.
-    """
-    request, device, peak = explanation.request, explanation.device, explanation.load.peak_bytes
-    if peak > 1.1 * device.total_bytes:
-        raise UnavailableError(
-            f"{request.width}x{request.height}, {request.num_frames} frames take about {peak / 1e9:.1f} GB, and "
-            f"{device.name} has {device.total_bytes / 1e9:.1f} GB; take fewer frames, a smaller size or model, or a "
-            "plan that takes less ('swiftwan explain' tells)."
-        )
 
 
 def free_name(prompt: str, ending: str) -> Path:

@@ -33,7 +33,7 @@ def verify(
     if runs < 1:
         raise RequestError(f"--runs is {runs}; it must be 1 or more.")
     from swiftwan.bench import verify as verification
-    from swiftwan.cli.understand import refuse_what_cannot_fit
+    from swiftwan.memory import refuse_what_cannot_fit
     from swiftwan.pipelines.request import TextToVideo
     from swiftwan.plan import explain
     from swiftwan.recipes import NAMES

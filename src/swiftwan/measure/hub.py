@@ -6,6 +6,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import TypeVar
 
+from swiftwan.errors import reason
 from swiftwan.measure.missing import Missing
 
 T = TypeVar("T")
@@ -27,4 +28,4 @@ def read_from_hub(name: str, read: Callable[[bool], T]) -> T | Missing:
             HfApi().model_info(name, timeout=10)
             return read(False)
     except (OSError, ValueError, errors.HTTPError, errors.HfHubHTTPError) as problem:
-        return Missing(f"'{name}' is neither here nor to be had: {' '.join(str(problem).split())[:200]}")
+        return Missing(f"'{name}' is neither here nor to be had: {' '.join(reason(problem).split())[:200]}")

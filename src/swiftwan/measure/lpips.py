@@ -19,7 +19,7 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 from torch.nn.functional import max_pool2d, relu
 
-from swiftwan.errors import WeightsError
+from swiftwan.errors import WeightsError, reason
 from swiftwan.measure.hub import read_from_hub
 from swiftwan.measure.missing import Missing
 from swiftwan.weights.sources import open_file
@@ -130,7 +130,7 @@ def _read_file(path: Path) -> dict[str, Tensor] | Missing:
     try:
         weights = load_file(path)
     except (OSError, SafetensorError) as problem:
-        return Missing(f"no LPIPS weights at '{path}': {problem}")
+        return Missing(f"no LPIPS weights at '{path}': {reason(problem)}")
     return {name: weight for name, weight in weights.items() if not name.startswith("scaling_layer.")}
 
 

@@ -64,7 +64,7 @@ class TextEncoder:
     def expect(self, prompts: Iterable[str]) -> None:
         """Begin to load the encoder, in a thread, if one of these is not in the cache: 11 GB, beside imports and the
         kernels that a first run compiles or loads."""
-        if self.is_loaded or self._loading is not None or all(map(self._knows, prompts)):
+        if self.is_loaded or self._loading is not None or self.knows(prompts):
             return
         thread = ThreadPoolExecutor(1)
         self._loading = thread.submit(self._load, self.rests_on)
@@ -111,8 +111,12 @@ class TextEncoder:
             self.cache.put(key, found)
         return found
 
-    def _knows(self, prompt: str) -> bool:
-        return self.cache is not None and self.cache.get(self._key(clean_prompt(prompt)), self.device) is not None
+    def knows(self, prompts: Iterable[str]) -> bool:
+        """Whether the cache has all of them, so that the encoder is not loaded for their sake."""
+        cache = self.cache
+        return cache is not None and all(
+            cache.get(self._key(clean_prompt(prompt)), self.device) is not None for prompt in prompts
+        )
 
     @torch.no_grad()
     def _encode(self, text: str) -> Tensor:

@@ -158,7 +158,7 @@ class TextToVideo(Request):
     """A video from words."""
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class TextToImage(Request):
     """One picture from words: a video of one frame, for which Wan has a path of its own."""
 
@@ -273,7 +273,7 @@ class Blend(_FromPixels):
         if len(self.weights) != len(self.images):
             raise RequestError(f"{len(self.weights)} weights for {len(self.images)} images; give one an image.")
         for weight in self.weights:
-            _within("a weight", weight, 0, 1e6)
+            _within("a weight", weight, 0, 1_000_000)
         if sum(self.weights) == 0:
             raise RequestError(f"the weights {self.weights} sum to zero; make at least one larger than 0.")
 
@@ -335,7 +335,8 @@ def request_from_json(values: Mapping[str, Any]) -> Request:
 
 def _within(name: str, value: float | None, low: float, high: float) -> None:
     if value is None or not low <= value <= high:  # NaN fails the comparison too
-        raise RequestError(f"{name} is {value}; allowed: {low:g} to {high:g}.")
+        least, most = (str(limit) if isinstance(limit, int) else f"{limit:g}" for limit in (low, high))
+        raise RequestError(f"{name} is {value}; allowed: {least} to {most}.")
 
 
 _MEMORY = "memory:"
@@ -362,7 +363,7 @@ def _check_type(name: str, value: object) -> None:
             _check_type("weight" if name == "weights" else "image", item)
         return
     if isinstance(value, bool) or not isinstance(value, wanted):
-        raise RequestError(f"{name} is {value!r}; it must be {' or '.join(kind.__name__ for kind in wanted)}.")
+        raise RequestError(f"{name} is {value!r}; it must be {_WORDS[wanted]}.")
     if isinstance(value, str) and value.startswith(_MEMORY) and name in ("image", "last_image", "video"):
         raise RequestError(f"{name} was given in memory ('{value}'), so no file holds it; give one.")
 
@@ -370,3 +371,5 @@ def _check_type(name: str, value: object) -> None:
 _NUMBERS: dict[str, tuple[type, ...]] = dict.fromkeys(
     ("width", "height", "num_frames", "fps", "num_inference_steps", "seed"), (int,)
 ) | dict.fromkeys(("guidance_scale", "guidance_scale_2", "flow_shift", "creativity", "weight"), (int, float))
+
+_WORDS: dict[tuple[type, ...], str] = {(str,): "text", (int,): "a whole number", (int, float): "a number"}

@@ -17,7 +17,6 @@ from typing import Any
 
 import torch
 from safetensors import safe_open
-from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from swiftwan.errors import OutputError, RequestError, WeightsError
@@ -28,7 +27,7 @@ from swiftwan.pipelines.start import as_video
 from swiftwan.train.buckets import Item
 from swiftwan.weights import check
 from swiftwan.weights.build import Parts
-from swiftwan.weights.write import sync, write_json
+from swiftwan.weights.write import write_json, write_tensors
 
 log = logging.getLogger(__name__)
 
@@ -85,16 +84,7 @@ class Cache:
             return
         name = hashlib.sha256("".join(sorted(self._new)).encode()).hexdigest()[:16]
         path = self.folder / f"{name}.safetensors"
-        partial = path.with_suffix(".tmp")
-        try:
-            save_file(self._new, partial)
-            sync(partial)
-            partial.replace(path)
-        except Exception as error:
-            partial.unlink(missing_ok=True)
-            raise OutputError(
-                f"cannot write {path}: {error}; free room and run the same command again: it goes on from here."
-            ) from None
+        write_tensors(path, self._new, way_out="free room and run the same command again: it goes on from here")
         self._new = {}
         self._open(path)
 

@@ -15,12 +15,11 @@ from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from swiftwan.errors import OutputError, WeightsError
+from swiftwan.errors import WeightsError
 from swiftwan.weights import check
-from swiftwan.weights.write import sync
+from swiftwan.weights.write import write_tensors
 
 log = logging.getLogger(__name__)
 
@@ -61,24 +60,14 @@ class Checkpoints:
             OutputError: it cannot be written; names the last good one.
         """
         path = self.folder / f"step-{step:08d}.safetensors"
-        partial = path.with_suffix(".tmp")
-        try:
-            self.folder.mkdir(parents=True, exist_ok=True)
-            # Copies: bitsandbytes gives all parameters one table, and safetensors refuses memory that names share.
-            owned = {name: tensor.detach().cpu().contiguous().clone() for name, tensor in tensors.items()}
-            save_file(owned, partial, metadata={"step": str(step), "facts": json.dumps(dict(facts))})
-            sync(partial)
-            partial.replace(path)
-            sync(self.folder)
-        except (OSError, SafetensorError) as error:
-            partial.unlink(missing_ok=True)
-            last = self.paths()
-            kept = f"the last good one is {last[-1]}" if last else "there is none before it"
-            raise OutputError(
-                f"the checkpoint of step {step} cannot be written: {error}; {kept}: free room, and run the same "
-                "command again."
-            ) from None
-        for old in self.paths()[:-KEPT]:
+        last = self.paths()
+        kept = f"the last good one is {last[-1]}" if last else "there is none before it"
+        # Copies: bitsandbytes gives all parameters one table, and safetensors refuses memory that names share.
+        owned = {name: tensor.detach().cpu().clone() for name, tensor in tensors.items()}
+        metadata = {"step": str(step), "facts": json.dumps(dict(facts))}
+        write_tensors(path, owned, metadata, way_out=f"{kept}: free room, and run the same command again")
+        halves = self.folder.glob(".*tmp*")  # of runs that were killed while they wrote
+        for old in (*self.paths()[:-KEPT], *halves):
             old.unlink(missing_ok=True)
         return path
 

@@ -15,8 +15,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from swiftwan.errors import RequestError, SwiftwanError, UnavailableError
+from swiftwan.errors import RequestError, SwiftwanError, UnavailableError, reason
 from swiftwan.inputs import clip_facts, read_image, sha256_of
+from swiftwan.whole_file import replacing
 
 VIDEOS = (".mp4", ".mov", ".mkv", ".webm", ".avi")
 IMAGES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".tif", ".tiff")
@@ -223,7 +224,7 @@ def _of_hub(name: str, found: Found, downloads: Path | None) -> Iterator[Entry]:
     try:
         table = datasets.load_dataset(name, split="train")
     except (OSError, ValueError) as error:  # none of that name, no network, no split called train
-        raise RequestError(f"'hf:{name}' cannot be loaded: {error}") from None
+        raise RequestError(f"'hf:{name}' cannot be loaded: {reason(error)}") from None
     media = next((column for column in MEDIA_COLUMNS if column in table.column_names), None)
     caption = next((column for column in CAPTION_COLUMNS if column in table.column_names), None)
     if media is None or caption is None:
@@ -251,7 +252,6 @@ def _kept(media: Any, downloads: Path, ending: str) -> Path:
     path = downloads / (hashlib.sha256(data).hexdigest()[:32] + (Path(media.get("path") or "").suffix or ending))
     if not path.is_file():
         downloads.mkdir(parents=True, exist_ok=True)
-        temporary = path.with_suffix(".tmp")
-        temporary.write_bytes(data)
-        temporary.replace(path)
+        with replacing(path) as half:
+            half.write_bytes(data)
     return path

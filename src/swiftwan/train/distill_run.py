@@ -10,19 +10,18 @@ from __future__ import annotations
 import hashlib
 import json
 import math
-import os
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import load_file, save_file
+from safetensors import safe_open
+from safetensors.torch import load_file
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from swiftwan.errors import OutputError, RequestError
+from swiftwan.errors import OutputError, RequestError, reason
 from swiftwan.models.config import TransformerConfig
 from swiftwan.models.dit import Condition
 from swiftwan.models.text import TextEncoder, clean_prompt
@@ -35,7 +34,7 @@ from swiftwan.train.loop import seed_of
 from swiftwan.weights.build import Parts, parameter_count
 from swiftwan.weights.check import check_file, write_json
 from swiftwan.weights.lora_write import write_lora
-from swiftwan.weights.write import sync
+from swiftwan.weights.write import write_tensors
 
 SMALL = 200_000_000
 """Parameters below which a step waits for launches: its blocks are compiled, and the step recorded as a CUDA graph.
@@ -131,7 +130,7 @@ def _begin(folder: Path, told: dict[str, Any]) -> None:
             return
         there = json.loads(path.read_text())
     except (OSError, ValueError) as problem:
-        raise OutputError(f"{folder} cannot hold a run: {problem}; give another --out.") from None
+        raise OutputError(f"{folder} cannot hold a run: {reason(problem)}; give another --out.") from None
     for key, value in told.items():
         if there.get(key) != value:
             raise RequestError(
@@ -185,7 +184,7 @@ def walked(
             noise = torch.randn((len(part), *latent_shape), generator=generator).to(part.device)
             with autocast(part.device):
                 passed = distill.walk(roles, settings.phases, noise, part, negative.expand_as(part))
-            _save({"places": passed.transpose(0, 1).half()}, path)
+            write_tensors(path, {"places": passed.transpose(0, 1).half()})
             say(f"walks: {start + len(part)} of {len(text)}")
         with safe_open(path, framework="pt") as file:
             places.append(file.get_tensor("places"))
@@ -234,15 +233,3 @@ def read_lora(path: Path, roles: Roles) -> None:
         )
     for name, factor in load_file(path).items():
         wanted[name].copy_(factor)
-
-
-def _save(tensors: Mapping[str, Tensor], path: Path) -> None:
-    """Whole or not at all."""
-    partial = path.with_suffix(".tmp")
-    try:
-        save_file({name: t.detach().cpu().contiguous() for name, t in tensors.items()}, partial)
-        sync(partial)
-        os.replace(partial, path)
-    except (OSError, SafetensorError) as problem:
-        partial.unlink(missing_ok=True)
-        raise OutputError(f"{path} cannot be written: {problem}; free room, and run the same command again.") from None

@@ -8,7 +8,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from swiftwan.errors import RequestError
+from swiftwan.errors import RequestError, reason
 from swiftwan.models.config import POCKET, KnownModel
 from swiftwan.models.vae import WanVAE
 from swiftwan.pipelines.request import Request
@@ -32,7 +32,9 @@ def read_prompts(path: Path) -> list[str]:
     try:
         lines = [line.strip() for line in path.read_text(encoding="utf-8").splitlines()]
     except (OSError, UnicodeDecodeError) as problem:
-        raise RequestError(f"'{path}' cannot be read as text: {problem}; give a file with a prompt a line.") from None
+        raise RequestError(
+            f"'{path}' cannot be read as text: {reason(problem)}; give a file with a prompt a line."
+        ) from None
     if not (found := [line for line in lines if line]):
         raise RequestError(f"'{path}' holds no prompt; write one a line.")
     return found

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import json
 import math
-import os
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -16,8 +15,9 @@ from pathlib import Path
 
 import torch
 from safetensors import safe_open
-from safetensors.torch import save_file
 from torch import Tensor, nn
+
+from swiftwan.weights.write import write_tensors
 
 
 @dataclass(frozen=True)
@@ -108,7 +108,7 @@ class Run:
             parameter.copy_(self.average[name])
 
     def save(self) -> None:
-        """Write the state whole or not at all."""
+        """Write the state whole or not at all; raises OutputError where it cannot."""
         tensors: dict[str, Tensor] = {}
         for name, parameter in self.parameters.items():
             tensors[f"model.{name}"] = parameter.detach()
@@ -116,11 +116,7 @@ class Run:
             for key in ("exp_avg", "exp_avg_sq"):
                 if parameter in self.optimizer.state:
                     tensors[f"{key}.{name}"] = self.optimizer.state[parameter][key]
-        partial = self.state_path.with_suffix(".tmp")
-        save_file({k: v.contiguous() for k, v in tensors.items()}, partial, metadata={"step": str(self.step)})
-        with partial.open("rb") as handle:
-            os.fsync(handle.fileno())
-        os.replace(partial, self.state_path)
+        write_tensors(self.state_path, tensors, {"step": str(self.step)})
 
     @torch.no_grad()
     def _resume(self, device: torch.device) -> None:

@@ -12,7 +12,7 @@ import torch
 from swiftwan.bench.charts import Series, lines
 from swiftwan.pipelines.request import ImageToVideo, Request, TextToVideo
 from swiftwan.train import flow
-from swiftwan.weights.write import sync
+from swiftwan.whole_file import write_text
 
 if TYPE_CHECKING:
     from swiftwan.engine import Engine
@@ -100,10 +100,7 @@ def forget_after(path: Path, step: int) -> None:
     """Take away the rows of steps that a resumed run will take again."""
     rows = [row for row in read_log(path) if row["step"] <= step]
     if path.is_file():
-        partial = path.with_suffix(".tmp")
-        partial.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
-        sync(partial)
-        partial.replace(path)
+        write_text(path, "".join(json.dumps(row) + "\n" for row in rows))
 
 
 def plot(rows: Sequence[dict[str, Any]], path: Path) -> None:
@@ -116,6 +113,4 @@ def plot(rows: Sequence[dict[str, Any]], path: Path) -> None:
     svg = chart[: chart.index("</svg>") + len("</svg>")]
     head = svg.index(">") + 1
     text = svg[:head].replace("<svg ", '<svg xmlns="http://www.w3.org/2000/svg" ') + f"<style>{_STYLE}</style>"
-    partial = path.with_suffix(".tmp")
-    partial.write_text(text + svg[head:], encoding="utf-8")
-    partial.replace(path)
+    write_text(path, text + svg[head:])

@@ -14,7 +14,6 @@ import logging
 import math
 import os
 import re
-import tempfile
 from collections.abc import Iterable, Mapping, Sequence
 from fnmatch import fnmatchcase
 from pathlib import Path
@@ -22,6 +21,7 @@ from typing import Any
 
 from swiftwan.errors import WeightsError
 from swiftwan.models.config import KNOWN_MODELS, TransformerConfig
+from swiftwan.whole_file import replacing
 
 log = logging.getLogger(__name__)
 
@@ -308,17 +308,8 @@ def read_json(path: Path) -> dict[str, Any] | None:
 def write_json(path: Path, values: Mapping[str, Any]) -> None:
     """Write a JSON file so that readers see the old one or the new one, never a part."""
     path.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
-    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.", suffix=".tmp")
-    try:
-        with os.fdopen(handle, "w", encoding="utf-8") as file:
-            json.dump(values, file, indent=1)
-            file.flush()
-            os.fsync(file.fileno())
-        os.chmod(temporary, 0o644)  # mkstemp makes it the owner's alone; a manifest travels with its folder
-        os.replace(temporary, path)
-    except BaseException:
-        Path(temporary).unlink(missing_ok=True)
-        raise
+    with replacing(path) as half:
+        half.write_text(json.dumps(values, indent=1), encoding="utf-8")
 
 
 def _hash(path: Path) -> str:

@@ -14,14 +14,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import save_file
 from torch import Tensor
 
-from swiftwan.errors import OutputError, RequestError, did_you_mean
+from swiftwan.errors import RequestError, did_you_mean
 from swiftwan.weights.lora import Expert
 from swiftwan.weights.lora_names import original
-from swiftwan.weights.write import sync
+from swiftwan.weights.write import write_tensors
 
 FORMATS = ("diffusers", "comfyui", "kohya")
 
@@ -93,16 +91,8 @@ def _kohya(name: str) -> str:
     return f"lora_unet_{original(module).replace('.', '_')}.{part}"
 
 
-def _save(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> Path:
-    partial = path.with_suffix(".tmp")
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        # Copies: safetensors refuses memory that two names share, as two experts with one adapter do.
-        owned = {name: tensor.detach().cpu().contiguous().clone() for name, tensor in tensors.items()}
-        save_file(owned, partial, dict(metadata))
-        sync(partial)
-        partial.replace(path)
-    except (OSError, SafetensorError) as error:
-        partial.unlink(missing_ok=True)
-        raise OutputError(f"{path} cannot be written: {error}; choose another place or free room.") from None
+def _save(path: Path, tensors: Mapping[str, Tensor], metadata: dict[str, str]) -> Path:
+    # Copies: safetensors refuses memory that two names share, as two experts with one adapter do.
+    owned = {name: tensor.detach().cpu().clone() for name, tensor in tensors.items()}
+    write_tensors(path, owned, metadata, way_out="choose another place or free room")
     return path

@@ -14,9 +14,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
+from safetensors.torch import save_file
 from torch import Tensor
 
-from swiftwan.errors import OutputError
+from swiftwan.errors import OutputError, reason
+from swiftwan.whole_file import replacing, sync
 
 SHARD_BYTES = 5_000_000_000
 
@@ -119,6 +122,25 @@ def _write_shard(path: Path, slots: Sequence[Slot], read: Callable[[Slot], Tenso
         os.fsync(file.fileno())
 
 
+def write_tensors(
+    path: Path,
+    tensors: Mapping[str, Tensor],
+    metadata: dict[str, str] | None = None,
+    *,
+    way_out: str = "free room, and run the same command again",
+) -> None:
+    """Write one safetensors file of tensors that share no memory; its folder is made where it is missing.
+
+    Raises OutputError: it cannot be written, with the way out; what stood there before is as it was.
+    """
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with replacing(path) as half:
+            save_file({name: t.detach().cpu().contiguous() for name, t in tensors.items()}, half, metadata=metadata)
+    except (OSError, SafetensorError) as error:
+        raise OutputError(f"{path} cannot be written: {reason(error)}; {way_out}.") from None
+
+
 def refuse_if_too_large(folder: Path, need: int) -> None:
     have = shutil.disk_usage(folder.parent).free
     if need > have:
@@ -128,15 +150,6 @@ def refuse_if_too_large(folder: Path, need: int) -> None:
 def write_json(path: Path, values: Mapping[str, Any]) -> None:
     path.write_text(json.dumps(values, indent=2, sort_keys=True) + "\n", encoding="utf-8")
     sync(path)
-
-
-def sync(path: Path) -> None:
-    """Bring a file, or a folder's list of names, to the disk."""
-    handle = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
 
 
 def replace_folder(new: Path, folder: Path) -> None:

@@ -192,7 +192,7 @@ def test_what_will_not_fit_comes_with_something_that_does(client: TestClient, de
     refused = client.post("/v1/videos", json={"prompt": PROMPT, "size": "512x512", "num_frames": 4001})
     assert error_of(refused) == (422, None, "will_not_fit")
     words = refused.json()["error"]["message"]
-    frames = int(words.partition("try ")[2].partition(" frames")[0])
+    frames = int(words.partition("; ")[2].partition(" frames should fit")[0])
     assert client.post("/v1/videos", json={"prompt": PROMPT, "size": "512x512", "num_frames": frames}).is_success
     more = client.post("/v1/videos", json={"prompt": PROMPT, "size": "512x512", "num_frames": frames + 4})
     assert more.status_code == 422

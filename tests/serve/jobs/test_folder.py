@@ -47,7 +47,7 @@ def test_a_full_disk_leaves_nothing(folder: Folder, monkeypatch: pytest.MonkeyPa
     def full(descriptor: int) -> None:
         raise OSError(number, os.strerror(number))
 
-    monkeypatch.setattr("swiftwan.serve.jobs.folder.os.fsync", full)
+    monkeypatch.setattr("os.fsync", full)
     with pytest.raises(DiskFullError, match="full") as told:
         folder.take_in([b"abc"], ".png")
     assert str(folder.root) not in str(told.value)

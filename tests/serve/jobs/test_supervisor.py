@@ -179,8 +179,8 @@ from swiftwan.serve.jobs.store import Store
 from swiftwan.serve.jobs.supervisor import Patience
 for line in sys.stdin:
     child = os.fork()
+    os.setpgid(child, child)  # by both, so that it is done when either goes on
     if child == 0:
-        os.setsid()
         service = Service(ServiceSettings(Path(sys.argv[1]), command=sys.argv[2:], patience=Patience(back_off_s=0.01)))
         service.start()
         import time

@@ -11,6 +11,7 @@ import torch
 
 from swiftwan import media
 from swiftwan.errors import MemoryLimitError, PlanError, WeightsError
+from swiftwan.memory import WillNotFitError
 from swiftwan.serve.jobs import worker as worker_module
 from swiftwan.serve.jobs.folder import Folder
 from swiftwan.serve.jobs.job import Job
@@ -89,13 +90,12 @@ def test_a_full_disk_fails_the_job_leaves_no_file_and_the_next_passes(
     def full(*_: Any, **__: Any) -> None:
         raise OSError(errno.ENOSPC, "No space left on device")
 
-    for write in ("swiftwan.media.os.fsync", "swiftwan.serve.jobs.folder.os.fsync"):
-        with monkeypatch.context() as patch:
-            patch.setattr(write, full)
-            failed = run()
-        assert (failed.state, failed.error_code) == ("failed", "disk_full")
-        assert str(loaded.folder.root) not in str(failed.error_message)
-        assert files_of(loaded, failed) == []
+    with monkeypatch.context() as patch:
+        patch.setattr("os.fsync", full)
+        failed = run()
+    assert (failed.state, failed.error_code) == ("failed", "disk_full")
+    assert str(loaded.folder.root) not in str(failed.error_message)
+    assert files_of(loaded, failed) == []
     assert run().state == "completed"
 
 
@@ -110,6 +110,7 @@ def test_too_little_room_is_told_before_the_work(loaded: Worker, run: Any, monke
     ("raised", "code", "words"),
     [
         (MemoryLimitError("take 5 frames"), "out_of_memory", "take 5 frames"),
+        (WillNotFitError("5 frames should fit"), "out_of_memory", "5 frames should fit"),
         (MemoryError(), "out_of_memory", "fewer frames"),
         (PlanError("unknown technique"), "invalid_request", "unknown technique"),
         (WeightsError("/secret/model is damaged"), "model_unavailable", "its log"),

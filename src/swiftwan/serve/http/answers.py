@@ -14,8 +14,8 @@ from fastapi.responses import JSONResponse
 from starlette.exceptions import HTTPException
 
 from swiftwan.errors import OutputError, PlanError, RequestError, SwiftwanError, WeightsError
+from swiftwan.memory import WillNotFitError
 from swiftwan.pipelines.request import TASKS
-from swiftwan.serve.jobs.admission import WillNotFitError
 from swiftwan.serve.jobs.folder import DiskFullError
 from swiftwan.serve.jobs.service import NotReadyError
 from swiftwan.serve.jobs.store import KeyReusedError, QueueFullError, UnknownJobError, WrongStateError

@@ -6,20 +6,16 @@ take half a gigabyte of their memory, so the server reasons about the facts that
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any
 
 from swiftwan.device import Device, parse_dtype
-from swiftwan.errors import PlanError, RequestError
+from swiftwan.errors import PlanError
+from swiftwan.memory import refuse_what_cannot_fit
 from swiftwan.pipelines.request import Request
 from swiftwan.plan import Explanation, Facts, complete, describe, estimate, make_plan
-
-
-class WillNotFitError(RequestError):
-    """The device has too little memory for it, even when it does nothing else."""
 
 
 @dataclass(frozen=True)
@@ -59,50 +55,8 @@ class Admission:
             WillNotFitError: says which settings would.
         """
         explanation = self.explain(request, plan)
-        if explanation.load.peak_bytes > self.device.total_bytes:
-            raise WillNotFitError(self._advice(explanation))
+        refuse_what_cannot_fit(explanation, slack=1)
         return explanation
-
-    def _advice(self, explanation: Explanation) -> str:
-        request, load = explanation.request, explanation.load
-        told = (
-            f"will not fit: {request.width}x{request.height}, {request.num_frames} frames take about "
-            f"{_gb(load.peak_bytes)} GB, and {self.device.name} has {_gb(self.device.total_bytes)} GB"
-        )
-        if load.weight_bytes > self.device.total_bytes:
-            weights = _gb(load.weight_bytes)
-            return f"{told}; the weights alone are {weights} GB: try a smaller model, or serve it by --plan auto."
-        if frames := self._frames_that_fit(explanation):
-            return f"{told}; try {frames} frames, or a smaller size."
-        if size := self._size_that_fits(explanation):
-            return f"{told}; try {size[0]}x{size[1]} and one frame."
-        return f"{told}; try a smaller model."
-
-    def _fits(self, request: Request, explanation: Explanation) -> bool:
-        total = self.device.total_bytes
-        return estimate(request, explanation.facts, explanation.plan, total).peak_bytes <= total
-
-    def _frames_that_fit(self, explanation: Explanation) -> int | None:
-        """The most frames of this size that fit, by bisection: memory rises with them."""
-        step = self.facts.grid.temporal
-        low, high = -1, ((explanation.request.num_frames or 1) - 1) // step
-        while high - low > 1:
-            middle = (low + high) // 2
-            if self._fits(replace(explanation.request, num_frames=middle * step + 1), explanation):
-                low = middle
-            else:
-                high = middle
-        return low * step + 1 if low >= 0 else None
-
-    def _size_that_fits(self, explanation: Explanation) -> tuple[int, int] | None:
-        grid, request = self.facts.grid.spatial, explanation.request
-        assert request.width is not None
-        assert request.height is not None
-        for halvings in range(1, 1 + math.ceil(math.log2(max(request.width, request.height)))):
-            width, height = (max(grid, (side >> halvings) // grid * grid) for side in (request.width, request.height))
-            if self._fits(replace(request, width=width, height=height, num_frames=1), explanation):
-                return width, height
-        return None
 
 
 FILE_FIELDS = ("image", "last_image", "images", "video")
@@ -154,7 +108,3 @@ def check_plan_of_client(plan: object) -> str | list[str]:
         if any(part in spec for part in ("/", "\\", "~", "..", ".safetensors")):
             raise PlanError(f"plan names a file in '{spec[:80]}'; files are chosen by whoever runs the server.")
     return plan if isinstance(plan, str) else specs
-
-
-def _gb(count: int) -> str:
-    return f"{count / 1e9:.3g}"

@@ -5,7 +5,6 @@ A file appears whole or not at all: written beside its place, flushed, renamed.
 
 from __future__ import annotations
 
-import os
 import re
 import secrets
 import shutil
@@ -14,6 +13,7 @@ from pathlib import Path
 
 from swiftwan.errors import OutputError
 from swiftwan.serve.jobs.job import Job
+from swiftwan.whole_file import replacing
 
 _PARTS = ("inputs", "results", "previews")
 _NAME = re.compile(rf"({'|'.join(_PARTS)})/[a-z0-9_]+(\.[a-z0-9]+)+")
@@ -97,19 +97,11 @@ class Folder:
             DiskFullError: there is no room; OutputError: another refusal of the system.
         """
         path = self.path(name)
-        temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
         try:
-            with temporary.open("wb") as file:
-                for chunk in chunks:
-                    file.write(chunk)
-                if durable:
-                    file.flush()
-                    os.fsync(file.fileno())
-            temporary.replace(path)
+            with replacing(path, durable=durable) as half, half.open("wb") as file:
+                file.writelines(chunks)
         except OSError as error:
             raise refused(error) from error
-        finally:
-            temporary.unlink(missing_ok=True)
 
     def check_room(self, need: int = 0) -> None:
         """Raise DiskFullError unless ``need`` bytes and the reserve are free."""

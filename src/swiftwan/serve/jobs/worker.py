@@ -24,6 +24,7 @@ from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any
 
 from swiftwan.errors import Cancelled, MemoryLimitError, OutputError, RequestError, SwiftwanError, WeightsError
+from swiftwan.memory import WillNotFitError
 from swiftwan.serve.jobs.folder import DiskFullError, Folder
 from swiftwan.serve.jobs.job import Job
 from swiftwan.serve.jobs.store import Store
@@ -279,7 +280,7 @@ class Watch:
 def _reason(error: Exception) -> tuple[str, str]:
     """A code for programs and words for people; nothing of ours that a client must not see."""
     match error:
-        case MemoryLimitError():
+        case MemoryLimitError() | WillNotFitError():
             code = "out_of_memory"
         case MemoryError():
             return "out_of_memory", "the server ran out of memory; take fewer frames or a smaller size."
