@@ -5,11 +5,9 @@
 A step is everything from latents on the device to the changed adapter: noise, forward, backward, clipping, AdamW; rank
 32 on all linears of the blocks, batch 1. A RUN is ``peer`` or ``ours`` and its settings, joined by ``+``. For a peer:
 ``eager`` or ``compiled`` (block by block), ``checkpointed``, ``cudnn``, ``fp32`` (adapters; default bf16, which is
-faster). For ours: ``flash4`` or another attention (``cudnn``, ``sdpa``, or ``attention8``, in 8 bits forward),
-``plain`` (cross-attention by torch), what blocks keep (``all``, ``products``, ``attention``, ``nothing``, or what fits
-``24gb``), ``fp8`` or ``fp8ffn`` (8 bits in the feed-forward alone), ``rope`` and ``gelu`` (norm and RoPE, and GELU with
-its adapter, in Triton), ``eager``, ``offloaded`` (the frozen weights in host memory; last, since it takes them from the
-others); our adapters are fp32.
+faster). For ours: self-attention, ``flash4``, ``cudnn``, ``sdpa`` or ``fp8-attention``; what blocks keep
+(``all``, ``products``, ``attention``, ``nothing``, or what fits ``24gb``), ``fp8`` (the frozen layers), ``eager``,
+``offloaded`` (the frozen weights in host memory; last, since it takes them from the others); our adapters are fp32.
 
 All runs share one process, one chip and its weights, and are timed by turns; a row's peak is without what the others
 hold. TFLOP are those of ``swiftwan.train.work``.
@@ -171,19 +169,7 @@ class Bench:
         model.load_state_dict(self.weights.state_dict(), assign=True)
         targets = adapter.chosen_targets(["all"])
         factors = adapter.inject(model, RANK, RANK, targets, seed=0)
-        equip(model, self.where)
-        for block in model.blocks:
-            block.attn1.attend = next((ATTENTION[word] for word in words if word in ATTENTION), block.attn1.attend)
-            if "plain" in words:
-                block.attn2.attend = sdpa
-            if "rope" in words:
-                from swiftwan.ops.norm_rope_training import TRAINING
-
-                block.ops = TRAINING
-            if "gelu" in words:
-                block.ffn.net[0].linear_gelu = adapter.lora_gelu
-            if "fp8ffn" in words:
-                adapter.freeze_in_fp8(block.ffn, self.where)
+        equip(model, self.where, next(ATTENTION[word] for word in words if word in ATTENTION))
         if "fp8" in words:
             adapter.freeze_in_fp8(model, self.where)
         config = self.case.known.transformer
@@ -238,7 +224,7 @@ def _cudnn(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         return sdpa(q, k, v)
 
 
-ATTENTION = {"cudnn": _cudnn, "flash4": flash4, "sdpa": sdpa, "attention8": attention_fp8}
+ATTENTION = {"cudnn": _cudnn, "flash4": flash4, "sdpa": sdpa, "fp8-attention": attention_fp8}
 
 
 def allocated() -> int:
@@ -345,7 +331,7 @@ def rung(label: str) -> str:
     """Peers are no rung; memory limits that a step without any would meet are none."""
     if label.startswith("peer"):
         return "peer"
-    if "fp8" in label or "attention8" in label:
+    if "fp8" in label:
         return "near"
     return "exact-24gb" if "24gb" in label else "exact"
 

@@ -284,7 +284,7 @@ def test_norm_and_rope_have_the_gradients_of_the_reference(heads, width, compile
 @needs_cuda
 @pytest.mark.filterwarnings("default")
 @pytest.mark.parametrize("compiled", [False, True])
-@pytest.mark.parametrize(("tokens", "width", "rank"), [(300, 8960, 32), (130, 72, 4), (64, 128, 20)])
+@pytest.mark.parametrize(("tokens", "width", "rank"), [(300, 8960, 32), (130, 72, 4), (64, 128, 20), (200, 768, 128)])
 def test_gelu_of_a_layer_and_its_adapter_has_the_gradients_of_the_reference(tokens, width, rank, compiled):
     from swiftwan.ops.lora_gelu_training import lora_gelu, reference
 

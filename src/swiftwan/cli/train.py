@@ -109,7 +109,10 @@ def lora(
         ),
     ] = "auto",
     base: Annotated[
-        str, typer.Option(help="Products with frozen weights: bf16 (as loaded) or fp8.", rich_help_panel=_MACHINE)
+        str,
+        typer.Option(
+            help="Products with frozen weights: bf16 (as loaded), fp8, or fp8-attention too.", rich_help_panel=_MACHINE
+        ),
     ] = "bf16",
     weights: Annotated[
         str, typer.Option(help="Frozen ones: whole, sharded (over GPUs) or offloaded.", rich_help_panel=_MACHINE)

@@ -91,7 +91,7 @@ class Trainer:
         """A short end by distribution matching: five updates of the critic, then one of the student."""
         if not updates:
             return
-        run = self._student("matching", updates, self.settings.learning_rate / 10)
+        run = self._student("matching", updates, self.settings.learning_rate / 3)
         self.roles.play("critic")
         critic = Run(
             self.folder / "critic",
