@@ -38,10 +38,10 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from swiftwan.device import pick_device, versions
 from swiftwan.models.config import KNOWN_MODELS, POCKET, KnownModel
 from swiftwan.models.dit import KEEP_FP32, WanTransformer
-from swiftwan.ops.attention import sdpa
+from swiftwan.ops.attention import kernel, sdpa
 from swiftwan.ops.attention_fp8_training import attention_fp8
 from swiftwan.ops.flash4_training import flash4
-from swiftwan.train import work
+from swiftwan.train import memory, work
 from swiftwan.weights.load import randomize
 
 RANK = 32
@@ -161,7 +161,7 @@ class Bench:
         return optimized(parameters, loss)
 
     def ours(self, words: set[str]) -> Callable[[], Tensor]:
-        from swiftwan.train import adapter, flow, memory, processes
+        from swiftwan.train import adapter, flow, processes
         from swiftwan.train.trainee import compile_blocks, equip
 
         with torch.device("meta"):
@@ -169,7 +169,10 @@ class Bench:
         model.load_state_dict(self.weights.state_dict(), assign=True)
         targets = adapter.chosen_targets(["all"])
         factors = adapter.inject(model, RANK, RANK, targets, seed=0)
-        equip(model, self.where, next(ATTENTION[word] for word in words if word in ATTENTION))
+        attend = next(ATTENTION[word] for word in words if word in ATTENTION)
+        if attend in (flash4, attention_fp8):
+            kernel("flash4").load()  # sets where it keeps what it compiles
+        equip(model, self.where, attend)
         if "fp8" in words:
             adapter.freeze_in_fp8(model, self.where)
         config = self.case.known.transformer
@@ -340,7 +343,7 @@ def compared(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
     """Each of ours beside the fastest peer of the same process that computes activations again as it does, or not."""
 
     def again(row: dict[str, Any]) -> bool:
-        return any(word == "checkpointed" or word.endswith("gb") for word in row["plan"])
+        return any(word == "checkpointed" or word in memory.KEEPS[1:] or word.endswith("gb") for word in row["plan"])
 
     done = [row for row in rows if row.get("status") == "ok"]
     for row in (row for row in done if row["rung"] != "peer"):
@@ -389,7 +392,7 @@ def main() -> None:
         run.attempt(run.build, options.gradients)
         run.attempt(run.turn, options.repeats)
         save()
-        if options.profile and run.step is not None:
+        if options.profile and run.step is not None and run.row["rung"] != "peer":
             profile(run.step, options.profile, f"{options.case}: {run.label}")
     for _ in range(options.turns - 1):
         for run in runs:
