@@ -127,8 +127,6 @@ def lora(
     given = dict(locals())
     from swiftwan.cli.progress import cancellable, shown
     from swiftwan.pipelines.result import StepEvent
-    from swiftwan.train.lora import check as check_data
-    from swiftwan.train.lora import open_engine, trackers, train
     from swiftwan.train.settings import Settings
 
     names = Settings.__dataclass_fields__.keys() - {"prompts", "targets"}
@@ -141,6 +139,10 @@ def lora(
             display.on_step(StepEvent(phase, done, of, time.perf_counter() - began))  # type: ignore[arg-type]
 
         display.begin("load")
+        # peft brings transformers with it: seconds, in which something shall be seen.
+        from swiftwan.train.lora import check as check_data
+        from swiftwan.train.lora import open_engine, trackers, train
+
         engine = open_engine(model, device=device, dtype=dtype, weights=settings.weights, deterministic=deterministic)
         try:
             if check:
