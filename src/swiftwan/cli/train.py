@@ -111,7 +111,7 @@ def lora(
     base: Annotated[
         str,
         typer.Option(
-            help="Products with frozen weights: bf16 (as loaded), fp8, or fp8-attention too.", rich_help_panel=_MACHINE
+            help="Frozen layers: bf16 (as loaded), fp8, or fp8-attention (forward) too.", rich_help_panel=_MACHINE
         ),
     ] = "bf16",
     weights: Annotated[
