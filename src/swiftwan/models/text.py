@@ -28,7 +28,7 @@ class TextEncoder:
     """A tokenizer and a UMT5 encoder, which is loaded when a prompt is not in the cache.
 
     Args:
-        tokenizer: of transformers.
+        load_tokenizer: makes one of transformers, whose import takes a second or two: so the encoder loads meanwhile.
         load: makes a :class:`swiftwan.models.umt5.UMT5Encoder`, on its device and in its dtype.
         identity: names weights and tokenizer by content, for the cache.
         device, dtype: where the embeddings go, and their format.
@@ -42,14 +42,13 @@ class TextEncoder:
 
     def __init__(
         self,
-        tokenizer: Any,
+        load_tokenizer: Callable[[], Any],
         load: Callable[[torch.device], nn.Module],
         *,
         identity: str,
         device: torch.device,
         dtype: torch.dtype,
     ) -> None:
-        self.tokenizer = tokenizer
         self.identity = identity
         self.device = device
         self.dtype = dtype
@@ -59,6 +58,7 @@ class TextEncoder:
         self.rests_on = device
         self.stays_loaded = True
         self._load = load
+        self._load_tokenizer = load_tokenizer
         self._loading: Future[nn.Module] | None = None
 
     def expect(self, prompts: Iterable[str]) -> None:
@@ -69,6 +69,10 @@ class TextEncoder:
         thread = ThreadPoolExecutor(1)
         self._loading = thread.submit(self._load, self.rests_on)
         thread.shutdown(wait=False)
+
+    @cached_property
+    def tokenizer(self) -> Any:
+        return self._load_tokenizer()
 
     @cached_property
     def encoder(self) -> nn.Module:
