@@ -30,6 +30,8 @@ AIMS = {
     "video-1.3b-832x480x81": 42.0,
     "cold-1.3b": 10.0,
     "vae-832x480x81": 0.7,
+    "vae-1280x720x81": 0.7 * 639.2 / 275.4,  # in proportion to the TFLOP
+    "vae22-1280x704x121": 0.7 * 2011.1 / 275.4,
 }
 """Seconds that the exact rung was to reach."""
 RUNG_AIMS = {
@@ -38,6 +40,8 @@ RUNG_AIMS = {
     "video-1.3b-832x480x81": {"approximate": 7.0, "few-step": 1.4},
 }
 """Seconds that rungs below exact were to reach."""
+RATIO_AIMS = {"video-seed-001-1280x720x97": {"exact": 15, "near": 18, "approximate": 100}}
+"""How many times faster than the peer rungs were to be."""
 FORWARDS_OF = {"video-1.3b-832x480x81": (100, "forward-1.3b-832x480x81")}
 """Of what forwards a whole video is made: 50 steps with guidance."""
 INTRO = """# The ladder
@@ -88,6 +92,7 @@ def page(rows: Sequence[Row], figures: Sequence[str] = ()) -> str:
             continue
         parts.append(f"## {case}" + (f"\n\n{against_aim(case, done, bounds)}" if case in AIMS else ""))
         parts += [against_rung_aim(rung, aim, done) for rung, aim in RUNG_AIMS.get(case, {}).items()]
+        parts += [against_ratio(rung, aim, done) for rung, aim in RATIO_AIMS.get(case, {}).items()]
         if done:
             parts.append(table(sorted(done, key=place)))
         if failed:
@@ -133,6 +138,16 @@ def against_rung_aim(rung: str, aim: float, rows: Sequence[Row]) -> str:
         return told + "not measured."
     best = min(taken)
     return told + (f"reached, {seconds(best)}." if best <= aim else f"not reached, by {100 * (best / aim - 1):.0f} %.")
+
+
+def against_ratio(rung: str, aim: float, rows: Sequence[Row]) -> str:
+    """Whether a rung is so many times faster than its peer."""
+    found = [row["ratio"] for row in rows if row["rung"] == rung and not is_peer(row) and row.get("ratio")]
+    told = f"Aim of {rung}: {aim:g}x; "
+    if not found:
+        return told + "not measured."
+    best = max(found)
+    return told + (f"reached, {best:.1f}x." if best >= aim else f"not reached: {best:.1f}x.")
 
 
 def place(row: Row) -> tuple[int, float]:
