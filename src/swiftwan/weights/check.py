@@ -17,7 +17,7 @@ import re
 from collections.abc import Iterable, Mapping, Sequence
 from fnmatch import fnmatchcase
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 from swiftwan.errors import WeightsError
 from swiftwan.models.config import KNOWN_MODELS, TransformerConfig
@@ -26,16 +26,6 @@ from swiftwan.whole_file import replacing
 log = logging.getLogger(__name__)
 
 Shape = tuple[int, ...]
-
-
-class Entry(NamedTuple):
-    """A tensor of a safetensors file: its type as the format calls it, and where in the file it begins and ends."""
-
-    dtype: str
-    shape: Shape
-    begin: int
-    end: int
-
 
 MANIFEST = "swiftwan.sha256.json"
 
@@ -49,11 +39,11 @@ _BITS = {
 
 def check_file(path: Path) -> dict[str, Shape]:
     """Return name -> shape of a safetensors file; checks and raises as ``read_header`` does."""
-    return {name: entry.shape for name, entry in read_header(path).items()}
+    return {name: shape for name, (_, shape) in read_header(path).items()}
 
 
-def read_header(path: Path) -> dict[str, Entry]:
-    """Return the tensors of a safetensors file by name, after checking its header against its size.
+def read_header(path: Path) -> dict[str, tuple[str, Shape]]:
+    """Return name -> (type, shape) of a safetensors file after checking its header against its size.
 
     Reads the header alone (8 bytes, then JSON), whatever the file's size. The rules are those of
     github.com/huggingface/safetensors, "Format"; the point of checking here is the message.
@@ -119,10 +109,9 @@ def _broken(path: Path, what: str) -> WeightsError:
     return WeightsError(f"{path} {what}; download it again")
 
 
-def _parse_header(path: Path, header: bytes) -> tuple[dict[str, Entry], int]:
-    """The tensors by name, and the bytes of data, which must follow each other without gap or overlap."""
-    found: dict[str, Entry] = {}
-    data = 8 + len(header)
+def _parse_header(path: Path, header: bytes) -> tuple[dict[str, tuple[str, Shape]], int]:
+    """Name -> (type, shape), and the bytes of data, which must follow each other without gap or overlap."""
+    found: dict[str, tuple[str, Shape]] = {}
     spans: list[tuple[int, int]] = []
     try:
         entries: dict[str, Any] = json.loads(header)
@@ -132,7 +121,7 @@ def _parse_header(path: Path, header: bytes) -> tuple[dict[str, Entry], int]:
             begin, end = entry["data_offsets"]
             if min((*shape, begin), default=0) < 0 or 8 * (end - begin) != math.prod(shape) * _BITS[entry["dtype"]]:
                 raise ValueError(name)
-            found[name] = Entry(entry["dtype"], shape, data + begin, data + end)
+            found[name] = (entry["dtype"], shape)
             spans.append((begin, end))
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
         raise _broken(path, "has a damaged safetensors header") from None

@@ -24,8 +24,6 @@ if TYPE_CHECKING:
     import torch
     from torch import Tensor
 
-    from swiftwan.weights.upload import Upload
-
 WEIGHTS_SUFFIXES = (".safetensors", ".gguf", ".pth", ".pt")
 
 _SCALES = (".scale_weight", ".weight_scale")
@@ -70,43 +68,25 @@ class Shards:
         self.origin = str(self.paths[0] if len(self.paths) == 1 else self.paths[0].parent)
         self.shapes: dict[str, check.Shape] = {}
         self.dtypes: dict[str, str] = {}
-        self._homes: dict[str, tuple[Path, check.Entry]] = {}
+        self._homes: dict[str, Path] = {}
         self._open: tuple[Path, Any] | None = None
-        self._upload: Upload | None = None
         for path in self.paths:
-            for name, entry in check.read_header(path).items():
+            for name, (dtype, shape) in check.read_header(path).items():
                 if name in self._homes:
-                    raise WeightsError(f"{name!r} is in both {self._homes[name][0]} and {path}; one of them is stale")
-                self.shapes[name], self.dtypes[name], self._homes[name] = entry.shape, entry.dtype, (path, entry)
+                    raise WeightsError(f"{name!r} is in both {self._homes[name]} and {path}; one of them is stale")
+                self.shapes[name], self.dtypes[name], self._homes[name] = shape, dtype, path
 
     def read(self, name: str, device: torch.device | str = "cpu") -> Tensor:
-        import torch
-
-        from swiftwan.weights.upload import Upload
-        from swiftwan.weights.write import TYPES
-
-        path, entry = self._homes[name]
-        device = torch.device(device)
-        if device.type != "cuda" or entry.dtype not in TYPES:
-            return self._map(path, name).to(device)
-        if self._upload is None or self._upload.device != device:
-            self._upload = Upload(device)
-        return self._upload.read(path, entry.begin, entry.end).view(TYPES[entry.dtype]).view(entry.shape)
-
-    def _map(self, path: Path, name: str) -> Tensor:
         from safetensors import safe_open
 
+        path = self._homes[name]
         if self._open is None or self._open[0] != path:
             # Opened on the CPU: the pages are read as the copy needs them, and leave with the file.
             self._open = (path, safe_open(path, framework="pt", device="cpu"))
-        tensor: Tensor = self._open[1].get_tensor(name)
-        return tensor
+        return self._open[1].get_tensor(name).to(device)
 
     def close(self) -> None:
         self._open = None
-        if self._upload is not None:
-            self._upload.close()
-            self._upload = None
 
 
 class PthFile:
