@@ -28,7 +28,7 @@ class TextEncoder:
     """A tokenizer and a UMT5 encoder, which is loaded when a prompt is not in the cache.
 
     Args:
-        load_tokenizer: makes one of transformers, whose import takes a second or two: so the encoder loads meanwhile.
+        load_tokenizer: makes a ``tokenizers.Tokenizer``; the encoder loads meanwhile.
         load: makes a :class:`swiftwan.models.umt5.UMT5Encoder`, on its device and in its dtype.
         identity: names weights and tokenizer by content, for the cache.
         device, dtype: where the embeddings go, and their format.
@@ -88,7 +88,7 @@ class TextEncoder:
 
     def check(self, prompt: str) -> None:
         """Raise RequestError, saying what would be cut, if the prompt has more tokens than Wan attends to."""
-        tokens = self.tokenizer(clean_prompt(prompt)).input_ids
+        tokens = self.tokenizer.encode(clean_prompt(prompt)).ids
         if len(tokens) > TEXT_LENGTH:
             lost = self.tokenizer.decode(tokens[TEXT_LENGTH - 1 :], skip_special_tokens=True)
             raise RequestError(
@@ -124,8 +124,8 @@ class TextEncoder:
 
     @torch.no_grad()
     def _encode(self, text: str) -> Tensor:
-        batch = self.tokenizer([text], return_tensors="pt")
-        hidden: Tensor = self.encoder(batch.input_ids.to(self.runs_on), batch.attention_mask.to(self.runs_on))
+        ids = torch.tensor([self.tokenizer.encode(text).ids], device=self.runs_on)
+        hidden: Tensor = self.encoder(ids, torch.ones_like(ids))
         return hidden.to(self.device)
 
     def _key(self, text: str) -> str:

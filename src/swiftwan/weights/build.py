@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from swiftwan.errors import WeightsError
 from swiftwan.models.clip import ImageEncoder
 from swiftwan.models.config import POCKET, ClipConfig, KnownModel, TransformerConfig, VAEConfig
 from swiftwan.models.dit import KEEP_FP32, WanTransformer
@@ -265,21 +266,30 @@ def _encoder(name: str, sizes: Mapping[str, Any]) -> nn.Module:
 
 
 def _tokenizer(folder: Path) -> Any:
-    """What ``AutoTokenizer`` makes of the folder, by the class that the folder names.
+    """The ``tokenizers.Tokenizer`` of a folder: its ``tokenizer.json``, as official Wan reads it.
 
-    To find that class AutoTokenizer imports all that generates text, and with it torch's compiler and, where they are
-    installed, scikit-learn, pandas and SciPy: 10 s instead of 2 where they are.
+    Without transformers, which would take 2 to 10 s to import, by what else is installed; it is only asked for where
+    ``spiece.model`` has to be converted.
+
+    Raises:
+        WeightsError: the file is damaged.
     """
-    silence()
-    import transformers
+    file = folder / "tokenizer.json"
+    if file.is_file():
+        from tokenizers import Tokenizer
 
-    told = str((check.read_json(folder / "tokenizer_config.json") or {}).get("tokenizer_class"))
-    known = told in _TOKENIZERS and hasattr(transformers, told)
-    return getattr(transformers, told if known else "AutoTokenizer").from_pretrained(folder, local_files_only=True)
+        try:
+            tokenizer = Tokenizer.from_file(str(file))
+        except Exception as error:  # the package names no other
+            raise WeightsError(f"{file} is damaged ({error}); download it again") from None
+    else:
+        silence()
+        from transformers import AutoTokenizer
 
-
-_TOKENIZERS = ("T5Tokenizer", "T5TokenizerFast", "TokenizersBackend", "PreTrainedTokenizerFast")
-"""Classes that AutoTokenizer takes as they are named."""
+        tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True).backend_tokenizer
+    tokenizer.no_truncation()
+    tokenizer.no_padding()
+    return tokenizer
 
 
 _KINDS: dict[type, type[nn.Module]] = {TransformerConfig: WanTransformer, VAEConfig: WanVAE, ClipConfig: ImageEncoder}
