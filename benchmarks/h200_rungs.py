@@ -1,7 +1,7 @@
 """Forwards beyond the exact rung on an H200: 8-bit layers and attention, and block-sparse attention, beside diffusers.
 
-    python benchmarks/h200_rungs.py [near sparse25 ...] [--peers eager compiled] [--repeats 5] [--out rows.jsonl]
-        [--profile top.txt]
+    python benchmarks/h200_rungs.py [near sparse25 ...] [--peers eager compiled] [--repeats 5] [--steady 2] [--products]
+        [--out rows.jsonl] [--profile top.txt]
 
 Weights are random, so errors say what rounding does to numbers of the usual size, and less than nothing of what
 skipping blocks does to a picture: random queries and keys give all tokens about the same weight, which is the worst
@@ -22,13 +22,16 @@ import time
 import traceback
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import h200_forward as exact
 import torch
 from torch import Tensor
 
 from swiftwan.device import versions
+from swiftwan.ops.attention import kernel
+from swiftwan.ops.fp8 import Fp8Linear, quantize_rows
+from swiftwan.ops.sparse import choose_blocks
 from swiftwan.plan import make_plan
 
 VIDEO, LARGE, IMAGE = "forward-1.3b-832x480x81", "forward-1.3b-1280x720x97", "image-1.3b-832x480x1"
@@ -51,7 +54,9 @@ CELLS: dict[str, tuple[str, str, str]] = {  # name: case, rung, plan
     "large-sparse25": (LARGE, "sparse25", f"{FP8} attention:flash4 sparse-attention:keep=0.25,bits=8"),
     "large-sparse12": (LARGE, "sparse12", f"{FP8} attention:flash4 sparse-attention:keep=0.125,bits=8"),
     "image-exact": (IMAGE, "exact", "fused batched-cfg cuda-graphs"),
+    "image-exact-flash4": (IMAGE, "exact", "fused attention:flash4 batched-cfg cuda-graphs"),
     "image-near": (IMAGE, "near", f"{FP8} batched-cfg cuda-graphs"),
+    "image-near-flash4": (IMAGE, "near", f"{FP8} attention:flash4 batched-cfg cuda-graphs"),
     "image-near-8": (IMAGE, "near", f"{FP8} attention:fp8 batched-cfg cuda-graphs"),
 }
 # TFLOP/s measured on this chip (DESIGN.md): products, and attention (cuDNN's fp8; FlashAttention-4 block-sparse).
@@ -90,6 +95,66 @@ class Bench(exact.Bench):
             seen.append(latents)
         return seen
 
+    def products_in_8_bits(self, rung: str) -> Callable[[], Tensor]:
+        """What no order of the rest can spare a rung: the blocks' products and its self-attention, back to back on
+        inputs that stand ready, rounded already. Pictures attend in 16 bits: rounding costs them more than it saves."""
+        config, tokens = self.case.known.transformer, self.case.tokens
+        draw = functools.partial(torch.randn, device=self.device, dtype=torch.bfloat16)
+        heads = (config.num_attention_heads, config.dim // config.num_attention_heads)
+
+        from swiftwan.ops.attention_fp8_gluon import attend_rounded
+        from swiftwan.ops.round_attention import round_and_pool
+
+        flash4 = kernel("flash4").load()
+
+        def inputs(batch: int) -> tuple[Any, Any, Callable[[], Tensor]]:
+            wide = torch.nn.functional.gelu(draw(batch, tokens, config.ffn_dim), approximate="tanh")
+            q, k, v = (draw(batch, tokens, *heads) for _ in range(3))
+            if self.case.guided:
+                return quantize_rows(draw(batch, tokens, config.dim)), quantize_rows(wide), lambda: flash4(q, k, v)
+            rounded, q_means, k_means = round_and_pool(q, k, v)
+            blocks = choose_blocks(q_means, k_means, KEPT[rung]) if rung in KEPT else None
+            attend = functools.partial(attend_rounded, rounded, torch.bfloat16, blocks)
+            return quantize_rows(draw(batch, tokens, config.dim)), quantize_rows(wide), attend
+
+        x, wide, attend = inputs(2 if self.case.guided else 1)
+        # A guided step's two predictions part with the first text that they see.
+        first_x, _, first_attend = inputs(1)
+        layers = []
+        for block in cast(list[Any], list(self.weights.blocks)):
+            one, other, ffn = block.attn1, block.attn2, block.ffn.net
+            merged = Fp8Linear.merged([Fp8Linear.of(layer) for layer in (one.to_q, one.to_k, one.to_v)])
+            rest = (one.to_out[0], other.to_q, other.to_out[0], ffn[0].proj, ffn[2])
+            layers.append((merged, *map(Fp8Linear.of, rest)))
+
+        def run() -> Tensor:
+            for number, (qkv, out, text_q, text_out, up, down) in enumerate(layers):
+                qkv(x if number else first_x)
+                (attend if number else first_attend)()
+                out(x if number else first_x)
+                text_q(x if number else first_x)
+                text_out(x)
+                up(x)
+                flow: Tensor = down(wide)
+            return flow
+
+        return recorded(run)
+
+
+def recorded(run: Callable[[], Tensor]) -> Callable[[], Tensor]:
+    """As a CUDA graph: a picture's products are over before the next ones are launched."""
+    run()
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        out = run()
+
+    def replay() -> Tensor:
+        graph.replay()
+        return out
+
+    return replay
+
 
 def floor_seconds(case: exact.Case, rung: str) -> float:
     """Products and self-attention at the measured rates of this rung's arithmetic; nothing else."""
@@ -112,6 +177,8 @@ def measure(case_name: str, names: list[str], arguments: argparse.Namespace) -> 
         f"diffusers {kind}": functools.partial(bench.peer, kind) for kind in arguments.peers
     }
     makers |= {name: functools.partial(bench.ours, CELLS[name][2].split()) for name in names}
+    rungs = sorted({CELLS[name][1] for name in names} - {"exact"}) if arguments.products else []
+    makers |= {f"{exact.PRODUCTS}, {rung}": functools.partial(bench.products_in_8_bits, rung) for rung in rungs}
     runs: dict[str, Callable[[], Tensor]] = {}
     rows: dict[str, dict[str, Any]] = {}
     for label, make in makers.items():
@@ -124,8 +191,11 @@ def measure(case_name: str, names: list[str], arguments: argparse.Namespace) -> 
             torch.cuda.reset_peak_memory_stats()
             flow = run()
             torch.cuda.synchronize()
-            rows[label] = {
-                "status": "ok" if flow.isfinite().all() else "failed",
+            rows[label] = {"status": "ok" if flow.isfinite().all() else "failed"}
+            if label.startswith(exact.PRODUCTS):
+                runs[label] = run
+                continue
+            rows[label] |= {
                 "error": exact.relative_error(flow, reference),
                 "error_to_exact_plan": exact.relative_error(flow, exact_flow),
                 "peak_bytes": torch.cuda.max_memory_allocated() - before + weight_bytes,
@@ -150,11 +220,13 @@ def measure(case_name: str, names: list[str], arguments: argparse.Namespace) -> 
         for label, run in runs.items():
             seconds[label].append(exact.timed(run, 10 if case.guided else 1))
     for label, row in rows.items():
-        _, rung, plan = CELLS.get(label, (case_name, "exact", ""))
-        runner = {"runner": label} if label.startswith("diffusers") else {}
-        rows[label] = {"case": case_name, "rung": rung, "plan": plan.split(), **runner, **row, **facts}
+        rung, told = who(label)
+        rows[label] = {"case": case_name, **told, **row, **facts}
         if label in runs:
             rows[label] |= times(label, seconds, floor_seconds(case, rung))
+            if arguments.steady:
+                median = statistics.median(seconds[label])
+                rows[label]["steady"] = exact.steady(runs[label], arguments.steady, median)
             print(f"{label:32} {rows[label]['seconds'] * 1e3:9.2f} ms  {rows[label]['ceiling_fraction']}", flush=True)
     yield list(rows.values())
     if arguments.profile:
@@ -181,6 +253,17 @@ def measure(case_name: str, names: list[str], arguments: argparse.Namespace) -> 
             rows[name]["latents_psnr_db"] = round(psnr_db(ours[-1], walk[-1]), 2)
             print(name, rows[name]["latents_psnr_db"], rows[name]["error_by_step"], flush=True)
             yield list(rows.values())
+
+
+def who(label: str) -> tuple[str, dict[str, Any]]:
+    """The rung whose ceilings hold for a run, and what its row says of it."""
+    if label in CELLS:
+        _, rung, plan = CELLS[label]
+        return rung, {"rung": rung, "plan": plan.split()}
+    if label.startswith(exact.PRODUCTS):
+        rung = label.rpartition(" ")[2]
+        return rung, {"rung": "bound", "plan": [], "runner": exact.PRODUCTS, "variant": rung}
+    return "exact", {"rung": "exact", "plan": [], "runner": label}
 
 
 def psnr_db(got: Tensor, expected: Tensor) -> float:
@@ -217,6 +300,8 @@ def main() -> None:
     parser.add_argument("--profile")
     parser.add_argument("--depth", action="store_true", help="also errors by depth")
     parser.add_argument("--steps", type=int, default=0, help="also errors by step of a guided run of so many")
+    parser.add_argument("--products", action="store_true", help="also the products and attention of each rung alone")
+    parser.add_argument("--steady", type=float, default=0.0, help="then each without a pause for so many seconds")
     parser.add_argument("--commit", default="")
     arguments = parser.parse_args()
     if not arguments.commit:

@@ -214,7 +214,8 @@ class Engine:
 
     def _memory_advice(self, request: Request) -> str:
         explanation = self._explain(request)
-        budget = pick_device(self.device.torch_device).free_bytes
+        # What has just failed may have been told too low, so what would fit takes a tenth less than that, too.
+        budget = min(pick_device(self.device.torch_device).free_bytes, explanation.load.activation_bytes)
         fits = what_would_fit(
             explanation, lambda smaller: SLACK * explanation.load_of(smaller).activation_bytes < budget
         )

@@ -3,7 +3,7 @@ import math
 import pytest
 import torch
 
-from swiftwan.ops.attention import KERNELS, _opaque, kernel, norm_attend, sdpa
+from swiftwan.ops.attention import KERNELS, kernel, norm_attend, opaque, sdpa
 
 
 def by_definition(q, k, v, bias=0.0):
@@ -27,7 +27,7 @@ def test_a_key_kept_once_with_the_log_of_its_count_is_that_many_keys():
 
 
 def test_an_outside_kernel_is_one_operator_to_the_compiler():
-    attend = _opaque("test_kernel", lambda q, k, v: (sdpa(q, k, v).contiguous(), "log-sum-exp"))
+    attend = opaque("test_kernel", lambda q, k, v: (sdpa(q, k, v).contiguous(), "log-sum-exp"))
     q, k, v = (torch.randn(1, 6, 2, 8) for _ in range(3))
     compiled = torch.compile(lambda q, k, v: attend(q, k, v) + 1, backend="eager", fullgraph=True)
     assert torch.allclose(compiled(q, k, v), sdpa(q, k, v) + 1)

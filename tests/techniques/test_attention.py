@@ -139,3 +139,11 @@ def test_kernels_agree_with_the_reference(name):
     got, expected = chosen.load()(q, k, v), kernels.sdpa(q.float(), k.float(), v.float())
     assert got.shape == q.shape
     assert ((got.float() - expected).norm() / expected.norm()).item() < (5e-2 if chosen.kind == "near" else 5e-3)
+
+
+@pytest.mark.parametrize("value", ["fp8", "fp8-plain"])
+def test_slices_of_queries_are_refused_beside_8_bits(gpu, monkeypatch, value):
+    """The kernel would take keys and values for as many as the slice's queries."""
+    monkeypatch.setattr(kernels, "_installed", lambda package: True)
+    with pytest.raises(PlanError, match="scales keys and values by all tokens"):
+        make_plan([f"attention:{value}", "attention-slicing"], gpu((9, 0)))

@@ -141,20 +141,29 @@ def _load_flash4() -> Attend:
     warnings.filterwarnings("ignore", message="Argument aux_data .* cannot be converted", category=UserWarning)
     interface = importlib.import_module("flash_attn.cute.interface")
     if torch.cuda.get_device_capability()[0] != 9:
-        return _opaque("flash4", interface.flash_attn_func)
+        return opaque("flash4", interface.flash_attn_func)
     attend, forward = interface.flash_attn_func, interface._flash_attn_fwd
 
     def hopper(q: Tensor, k: Tensor, v: Tensor) -> Any:
-        # The package would take 128 x 128, and a forward longer: TI2V-5B at 1280x704x121 796 instead of 784 ms, 1.3B at
-        # 832x480x81 441 instead of 438 (H200, at its limit of 700 W).
-        return forward(q, k, v, tile_mn=(192, 128), mma_pv_is_rs=False) if q.shape[-1] == 128 else attend(q, k, v)
+        return forward(q, k, v, **flash4_tiles(q)) if q.shape[-1] == 128 else attend(q, k, v)
 
-    return _opaque("flash4", hopper)
+    return opaque("flash4", hopper)
+
+
+def flash4_tiles(q: Tensor) -> dict[str, Any]:
+    """Options of FlashAttention-4's forward pass for heads of 128 on Hopper.
+
+    The package would take 128 x 128, and a forward longer: TI2V-5B at 1280x704x121 796 instead of 784 ms, 1.3B at
+    832x480x81 441 instead of 438 (H200, at its limit of 700 W).
+    """
+    if q.shape[-1] != 128 or torch.cuda.get_device_capability(q.device)[0] != 9:
+        return {}
+    return {"tile_mn": (192, 128), "mma_pv_is_rs": False}
 
 
 @cache
 def _load_fp8() -> Attend:
-    return _opaque("fp8", importlib.import_module("swiftwan.ops.attention_fp8_gluon").attend)
+    return opaque("fp8", importlib.import_module("swiftwan.ops.attention_fp8_gluon").attend)
 
 
 def _load_fp8_plain() -> Attend:
@@ -165,33 +174,39 @@ def _load_fp8_plain() -> Attend:
 
 @cache
 def _load_flash3() -> Attend:
-    return _opaque("flash3", importlib.import_module("flash_attn_interface").flash_attn_func)
+    return opaque("flash3", importlib.import_module("flash_attn_interface").flash_attn_func)
 
 
 @cache
 def _load_flash2() -> Attend:
-    return _opaque("flash2", importlib.import_module("flash_attn").flash_attn_func)
+    return opaque("flash2", importlib.import_module("flash_attn").flash_attn_func)
 
 
 @cache
 def _load_sage() -> Attend:
     sageattn = importlib.import_module("sageattention").sageattn
-    return _opaque("sage", lambda q, k, v: sageattn(q, k, v, tensor_layout="NHD"))
+    return opaque("sage", lambda q, k, v: sageattn(q, k, v, tensor_layout="NHD"))
 
 
-def _opaque(name: str, function: Callable[..., Any]) -> Attend:
-    """An operator that ``torch.compile`` calls without looking inside; some kernels also return a log-sum-exp."""
+def opaque(name: str, function: Callable[..., Any], options: str = "") -> Callable[..., Tensor]:
+    """An operator that ``torch.compile`` calls without looking inside; some kernels also return a log-sum-exp.
 
-    def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        out = function(q, k, v)
+    Args:
+        function: of q, k, v, and what ``options`` declares, such as ``, float keep``.
+    """
+
+    def attend(*given: Any) -> Tensor:
+        out = function(*given)
         return out[0] if isinstance(out, tuple) else out
 
     # Not ``custom_op``: its first call imports torch's compiler, a second of every cold start.
     qualname = f"swiftwan::{name}"
-    torch.library.define(qualname, "(Tensor q, Tensor k, Tensor v) -> Tensor")
+    torch.library.define(qualname, f"(Tensor q, Tensor k, Tensor v{options}) -> Tensor")
     torch.library.impl(qualname, "CompositeExplicitAutograd", attend)
-    torch.library.register_fake(qualname, lambda q, k, v: torch.empty_like(q, memory_format=torch.contiguous_format))
-    op: Attend = getattr(torch.ops.swiftwan, name).default
+    torch.library.register_fake(
+        qualname, lambda q, k, v, *rest: torch.empty_like(q, memory_format=torch.contiguous_format)
+    )
+    op: Callable[..., Tensor] = getattr(torch.ops.swiftwan, name).default
     return op
 
 

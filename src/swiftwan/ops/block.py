@@ -6,6 +6,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from swiftwan.ops import attention, modulate, rope
@@ -36,3 +37,9 @@ PLAIN = BlockOps(
     norm_attend=attention.norm_attend,
 )
 """Plain torch: the reference, and what runs everywhere."""
+
+
+def refuse_gradient(x: Tensor) -> None:
+    """A Triton kernel is not recorded for the backward pass: without this, gradients would be cut off in silence."""
+    if x.requires_grad and torch.is_grad_enabled():
+        raise RuntimeError("the fused kernels have no backward pass; train on a plan without 'fused', for example [].")

@@ -16,15 +16,9 @@ import triton
 import triton.language as tl
 from torch import Tensor, nn
 
-from swiftwan.ops.attention import norm_attend
-from swiftwan.ops.block import BlockOps
+from swiftwan.ops.block import BlockOps, refuse_gradient
 from swiftwan.ops.rope import Rope
-
-
-def refuse_gradient(x: Tensor) -> None:
-    """A Triton kernel is not recorded for the backward pass: without this, gradients would be cut off in silence."""
-    if x.requires_grad and torch.is_grad_enabled():
-        raise RuntimeError("the fused kernels have no backward pass; train on a plan without 'fused', for example [].")
+from swiftwan.ops.text_attention import norm_attend
 
 
 def _warps(block: int) -> int:

@@ -4,8 +4,8 @@
 Each is one of :mod:`swiftwan.ops.fused` with a last step more, on numbers that are in registers still: the largest of
 a row, and a division. So the rounding reads nothing, and the pass writes one byte a number instead of two.
 
-A program has one row, in two parts: the largest power of two below its width, and the rest. Whole, a row of 1536
-would take 2048 lanes and one of 8960 would take 16,384.
+A row comes in two parts: the largest power of two below its width, and the rest. Whole, a row of 1536 would take 2048
+lanes and one of 8960 would take 16,384.
 """
 
 from __future__ import annotations
@@ -17,10 +17,10 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from swiftwan.ops.block import BlockOps
+from swiftwan.ops.block import BlockOps, refuse_gradient
 from swiftwan.ops.fp8 import Fp8Linear, Rounded
-from swiftwan.ops.fused import FUSED, refuse_gradient
-from swiftwan.ops.text_attention import norm_attend
+from swiftwan.ops.fused import FUSED
+from swiftwan.ops.text_attention import norm_attend_round
 
 
 def empty_rounded(shape: Sequence[int], device: torch.device) -> Rounded:
@@ -49,58 +49,88 @@ def _round(one, other, other_inside):
 
 
 @triton.jit
-def _sum(x, update, gate, summed, column, inside, ADD: tl.constexpr, GATED: tl.constexpr):
+def _vector(source, column, inside):
+    return tl.load(source + column, inside, other=0.0).to(tl.float32)
+
+
+@triton.jit
+def _sum(value, update, gate, summed, there, ADD: tl.constexpr, GATED: tl.constexpr):
     """One part of a row of the residual stream, with what is added to it."""
-    value = tl.load(x + column, inside, other=0.0).to(tl.float32)
+    value = value.to(tl.float32)
     if ADD:
-        more = tl.load(update + column, inside, other=0.0).to(tl.float32)
+        more = update.to(tl.float32)
         if GATED:
-            more *= tl.load(gate + column, inside, other=0.0)
+            more *= gate
         rounded = (value + more).to(summed.dtype.element_ty)
-        tl.store(summed + column, rounded, inside)
+        tl.store(summed, rounded, there)
         value = rounded.to(tl.float32)
     return value
 
 
 @triton.jit
-def _scale_shift(value, scale, shift, column, inside, MODULATED: tl.constexpr):
-    factor = tl.load(scale + column, inside, other=0.0).to(tl.float32)
+def _scale_shift(value, factor, offset, MODULATED: tl.constexpr):
     if MODULATED:
         factor += 1.0
-    return value * factor + tl.load(shift + column, inside, other=0.0).to(tl.float32)
+    return value * factor + offset
 
 
 @triton.jit
 def _add_norm_round_kernel(
     x, update, gate, scale, shift, summed, values, row_scale,
     length, boundary, gate_batch, gate_span, scale_batch, scale_span, eps,
-    WIDTH: tl.constexpr, FIRST: tl.constexpr, REST: tl.constexpr, SPANS: tl.constexpr,
+    WIDTH: tl.constexpr, FIRST: tl.constexpr, REST: tl.constexpr, SPANS: tl.constexpr, ROWS: tl.constexpr,
     ADD: tl.constexpr, GATED: tl.constexpr, MODULATED: tl.constexpr,
 ):  # fmt: skip
-    token, batch = tl.program_id(0), tl.program_id(1)
-    line = batch * length + token
-    start = line.to(tl.int64) * WIDTH
+    """Some rows one after the other; the next one is on its way while this one's sums are made."""
+    batch = tl.program_id(1)
+    token = tl.program_id(0) * ROWS
     span = 0
-    if SPANS == 2:
+    if SPANS == 2:  # a program has one row then
         span = (token >= boundary).to(tl.int32)
     gate += batch * gate_batch + span * gate_span
     scale += batch * scale_batch + span * scale_span
     shift += batch * scale_batch + span * scale_span
     column, other_column = tl.arange(0, FIRST), FIRST + tl.arange(0, REST)
     inside, other_inside = column < WIDTH, other_column < WIDTH
+    gates, other_gates = 0.0, 0.0
+    if GATED:
+        gates, other_gates = _vector(gate, column, inside), _vector(gate, other_column, other_inside)
+    factors, other_factors = _vector(scale, column, inside), _vector(scale, other_column, other_inside)
+    offsets, other_offsets = _vector(shift, column, inside), _vector(shift, other_column, other_inside)
 
-    one = _sum(x + start, update + start, gate, summed + start, column, inside, ADD, GATED)
-    other = _sum(x + start, update + start, gate, summed + start, other_column, other_inside, ADD, GATED)
-    mean = (tl.sum(one, 0) + tl.sum(other, 0)) / WIDTH
-    one -= mean
-    other = tl.where(other_inside, other - mean, 0.0)
-    inverse_deviation = tl.rsqrt((tl.sum(one * one, 0) + tl.sum(other * other, 0)) / WIDTH + eps)
-    one = _scale_shift(one * inverse_deviation, scale, shift, column, inside, MODULATED)
-    other = _scale_shift(other * inverse_deviation, scale, shift, other_column, other_inside, MODULATED)
-    step, inverse = _round(one, other, other_inside)
-    tl.store(row_scale + line, step)
-    tl.store(values + start + column, (one * inverse).to(tl.float8e4nv), inside)
-    tl.store(values + start + other_column, (other * inverse).to(tl.float8e4nv), other_inside)
+    start = (batch * length + token).to(tl.int64) * WIDTH
+    one = tl.load(x + start + column, inside, other=0.0)
+    other = tl.load(x + start + other_column, other_inside, other=0.0)
+    more, other_more = one, other
+    if ADD:
+        more = tl.load(update + start + column, inside, other=0.0)
+        other_more = tl.load(update + start + other_column, other_inside, other=0.0)
+    for row in range(ROWS):
+        there = token < length
+        place, other_place = start + column, start + other_column
+        follows = (token + 1 < length) & (row + 1 < ROWS)
+        next_one = tl.load(x + WIDTH + place, inside & follows, other=0.0)
+        next_other = tl.load(x + WIDTH + other_place, other_inside & follows, other=0.0)
+        next_more, next_other_more = next_one, next_other
+        if ADD:
+            next_more = tl.load(update + WIDTH + place, inside & follows, other=0.0)
+            next_other_more = tl.load(update + WIDTH + other_place, other_inside & follows, other=0.0)
+        value = _sum(one, more, gates, summed + place, inside & there, ADD, GATED)
+        other_value = _sum(other, other_more, other_gates, summed + other_place, other_inside & there, ADD, GATED)
+        mean = (tl.sum(value, 0) + tl.sum(other_value, 0)) / WIDTH
+        value -= mean
+        other_value = tl.where(other_inside, other_value - mean, 0.0)
+        variance = (tl.sum(value * value, 0) + tl.sum(other_value * other_value, 0)) / WIDTH
+        inverse_deviation = tl.rsqrt(variance + eps)
+        value = _scale_shift(value * inverse_deviation, factors, offsets, MODULATED)
+        other_value = _scale_shift(other_value * inverse_deviation, other_factors, other_offsets, MODULATED)
+        step, inverse = _round(value, other_value, other_inside)
+        tl.store(row_scale + batch * length + token, step, there)
+        tl.store(values + place, (value * inverse).to(tl.float8e4nv), inside & there)
+        tl.store(values + other_place, (other_value * inverse).to(tl.float8e4nv), other_inside & there)
+        one, other, more, other_more = next_one, next_other, next_more, next_other_more
+        token += 1
+        start += WIDTH
 
 
 def _add_norm_round(
@@ -119,19 +149,21 @@ def _add_norm_round(
         scale, shift = scale.expand(batch, -1, -1), shift.expand(batch, -1, -1)
     vectors = None if gate is None else gate.expand(batch, -1, -1)
     first, rest = _parts(width)
-    _add_norm_round_kernel[(length, batch)](
+    rows = 4 if len(spans) == 1 else 1
+    _add_norm_round_kernel[(triton.cdiv(length, rows), batch)](
         x, update, x if vectors is None else vectors, scale, shift, summed, *rounded, length, spans[0],
         *((0, 0) if vectors is None else vectors.stride()[:2]),
         *(scale.stride()[:2] if modulated else (0, 0)), eps,
-        WIDTH=width, FIRST=first, REST=rest, SPANS=len(spans),
-        ADD=summed is not x, GATED=gate is not None, MODULATED=modulated, num_warps=_warps(first),
+        WIDTH=width, FIRST=first, REST=rest, SPANS=len(spans), ROWS=rows,
+        ADD=summed is not x, GATED=gate is not None, MODULATED=modulated, num_warps=_warps(first, rows),
     )  # fmt: skip
     return summed, rounded
 
 
-def _warps(lanes: int) -> int:
-    """At 1536 wide, 4 warps take 0.113 ms for a norm with gate and rounding, 1 and 2 0.122 and 0.132 (H200)."""
-    return max(1, min(8, lanes // 256))
+def _warps(lanes: int, rows: int = 1) -> int:
+    """32,760 rows of 1536, norm with gate and rounding: 4 warps a row take 0.100 ms, 1 and 2 0.110 and 0.120; of four
+    rows, the next on its way, 2 warps 0.093, 4 and 8 0.098 and 0.138 (H200)."""
+    return max(1, min(8, lanes // (256 if rows == 1 else 512)))
 
 
 def norm_modulate(x: Tensor, shift: Tensor, scale: Tensor, spans: Sequence[int], eps: float) -> Rounded:
@@ -156,7 +188,7 @@ FUSED_FP8 = BlockOps(
     gated_add_norm=gated_add_norm,
     add_norm_modulate=add_norm_modulate,
     norm_rope=FUSED.norm_rope,
-    norm_attend=norm_attend,
+    norm_attend=norm_attend_round,
 )
 """For a block whose linear layers are all :class:`Fp8Linear`."""
 

@@ -169,7 +169,7 @@ def _round_attention(q: Tensor, k: Tensor, v: Tensor, means: bool) -> tuple[Roun
     pooled = [empty(batch, heads, blocks if means else 0, WIDTH) for _ in range(2)]
     _statistics_kernel[(parts, heads, 2 * batch)](
         k, v, sums, length, k.stride(0), k.stride(1), v.stride(0), v.stride(1),
-        PART=PART, ROWS=32, WIDTH=WIDTH, num_warps=4,
+        PART=PART, ROWS=16, WIDTH=WIDTH, num_warps=4,
     )  # fmt: skip
     _finish_kernel[(batch * heads, 2)](
         sums, k_mean, v_mean, k_scale, v_scale, parts, length,

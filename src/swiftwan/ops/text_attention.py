@@ -1,9 +1,9 @@
 # mypy: disable-error-code="no-untyped-def"
-"""RMS norm of queries, attention to a few keys, and rounding, in one Triton kernel: what cross-attention does between
-its two linear layers.
+"""RMS norm of queries, attention to a few keys and, for an 8-bit layer behind it, rounding, in two Triton kernels: what
+cross-attention does between its two linear layers.
 
-A prompt has a few dozen tokens, so the work is to move queries: (B, L, D) is read here, a second time from the cache,
-and a byte a number leaves, where norm, attention and rounding each on its own read and write all of it.
+A prompt has a few dozen tokens, so the work is to move queries. The first kernel reads them for the norm, which is of a
+token's whole width; the second one is of one head, whose keys and values it holds, and goes through tokens.
 
 A result is a mean of values, so no number exceeds the largest value: that is what all rows are scaled by, as in
 :mod:`swiftwan.ops.gelu_fp8`.
@@ -21,55 +21,105 @@ from torch import Tensor
 
 from swiftwan.ops.attention import norm_attend as plain
 from swiftwan.ops.attention import sdpa
+from swiftwan.ops.block import refuse_gradient
 from swiftwan.ops.fp8 import Rounded
-from swiftwan.ops.fused import refuse_gradient
 
-MOST_KEYS = 128
-"""Above these scores would not fit into registers, and the plain way runs."""
+MOST_KEYS = 144
+"""Above these scores would not fit into registers, and the plain way runs. Wan's negative prompt has about 130."""
 
 TOKENS = 64
-"""Of one program. 0.12 ms for 32,760 tokens of 12 heads and 29 keys on an H200, 0.18 for 70; cuDNN, the norm and the
-rounding before and behind it 0.21. Loads ahead of their use (Triton's stages) made it slower."""
+"""That a program of the second kernel takes at once, four times in a long video: 32,760 tokens of 12 heads to 67 keys,
+rounded, take 0.124 ms on an H200; twice 0.134, once 0.167; 128 tokens at once 0.161 to 0.171. One kernel for all heads
+of 64 tokens took 0.153; the norm, cuDNN and rounding one by one take 0.205."""
+
+PARTS = 32
+"""Programs that look for the largest value."""
 
 
 @triton.jit
-def _norm_attend_kernel(
-    q, weight, key, value, bias, largest, out, scale, length, count, q_batch, text_batch, eps, softmax_scale,
-    HEADS: tl.constexpr, WIDTH: tl.constexpr, TOKENS: tl.constexpr, KEYS: tl.constexpr, BIASED: tl.constexpr,
+def _prepare_kernel(
+    q, inverse, value, largest, rows, row_programs, numbers, eps,
+    WIDTH: tl.constexpr, ROWS: tl.constexpr, FIRST: tl.constexpr, REST: tl.constexpr,
+    PARTS: tl.constexpr, SPAN: tl.constexpr, TURNS: tl.constexpr,
 ):  # fmt: skip
-    batch = tl.program_id(1)
-    token = tl.program_id(0) * TOKENS + tl.arange(0, TOKENS)
-    inside = (token < length)[:, None]
-    channel, text = tl.arange(0, WIDTH), tl.arange(0, KEYS)
+    """What each row's norm multiplies by and, by the programs behind those, the largest values."""
+    program = tl.program_id(0)
+    if program < row_programs:
+        row = program * ROWS + tl.arange(0, ROWS)
+        there = (row < rows)[:, None]
+        start = row.to(tl.int64)[:, None] * WIDTH
+        column, other_column = tl.arange(0, FIRST)[None, :], FIRST + tl.arange(0, REST)[None, :]
+        one = tl.load(q + start + column, there & (column < WIDTH), other=0.0).to(tl.float32)
+        other = tl.load(q + start + other_column, there & (other_column < WIDTH), other=0.0).to(tl.float32)
+        squares = tl.sum(one * one, 1) + tl.sum(other * other, 1)
+        tl.store(inverse + row, tl.rsqrt(squares / WIDTH + eps), row < rows)
+    else:
+        part = program - row_programs
+        most = tl.zeros([SPAN], tl.float32)
+        for turn in range(TURNS):
+            place = (turn * PARTS + part) * SPAN + tl.arange(0, SPAN)
+            most = tl.maximum(most, tl.abs(tl.load(value + place, place < numbers, other=0.0).to(tl.float32)))
+        tl.store(largest + part, tl.max(most, 0))
+
+
+@triton.jit
+def _keys(key, value, bias, start, count, row, BIASED: tl.constexpr, KEYS: tl.constexpr, WIDTH: tl.constexpr):
+    """Some of a head's keys and values, and what is added to their scores."""
+    text = start + tl.arange(0, KEYS)
+    place = text[:, None] * row + tl.arange(0, WIDTH)[None, :]
     seen = text < count
-    place = token.to(tl.int64)[:, None] * (HEADS * WIDTH) + channel[None, :]
-    q += batch.to(tl.int64) * q_batch
-    out += batch.to(tl.int64) * length * (HEADS * WIDTH)
-    key += batch * text_batch
-    value += batch * text_batch
-
-    squares = tl.zeros([TOKENS], tl.float32)
-    for head in tl.range(HEADS, num_stages=1):
-        query = tl.load(q + place + head * WIDTH, inside, other=0.0).to(tl.float32)
-        squares += tl.sum(query * query, 1)
-    inverse = tl.rsqrt(squares / (HEADS * WIDTH) + eps)
-
     shift = tl.where(seen, 0.0, float("-inf"))
     if BIASED:
         shift += 1.4426950408889634 * tl.load(bias + text, seen, other=0.0).to(tl.float32)
-    step = tl.maximum(tl.load(largest).to(tl.float32), 1e-12) / 448.0
-    tl.store(scale + batch * length + token, tl.zeros([TOKENS], tl.float32) + step, token < length)
-    text_place = text[:, None] * (HEADS * WIDTH) + channel[None, :]
-    for head in tl.range(HEADS, num_stages=1):
-        query = tl.load(q + place + head * WIDTH, inside, other=0.0).to(tl.float32)
-        query *= inverse[:, None] * tl.load(weight + head * WIDTH + channel)[None, :].to(tl.float32)
-        keys = tl.load(key + text_place + head * WIDTH, seen[:, None], other=0.0)
-        values = tl.load(value + text_place + head * WIDTH, seen[:, None], other=0.0)
-        scores = tl.dot(query.to(keys.dtype), tl.trans(keys), input_precision="ieee") * softmax_scale + shift[None, :]
-        weights = tl.exp2(scores - tl.max(scores, 1)[:, None])
+    keys = tl.load(key + place, seen[:, None], other=0.0)
+    return keys, tl.load(value + place, seen[:, None], other=0.0), shift
+
+
+@triton.jit
+def _attend_kernel(
+    q, inverse, weight, key, value, bias, largest, out, scale, length, count, q_rows, softmax_scale,
+    HEADS: tl.constexpr, WIDTH: tl.constexpr, TOKENS: tl.constexpr, TURNS: tl.constexpr, PARTS: tl.constexpr,
+    KEYS: tl.constexpr, MORE: tl.constexpr, BIASED: tl.constexpr, ROUNDED: tl.constexpr,
+):  # fmt: skip
+    """One head. Its keys come as two powers of two: 67 as 64 and 16, not as 128."""
+    head, group, batch = tl.program_id(0), tl.program_id(1), tl.program_id(2)
+    row: tl.constexpr = HEADS * WIDTH
+    channel = tl.arange(0, WIDTH)
+    q += batch.to(tl.int64) * q_rows * row + head * WIDTH
+    inverse += batch * q_rows
+    out += batch.to(tl.int64) * length * row + head * WIDTH
+    key += batch * count * row + head * WIDTH
+    value += batch * count * row + head * WIDTH
+    norm = tl.load(weight + head * WIDTH + channel)[None, :].to(tl.float32)
+    keys, values, shift = _keys(key, value, bias, 0, count, row, BIASED, KEYS, WIDTH)
+    if MORE:
+        more_keys, more_values, more_shift = _keys(key, value, bias, KEYS, count, row, BIASED, MORE, WIDTH)
+    step = 1.0
+    if ROUNDED:
+        step = tl.maximum(tl.max(tl.load(largest + tl.arange(0, PARTS)), 0), 1e-12) / 448.0
+    for turn in tl.range(TURNS, num_stages=1):
+        token = (group * TURNS + turn) * TOKENS + tl.arange(0, TOKENS)
+        inside = (token < length)[:, None]
+        place = token.to(tl.int64)[:, None] * row + channel[None, :]
+        query = tl.load(q + place, inside, other=0.0).to(tl.float32)
+        query *= tl.load(inverse + token, token < length, other=0.0)[:, None] * norm
+        query = query.to(keys.dtype)
+        scores = tl.dot(query, tl.trans(keys), input_precision="ieee") * softmax_scale + shift[None, :]
+        most = tl.max(scores, 1)
+        if MORE:
+            others = tl.dot(query, tl.trans(more_keys), input_precision="ieee") * softmax_scale + more_shift[None, :]
+            most = tl.maximum(most, tl.max(others, 1))
+        weights = tl.exp2(scores - most[:, None])
+        total = tl.sum(weights, 1)
         result = tl.dot(weights.to(values.dtype), values, input_precision="ieee")
-        result *= (1.0 / (tl.sum(weights, 1) * step))[:, None]
-        tl.store(out + place + head * WIDTH, result.to(tl.float8e4nv), inside)
+        if MORE:
+            other_weights = tl.exp2(others - most[:, None])
+            total += tl.sum(other_weights, 1)
+            result = tl.dot(other_weights.to(values.dtype), more_values, result, input_precision="ieee")
+        result *= (1.0 / (total * step))[:, None]
+        tl.store(out + place, result.to(out.dtype.element_ty), inside)
+        if ROUNDED and head == 0:
+            tl.store(scale + batch * length + token, tl.zeros([TOKENS], tl.float32) + step, token < length)
 
 
 def norm_attend(
@@ -80,27 +130,78 @@ def norm_attend(
     bias: Tensor | None,
     eps: float,
     attend: Callable[..., Tensor] = sdpa,
-) -> Tensor | Rounded:
-    """:func:`swiftwan.ops.attention.norm_attend`, rounded.
-
-    Of more than 128 keys, a bias that is not the same for all queries, or heads whose width is no power of two: the
-    plain function's result.
-    """
-    batch, count, heads, width = key.shape
-    alike = bias is None or bias.numel() == count
-    if count > MOST_KEYS or not alike or width != triton.next_power_of_2(width):
+) -> Tensor:
+    """:func:`swiftwan.ops.attention.norm_attend`; that function's where :func:`fits` says no."""
+    if not fits(key, bias):
         return plain(q, weight, key, value, bias, eps, attend)
+    out = torch.empty(len(key), q.shape[1], q.shape[2], dtype=q.dtype, device=q.device)
+    _attend_into(out, None, q, weight, key, value, bias, eps)
+    return out
+
+
+def norm_attend_round(
+    q: Tensor,
+    weight: Tensor,
+    key: Tensor,
+    value: Tensor,
+    bias: Tensor | None,
+    eps: float,
+    attend: Callable[..., Tensor] = sdpa,
+) -> Tensor | Rounded:
+    """:func:`swiftwan.ops.attention.norm_attend`, rounded; that function's result where :func:`fits` says no."""
+    if not fits(key, bias):
+        return plain(q, weight, key, value, bias, eps, attend)
+    shape = (len(key), q.shape[1], q.shape[2])
+    values = torch.empty(shape, dtype=torch.float8_e4m3fn, device=q.device)
+    scale = torch.empty(*shape[:2], 1, dtype=torch.float32, device=q.device)
+    _attend_into(values, scale, q, weight, key, value, bias, eps)
+    return Rounded(values, scale)
+
+
+def fits(key: Tensor, bias: Tensor | None) -> bool:
+    """Whether there are at most 144 keys, all queries have one bias, and a head's width is a power of two."""
+    _, count, _, width = key.shape
+    alike = bias is None or bias.numel() == count
+    return count <= MOST_KEYS and alike and width == triton.next_power_of_2(width)
+
+
+def _key_parts(count: int) -> tuple[int, int]:
+    """Two powers of two that hold so many, of at least 16 each, the second one 0 where it is not needed."""
+    first = max(16, 1 << count.bit_length() - 1)
+    return first, max(16, triton.next_power_of_2(count - first)) if count > first else 0
+
+
+def _attend_into(
+    out: Tensor,
+    scale: Tensor | None,
+    q: Tensor,
+    weight: Tensor,
+    key: Tensor,
+    value: Tensor,
+    bias: Tensor | None,
+    eps: float,
+) -> None:
+    """``scale`` is of the rows of an ``out`` of 8 bits."""
     refuse_gradient(q)
     q, key, value = q.contiguous(), key.contiguous(), value.contiguous()
-    length = q.shape[1]
-    out = torch.empty(batch, length, heads * width, dtype=torch.float8_e4m3fn, device=q.device)
-    scale = torch.empty(batch, length, 1, dtype=torch.float32, device=q.device)
-    # In two steps: torch would take all of it with one processor.
-    largest = torch.linalg.vector_norm(torch.linalg.vector_norm(value, math.inf, dim=-1), math.inf)
-    _norm_attend_kernel[(triton.cdiv(length, TOKENS), batch)](
-        q, weight, key, value, largest if bias is None else bias.flatten(), largest, out, scale, length, count,
-        q.stride(0) if len(q) == batch else 0, count * heads * width, eps, width**-0.5 * math.log2(math.e),
-        HEADS=heads, WIDTH=width, TOKENS=TOKENS, KEYS=max(16, triton.next_power_of_2(count)), BIASED=bias is not None,
-        num_warps=4,
+    batch, count, heads, width = key.shape
+    length, dim = q.shape[1:]
+    rows = q.numel() // dim
+    row_programs = triton.cdiv(rows, 4)
+    inverse = torch.empty(rows, dtype=torch.float32, device=q.device)
+    largest = torch.empty(PARTS, dtype=torch.float32, device=q.device)
+    first = 1 << (dim - 1).bit_length() - 1
+    _prepare_kernel[(row_programs + (0 if scale is None else PARTS),)](
+        q, inverse, value, largest, rows, row_programs, value.numel(), eps,
+        WIDTH=dim, ROWS=4, FIRST=first, REST=triton.next_power_of_2(dim - first),
+        PARTS=PARTS, SPAN=1024, TURNS=triton.next_power_of_2(triton.cdiv(value.numel(), PARTS * 1024)), num_warps=4,
     )  # fmt: skip
-    return Rounded(out, scale)
+    keys, more = _key_parts(count)
+    turns = 4 if length > 8192 else 1
+    _attend_kernel[(heads, triton.cdiv(length, TOKENS * turns), batch)](
+        q, inverse, weight, key, value, largest if bias is None else bias.flatten(), largest, out,
+        largest if scale is None else scale, length, count, length if len(q) == batch else 0,
+        width**-0.5 * math.log2(math.e),
+        HEADS=heads, WIDTH=width, TOKENS=TOKENS, TURNS=turns, PARTS=PARTS, KEYS=keys, MORE=more,
+        BIASED=bias is not None, ROUNDED=scale is not None, num_warps=4,
+    )  # fmt: skip

@@ -68,7 +68,8 @@ class Attention(Technique):
 
     @property
     def makes(self) -> frozenset[str]:  # type: ignore[override]
-        return frozenset({"steps-differ"} if self.keep_steps else ())
+        made = {"steps-differ"} if self.keep_steps else set()
+        return frozenset(made | {"attention-in-8-bits"} if self.value in ("fp8", "fp8-plain") else made)
 
     def missing_on(self, device: Device) -> str:
         return kernel(self.value).missing_on(device.capability)

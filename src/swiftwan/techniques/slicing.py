@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from types import MappingProxyType
 from typing import TYPE_CHECKING
 
 import torch
@@ -33,6 +34,12 @@ class AttentionSlicing(Technique):
     slot = Slot.BLOCKS
     switch = "nothing"
     claims = ("transformer.self-attention",)
+    refuses = MappingProxyType(
+        {
+            "attention-in-8-bits": "its kernel scales keys and values by all tokens and never forms the matrix, so "
+            "that slicing would save nothing; drop one"
+        }
+    )
 
     def __post_init__(self) -> None:
         if self.size < 1:
