@@ -129,6 +129,8 @@ def against_aim(case: str, rows: Sequence[Row], bounds: Mapping[str, Row]) -> st
     count, forward = FORWARDS_OF.get(case, (1, case))
     if forward not in bounds:
         return f"{told}; not reached."
+    if "steady" not in bounds[forward]:
+        return f"{told}; not reached. {seconds(bounds[forward]['seconds'])} are {bounds[forward]['runner']}."
     steady = bounds[forward]["steady"]
     alone = count * steady["seconds"]
     told += (
