@@ -51,7 +51,8 @@ PEERS = {
 """Whether by torch.compile, and in which numbers."""
 IMPORTS = "imports of torch and FlashAttention-4, and a CUDA context, alone"
 ALONE = """
-import json, sys, time
+import gc, json, sys, time
+gc.disable()
 import torch
 import flash_attn.cute.interface
 marks = {"imports": time.time() - float(sys.argv[1])}
