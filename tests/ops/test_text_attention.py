@@ -77,8 +77,9 @@ def test_more_keys_than_fit_take_the_plain_way(function):
 
 
 @pytest.mark.parametrize("function", [norm_attend, norm_attend_round])
-def test_32_bits_take_the_plain_way(function):
-    found = inputs(torch.float32, 1, 1, 8, 1, 64, 9, True)
+@pytest.mark.parametrize(("dtype", "width"), [(torch.float32, 64), (torch.float16, 8), (torch.float16, 48)])
+def test_32_bits_and_odd_heads_take_the_plain_way(function, dtype, width):
+    found = inputs(dtype, 1, 1, 8, 1, width, 9, True)
     assert torch.equal(function(*found, 1e-6), plain(*found, 1e-6))
 
 

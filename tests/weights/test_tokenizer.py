@@ -75,3 +75,13 @@ def test_a_damaged_file_is_told(tmp_path: Path) -> None:
     with pytest.raises(WeightsError, match="tokenizer.json is damaged .*; download it again") as caught:
         _tokenizer(tmp_path)
     assert "\n" not in str(caught.value)
+
+
+def test_a_spiece_model_that_cannot_be_converted_is_told(tmp_path: Path) -> None:
+    (tmp_path / "spiece.model").write_bytes(b"\x00 no sentencepiece model")
+    (tmp_path / "tokenizer_config.json").write_text('{"tokenizer_class": "T5TokenizerFast"}')
+    with pytest.raises(
+        WeightsError, match=r"has no tokenizer.json, and its spiece.model cannot be converted; put"
+    ) as caught:
+        _tokenizer(tmp_path)
+    assert "\n" not in str(caught.value)

@@ -114,7 +114,7 @@ def _numbers(lines: list[Row]) -> Row:
 
 
 def _relate(row: Row, baseline: Row | None) -> None:
-    """Put the baseline beside a row: the fields of the contract of DESIGN's benchmark rows."""
+    """Put the baseline beside a row: the fields that all rows in benchmarks/ have."""
     known = baseline is not None and baseline["seconds"] is not None
     row["peer"] = f"{baseline['told']}, same weights, request and machine" if baseline else None
     row["peer_seconds"] = baseline["seconds"] if baseline and known else None

@@ -1,7 +1,7 @@
 """Attention over (B, L, H, E): batch, tokens, heads, head width. Every kernel has this one signature.
 
 Measured on one H200 in bf16, 12 heads x 32,760 tokens x 128: torch's own choice 352 TFLOP/s, cuDNN 596 to 625,
-FlashAttention-4 708 (DESIGN.md). ``fp8`` is ours (:mod:`swiftwan.ops.attention_fp8`), ``fp8-plain`` its reference.
+FlashAttention-4 708. ``fp8`` is ours (:mod:`swiftwan.ops.attention_fp8`), ``fp8-plain`` its reference.
 """
 
 from __future__ import annotations

@@ -159,12 +159,12 @@ def norm_attend_round(
 
 
 def fits(key: Tensor, bias: Tensor | None) -> bool:
-    """Whether there are at most 144 keys of 16 bits, all queries have one bias, and a head's width is 128 or a lower
-    power of two."""
+    """Whether there are at most 144 keys of 16 bits, all queries have one bias, and a head's width is a power of two
+    from 16, the least that a tensor core multiplies, to 128."""
     _, count, _, width = key.shape
     alike = bias is None or bias.numel() == count
     # In 32 bits keys and values would take up to 192 KB of shared memory; in 16 they take 88, and every GPU has 99.
-    small = count <= MOST_KEYS and key.element_size() == 2 and width <= 128
+    small = count <= MOST_KEYS and key.element_size() == 2 and 16 <= width <= 128
     return small and alike and width == triton.next_power_of_2(width)
 
 

@@ -159,7 +159,7 @@ _BY_WORD: dict[str, type[Technique]] = {
 @dataclass(frozen=True)
 class ChannelsLast(Technique):
     """The VAE's convolutions read and write channels last, as tensor cores want them: 348 instead of 258 to 279
-    TFLOP/s for the largest of Wan2.1's on an H200 (DESIGN.md). ``vae:fast`` does this and more."""
+    TFLOP/s for the largest of Wan2.1's on an H200. ``vae:fast`` does this and more."""
 
     name = "channels-last"
     kind = "exact"

@@ -84,7 +84,7 @@ def train(
 
 
 def channels_last(vae: WanVAE) -> WanVAE:
-    """Lay convolution weights out channels-last: up to 1.3x on the 3x3x3 convolutions (DESIGN.md's ceilings)."""
+    """Lay convolution weights out channels-last: up to 1.3x on the 3x3x3 convolutions."""
     for parameter in vae.parameters():
         if parameter.ndim == 5:
             parameter.data = parameter.data.contiguous(memory_format=torch.channels_last_3d)

@@ -272,7 +272,7 @@ def _tokenizer(folder: Path) -> Any:
     ``spiece.model`` has to be converted.
 
     Raises:
-        WeightsError: the file is damaged.
+        WeightsError: the file is damaged, or ``spiece.model`` cannot be converted.
     """
     file = folder / "tokenizer.json"
     if file.is_file():
@@ -286,7 +286,13 @@ def _tokenizer(folder: Path) -> Any:
         silence()
         from transformers import AutoTokenizer
 
-        tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True).backend_tokenizer
+        try:
+            tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True).backend_tokenizer
+        except Exception:  # transformers tries several ways, and tells of the last
+            raise WeightsError(
+                f"{folder} has no tokenizer.json, and its spiece.model cannot be converted; put the tokenizer.json of "
+                "google/umt5-xxl beside it, or pip install sentencepiece protobuf"
+            ) from None
     tokenizer.no_truncation()
     tokenizer.no_padding()
     return tokenizer
