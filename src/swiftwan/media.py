@@ -33,7 +33,7 @@ _TAG = "swiftwan"
 # too few for eight), 0.47 and 0.47 s with 4, 8, 12 and 16 threads, of texture 0.33, 0.23, 0.20 and 0.20 s.
 _X264_THREADS = 12
 
-# RGB to yuv420p is 2 to 6 ms a frame, all that one thread would do if it encoded beside.
+# RGB to yuv420p is 2 to 6 ms a frame, as long as x264 takes with twelve threads: too much for the one that feeds it.
 _CONVERTERS = 4
 _CONVERTED_AHEAD = 16  # frames, so that a long clip is not in memory twice
 

@@ -72,7 +72,7 @@ def test_8_bit_products_say_what_they_lack():
     model, _ = model_and_factors(CPU, torch.float16)
     with pytest.raises(UnavailableError, match=r"compute capability 8\.9"):
         adapter.check_fp8(model, CPU)
-    with pytest.raises(RequestError, match="goes with --dtype bf16, and this is float16"):
+    with pytest.raises(RequestError, match="go with --dtype bf16, and this is float16"):
         adapter.check_fp8(model, replace(CPU, capability=(9, 0)))
 
 

@@ -158,10 +158,14 @@ def factors(transformer: WanTransformer) -> dict[str, nn.Parameter]:
 def check_fp8(transformer: WanTransformer, device: Device) -> None:
     """Raise UnavailableError where the device has no 8-bit float products, RequestError beside a dtype but bf16."""
     if (device.capability or (0, 0)) < (8, 9):
-        raise UnavailableError("--base fp8 needs an NVIDIA GPU of compute capability 8.9 or more; leave it out.")
+        raise UnavailableError(
+            "--base fp8 and fp8-attention need an NVIDIA GPU of compute capability 8.9 or more; leave --base out."
+        )
     if transformer.dtype is not torch.bfloat16:
         dtype = str(transformer.dtype).removeprefix("torch.")
-        raise RequestError(f"--base fp8 goes with --dtype bf16, and this is {dtype}; leave one of them out.")
+        raise RequestError(
+            f"--base fp8 and fp8-attention go with --dtype bf16, and this is {dtype}; leave one of them out."
+        )
 
 
 def check_fp8_attention(transformer: WanTransformer, device: Device) -> None:
