@@ -163,20 +163,17 @@ def _load_flash4() -> Attend:
     attend, forward = interface.flash_attn_func, interface._flash_attn_fwd
 
     def hopper(q: Tensor, k: Tensor, v: Tensor) -> Any:
-        return forward(q, k, v, **flash4_tiles(q)) if q.shape[-1] == 128 else attend(q, k, v)
+        return forward(q, k, v, **FLASH4_HOPPER) if q.shape[-1] == 128 else attend(q, k, v)
 
     return opaque("flash4", hopper)
 
 
-def flash4_tiles(q: Tensor) -> dict[str, Any]:
-    """Options of FlashAttention-4's forward pass for heads of 128 on Hopper.
+FLASH4_HOPPER: dict[str, Any] = {"tile_mn": (192, 128), "mma_pv_is_rs": False}
+"""Options of FlashAttention-4's forward pass for heads of 128 on Hopper.
 
-    The package would take 128 x 128, and a forward longer: TI2V-5B at 1280x704x121 796 instead of 784 ms, 1.3B at
-    832x480x81 441 instead of 438 (H200, at its limit of 700 W).
-    """
-    if q.shape[-1] != 128 or torch.cuda.get_device_capability(q.device)[0] != 9:
-        return {}
-    return {"tile_mn": (192, 128), "mma_pv_is_rs": False}
+The package would take 128 x 128, and a forward longer: TI2V-5B at 1280x704x121 796 instead of 784 ms, 1.3B at 832x480x81
+441 instead of 438 (H200, at its limit of 700 W).
+"""
 
 
 @cache

@@ -6,12 +6,10 @@ Kind: near. Shapes as in :mod:`swiftwan.ops.flash4_training`; heads are 128 wide
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 from torch import Tensor
 
-from swiftwan.ops.flash4_training import flash4_backward
+from swiftwan.ops.flash4_training import backward, keep
 
 
 @torch.library.custom_op("swiftwan::attention_fp8_forward", mutates_args=())
@@ -32,16 +30,7 @@ def _(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
     return out, q.new_empty(batch, heads, length, dtype=torch.float32)
 
 
-def _keep(ctx: Any, inputs: tuple[Tensor, ...], output: tuple[Tensor, Tensor]) -> None:
-    ctx.save_for_backward(*inputs, *output)
-
-
-def _backward(ctx: Any, grad: Tensor, _: Tensor | None) -> tuple[Tensor, ...]:
-    grads: tuple[Tensor, ...] = flash4_backward(grad, *ctx.saved_tensors, torch.are_deterministic_algorithms_enabled())
-    return grads
-
-
-attention_fp8_forward.register_autograd(_backward, setup_context=_keep)
+attention_fp8_forward.register_autograd(backward, setup_context=keep)
 
 
 def centred(k: Tensor) -> Tensor:

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from swiftwan.ops.attention import flash4_tiles
+from swiftwan.ops.attention import FLASH4_HOPPER
 
 
 @torch.library.custom_op("swiftwan::flash4_forward", mutates_args=())
@@ -19,7 +19,8 @@ def flash4_forward(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
     from flash_attn.cute.interface import _flash_attn_fwd
 
     inputs = (x.contiguous() for x in (q, k, v))
-    out, lse = _flash_attn_fwd(*inputs, return_lse=True, **flash4_tiles(q))[:2]
+    on_hopper = q.shape[-1] == 128 and torch.cuda.get_device_capability(q.device)[0] == 9
+    out, lse = _flash_attn_fwd(*inputs, return_lse=True, **(FLASH4_HOPPER if on_hopper else {}))[:2]
     return out, lse
 
 
@@ -49,16 +50,18 @@ def _(
     return dq, dk, dv
 
 
-def _keep(ctx: Any, inputs: tuple[Tensor, ...], output: tuple[Tensor, Tensor]) -> None:
+def keep(ctx: Any, inputs: tuple[Tensor, ...], output: tuple[Tensor, Tensor]) -> None:
+    """What :func:`backward` needs of any forward pass: its inputs, output and log-sum-exp."""
     ctx.save_for_backward(*inputs, *output)
 
 
-def _backward(ctx: Any, grad: Tensor, _: Tensor | None) -> tuple[Tensor, ...]:
+def backward(ctx: Any, grad: Tensor, _: Tensor | None) -> tuple[Tensor, ...]:
+    """Gradients of q, k and v, of what :func:`keep` kept."""
     grads: tuple[Tensor, ...] = flash4_backward(grad, *ctx.saved_tensors, torch.are_deterministic_algorithms_enabled())
     return grads
 
 
-flash4_forward.register_autograd(_backward, setup_context=_keep)
+flash4_forward.register_autograd(backward, setup_context=keep)
 
 
 def flash4(q: Tensor, k: Tensor, v: Tensor) -> Tensor:

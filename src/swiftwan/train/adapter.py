@@ -88,9 +88,14 @@ class LoraLinear(Linear):
         if self.disable_adapters:
             return y
         for name in self.active_adapters:
-            down, up = cast(nn.Linear, self.lora_A[name]).weight, cast(nn.Linear, self.lora_B[name]).weight
-            y = y + F.linear(F.linear(x, down.to(x.dtype)), (up * self.scaling[name]).to(x.dtype))
+            down, up = self.scaled_factors(name, x.dtype)
+            y = y + F.linear(F.linear(x, down), up)
         return y
+
+    def scaled_factors(self, name: str, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+        """``down`` (R, in) and ``scaling * up`` (out, R) of an adapter."""
+        down, up = cast(nn.Linear, self.lora_A[name]).weight, cast(nn.Linear, self.lora_B[name]).weight
+        return down.to(dtype), (up * self.scaling[name]).to(dtype)
 
 
 def fuse_gelu(block: Block) -> None:
@@ -103,9 +108,8 @@ def fuse_gelu(block: Block) -> None:
 def _lora_gelu(layer: LoraLinear, x: Tensor) -> Tensor:
     from swiftwan.ops.lora_gelu_training import lora_gelu as in_one_pass
 
-    down, up = cast(nn.Linear, layer.lora_A[NAME]).weight, cast(nn.Linear, layer.lora_B[NAME]).weight
-    low = F.linear(x, down.to(x.dtype))
-    return in_one_pass(layer.base_layer(x), low, (up * layer.scaling[NAME]).to(x.dtype))
+    down, up = layer.scaled_factors(NAME, x.dtype)
+    return in_one_pass(layer.base_layer(x), F.linear(x, down), up)
 
 
 def inject(
