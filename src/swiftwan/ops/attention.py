@@ -171,8 +171,8 @@ def _load_flash4() -> Attend:
 FLASH4_HOPPER: dict[str, Any] = {"tile_mn": (192, 128), "mma_pv_is_rs": False}
 """Options of FlashAttention-4's forward pass for heads of 128 on Hopper.
 
-The package would take 128 x 128, and a forward longer: TI2V-5B at 1280x704x121 796 instead of 784 ms, 1.3B at 832x480x81
-441 instead of 438 (H200, at its limit of 700 W).
+The package would take 128 x 128, and a forward longer: TI2V-5B at 1280x704x121 796 instead of 784 ms, 1.3B at
+832x480x81 441 instead of 438 (H200, at its limit of 700 W).
 """
 
 
