@@ -6,16 +6,11 @@ FlashAttention-4 708. ``fp8`` is ours (:mod:`swiftwan.ops.attention_fp8`), ``fp8
 
 from __future__ import annotations
 
-import gc
 import importlib
-import os
-import warnings
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cache
 from importlib.metadata import PackageNotFoundError, version
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -133,47 +128,11 @@ def _cudnn(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         return sdpa(q, k, v)
 
 
-@contextmanager
-def _uncollected() -> Iterator[None]:
-    """No garbage collections: an import makes many objects and no garbage, and each pass looks through all that live.
-
-    They are half of what importing torch's compiler takes, 1.2 s of CPU and 0.6 without.
-    """
-    collects = gc.isenabled()
-    gc.disable()
-    try:
-        yield
-    finally:
-        if collects:
-            gc.enable()
-
-
 @cache
 def _load_flash4() -> Attend:
-    # It compiles a kernel in some seconds; kept on disk, a second process need not.
-    os.environ.setdefault("FLASH_ATTENTION_CUTE_DSL_CACHE_ENABLED", "1")
-    cache_home = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
-    os.environ.setdefault("FLASH_ATTENTION_CUTE_DSL_CACHE_DIR", str(cache_home / "swiftwan" / "flash4"))
-    # Said once a compilation, about an argument that we do not pass (flash-attn-4 4.0.0b36, cutlass-dsl 4.8.1).
-    warnings.filterwarnings("ignore", message="Argument aux_data .* cannot be converted", category=UserWarning)
-    with _uncollected():
-        interface = importlib.import_module("flash_attn.cute.interface")
-    if torch.cuda.get_device_capability()[0] != 9:
-        return opaque("flash4", interface.flash_attn_func)
-    attend, forward = interface.flash_attn_func, interface._flash_attn_fwd
+    from swiftwan.ops import flash4
 
-    def hopper(q: Tensor, k: Tensor, v: Tensor) -> Any:
-        return forward(q, k, v, **FLASH4_HOPPER) if q.shape[-1] == 128 else attend(q, k, v)
-
-    return opaque("flash4", hopper)
-
-
-FLASH4_HOPPER: dict[str, Any] = {"tile_mn": (192, 128), "mma_pv_is_rs": False}
-"""Options of FlashAttention-4's forward pass for heads of 128 on Hopper.
-
-The package would take 128 x 128, and a forward longer: TI2V-5B at 1280x704x121 796 instead of 784 ms, 1.3B at
-832x480x81 441 instead of 438 (H200, at its limit of 700 W).
-"""
+    return opaque("flash4", flash4.load())
 
 
 @cache
