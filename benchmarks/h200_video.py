@@ -13,9 +13,9 @@ No prompt cache, unless the plan names it. A plan's rung is the least exact kind
 distance of the last latents to those of diffusers eager; with random weights and many steps it says how far rounding
 carries, not how good the video is.
 
-``cold``: the random weights are written as a folder in diffusers' layout first. Then each process is timed from its
-start to its first denoising step done; ``seconds`` leaves the first process out, which fills caches and page cache.
-Ours begins as a user's program does, by ``swiftwan.Engine``, which imports torch; a peer's imports torch itself.
+``cold``: the random weights are written as a folder in diffusers' layout first. Then processes take turns, each timed
+from its start to its first denoising step done; ``seconds`` leaves the first of each out, which fills caches and page
+cache. Ours begins as a user's program does, by ``swiftwan.Engine``, which imports torch; a peer's imports torch itself.
 The row ``bound`` is a process that imports torch, makes a CUDA context and does nothing else.
 """
 
@@ -295,8 +295,8 @@ def cold(arguments: argparse.Namespace) -> None:
             torch.cuda.empty_cache()
         told: dict[str, list[dict[str, Any]]] = {}
         alone = (IMPORTS,) if device.capability else ()
-        for runner in (*arguments.plans, *alone, *(name for name in PEERS if name in arguments.peers)):
-            for _ in range(arguments.repeats + 1):
+        for _ in range(arguments.repeats + 1):
+            for runner in (*arguments.plans, *alone, *(name for name in PEERS if name in arguments.peers)):
                 told.setdefault(runner, []).append(once(arguments, path, runner))
                 write(cold_rows(arguments, device, told), arguments.out)
 
