@@ -75,6 +75,9 @@ class Engine:
             if chosen.settings.transformers_on_host:
                 _grow_by_pages()
 
+        for technique in chosen.techniques:
+            technique.begin(torch.device(where.torch_device))
+
         def first(text: TextEncoder) -> None:
             text.cache = _prompt_cache(chosen.settings.prompt_cache)
             if request is not None:

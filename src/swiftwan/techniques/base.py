@@ -136,6 +136,9 @@ class Technique:
         """What it changes of a run's memory and work, told before anything loads."""
         return costs
 
+    def begin(self, device: torch.device) -> None:
+        """Begin, before anything loads, what the first run would wait for and needs no weights."""
+
     def install(self, parts: Parts) -> None:
         """Change what was loaded, before the first run; techniques install in the order of their slots."""
 
