@@ -99,6 +99,11 @@ def group_offload_all(pipe: Any) -> None:
     group_offload(pipe)
 
 
+def float32_by_tf32(pipe: Any) -> None:
+    torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = True
+    pipe.to(torch.float32)
+
+
 def lora(pipe: Any) -> None:
     pipe.load_lora_weights(load_file(made(LORA)))
 
@@ -115,7 +120,10 @@ def by_torchao(config: str) -> Callable[[Any], None]:
     def change(pipe: Any) -> None:
         from torchao import quantization as ao
 
-        options = {"granularity": ao.PerRow()} if config.startswith("Float8Dynamic") else {}
+        options: dict[str, Any] = {
+            "Float8DynamicActivationFloat8Weight": {"granularity": ao.PerRow()},
+            "Int4WeightOnly": {"int4_packing_format": "tile_packed_to_4d"},  # torch's own kernel; others need packages
+        }.get(config, {})
         ao.quantize_(pipe.transformer.blocks, getattr(ao, f"{config}Config")(**options))
 
     return change
@@ -147,14 +155,23 @@ PEERS: dict[str, Callable[[Any], None]] = {
     ),
     **{
         f"TorchAoConfig {config}": by_torchao(config)
-        for config in ("Int8WeightOnly", "Int8DynamicActivationInt8Weight", "Float8DynamicActivationFloat8Weight")
+        for config in (
+            "Int4WeightOnly",
+            "Int8WeightOnly",
+            "Int8DynamicActivationInt8Weight",
+            "Float8DynamicActivationFloat8Weight",
+        )
     },
     "BitsAndBytesConfig nf4": nf4_weights,
     "FirstBlockCache 0.1": first_block_cache,
     "load_lora_weights": lora,
     "vae channels_last_3d": lambda pipe: channels_last(pipe.vae),
+    "vae in float32": lambda pipe: pipe.vae.to(torch.float32),
+    "float16": lambda pipe: pipe.to(torch.float16),
+    "float32": lambda pipe: pipe.to(torch.float32),
     "compile_repeated_blocks": lambda pipe: pipe.transformer.compile_repeated_blocks(fullgraph=True),
-    # The last, and each in a process of its own: diffusers keeps it for all later models.
+    "float32, allow_tf32": float32_by_tf32,
+    # Each in a process of its own, as the one above: diffusers keeps it for all later models.
     "set_attention_backend _native_flash": lambda pipe: pipe.transformer.set_attention_backend("_native_flash"),
     "set_attention_backend _native_cudnn": lambda pipe: pipe.transformer.set_attention_backend("_native_cudnn"),
 }
