@@ -6,7 +6,6 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from swiftwan.ops import attention
 from swiftwan.ops.attention import KERNELS, _uncollected, kernel, norm_attend, opaque, sdpa
 
 
@@ -53,11 +52,11 @@ def test_sage_gets_smoothed_keys_in_its_layout_and_the_caller_keeps_his(monkeypa
         return sdpa(q, k, v)
 
     monkeypatch.setitem(sys.modules, "sageattention", SimpleNamespace(sageattn=sageattn))
-    monkeypatch.setattr(attention, "opaque", lambda name, function: function)
+    monkeypatch.setattr("swiftwan.ops.attention.opaque", lambda name, function: function)
     q, k, v = (torch.randn(2, 6, 3, 8) for _ in range(3))
     k += 3
     before = k.clone()
-    got = attention._load_sage.__wrapped__()(q, k, v)
+    got = kernel("sage").load.__wrapped__()(q, k, v)
     assert torch.equal(k, before)
     assert given["layout"] == "NHD"
     assert given["k"].mean(dim=1).abs().max() < 1e-5
@@ -66,7 +65,7 @@ def test_sage_gets_smoothed_keys_in_its_layout_and_the_caller_keeps_his(monkeypa
 
 @pytest.mark.parametrize("told", ["0.0.0", "3.0.0"])
 def test_a_name_that_a_registry_holds_for_nothing_is_no_installation(monkeypatch, told):
-    monkeypatch.setattr(attention, "version", lambda package: told)
+    monkeypatch.setattr("swiftwan.ops.attention.version", lambda package: told)
     missing = kernel("flash3").missing_on((9, 0))
     if told == "3.0.0":
         assert missing == ""

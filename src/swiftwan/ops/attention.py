@@ -10,7 +10,7 @@ import gc
 import importlib
 import os
 import warnings
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cache
@@ -95,7 +95,7 @@ class Kernel:
     capability: Capability = None
     until: Capability = None
     half: bool = True
-    widths: Sequence[int] = ()
+    widths: tuple[int, ...] | range = ()
 
     @property
     def widths_told(self) -> str:
