@@ -177,14 +177,13 @@ PEERS: dict[str, Callable[[Any], None]] = {
 }
 
 RECIPE_PEERS: dict[str, Callable[[Any], None]] = {
-    "8gb": PEERS["enable_model_cpu_offload"],
     "12gb": group_offload_all,
     "16gb": group_offload_all,
     "24gb": group_offload_all,
     "48gb": PEERS["enable_model_cpu_offload"],
     "141gb": PEERS["plain"],
 }
-"""What diffusers has of each recipe's techniques, without a cap; of a budget shared by two transformers nothing."""
+"""What diffusers has of a recipe's techniques, without a cap; 8gb's are among the peers, 80gb's budget it has not."""
 
 GROUPS: dict[str, dict[str, Case]] = {
     "alone": {"plain": Case(SMALL, ()), "auto": Case(SMALL, "auto")}

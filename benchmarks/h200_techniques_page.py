@@ -172,7 +172,8 @@ def recipe_peers(rows: dict[str, Row]) -> str:
     ]
     for name, theirs in RECIPE_PEERS.items():
         cells = [f"`{name}`", *_numbers(rows.get(f"recipe {name}"))]
-        lines.append(f"| {' | '.join([*cells, theirs, *_numbers(rows.get(f'diffusers for {name}'))])} |")
+        case = "diffusers enable_model_cpu_offload" if name == "8gb" else f"diffusers for {name}"
+        lines.append(f"| {' | '.join([*cells, theirs, *_numbers(rows.get(case))])} |")
     return "\n".join(lines)
 
 
