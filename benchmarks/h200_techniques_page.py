@@ -62,6 +62,11 @@ NO_ROW = {
     "text-encoder:cpu": "ran with `offload:model` under 8 GB, in the table above",
     "text-encoder:gpu": PLAIN,
     "vae:fp16": "as `vae:bf16`, the same size of number",
+    **dict.fromkeys(
+        ("attention:flash2", "attention:sage", "lora", "offload:auto", "offload:experts", "prompt-cache:off"),
+        "not run yet",
+    ),
+    **dict.fromkeys(("text-encoder:blocks", "vae:bf16", "vae:tiny"), "not run yet"),
 }
 """What has no row of its own, and why."""
 
