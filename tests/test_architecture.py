@@ -16,6 +16,7 @@ LAYERS = (
     ("inputs", "media", "weights"),
     ("facts", "techniques"),
     ("composition",),
+    ("work",),
     ("estimate",),
     ("recipes",),
     ("plan",),

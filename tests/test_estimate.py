@@ -17,7 +17,7 @@ from transformers import UMT5Config, UMT5EncoderModel
 import swiftwan as sw
 from swiftwan.ceilings import H200
 from swiftwan.device import Device
-from swiftwan.estimate import decoder_flop, estimate
+from swiftwan.estimate import estimate
 from swiftwan.facts import complete, describe
 from swiftwan.models import vae_fast
 from swiftwan.models.config import KNOWN_MODELS, POCKET, WAN21_VAE, WAN22_VAE
@@ -29,6 +29,7 @@ from swiftwan.models.vae_tiny import TinyDecoder, TinySizes
 from swiftwan.ops.vae_between import Entered
 from swiftwan.plan import make_plan, parse
 from swiftwan.weights.build import UMT5_XXL, text_parameter_count, transformer_bytes
+from swiftwan.work import decoder_flop
 
 GPU = Device("cuda:0", "NVIDIA H200", 141 * 10**9, 140 * 10**9, (9, 0), 132, torch.bfloat16, "for the test")
 SIZES = [("wan2.1-t2v-1.3b", 832, 480, 81), ("wan2.1-t2v-14b", 1280, 720, 81), ("wan2.2-ti2v-5b", 1280, 704, 121)]
