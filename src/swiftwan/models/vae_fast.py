@@ -58,7 +58,7 @@ FRAMES, POSITIONS = 4, 64
 MOST_ELEMENTS = 2**30
 """Of the last level at once, 2 GiB in bfloat16; cuDNN counts to 2**31. Longer chunks are cut."""
 COPIES = 12
-"""Of the last level, that a latent frame of a chunk may hold; chunks are made by it. Measured: benchmarks/h200_vae.jsonl."""
+"""Of the last level, that a latent frame of a chunk may hold; chunks are made by it (benchmarks/h200_vae.jsonl)."""
 
 Layout = Callable[[int, int, int], Window]
 """(channels in, channels out, frames) -> the window of a 3x3x3 convolution."""
