@@ -97,13 +97,6 @@ class Kernel:
     half: bool = True
     widths: tuple[int, ...] | range = ()
 
-    @property
-    def widths_told(self) -> str:
-        """The widths in words."""
-        if isinstance(self.widths, range):
-            return f"{self.widths[0]} to {self.widths[-1]}"
-        return " or ".join(map(str, self.widths))
-
     def missing_on(self, capability: Capability) -> str:
         """What a device of this compute capability, or this installation, lacks to run it; empty if nothing."""
         if self.capability is not None and (capability is None or capability < self.capability):
@@ -115,6 +108,13 @@ class Kernel:
         if self.package is not None and not _installed(self.package):
             return f"the package is missing: pip install {self.install or repr(self.package)}"
         return ""
+
+    @property
+    def widths_told(self) -> str:
+        """The widths in words."""
+        if isinstance(self.widths, range):
+            return f"{self.widths[0]} to {self.widths[-1]}"
+        return " or ".join(map(str, self.widths))
 
 
 def kernel(name: str) -> Kernel:
@@ -137,14 +137,6 @@ def _cudnn(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     from torch.nn.attention import SDPBackend, sdpa_kernel
 
     with sdpa_kernel(SDPBackend.CUDNN_ATTENTION):
-        return sdpa(q, k, v)
-
-
-def _flash2(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-    """torch's own build of FlashAttention-2, and nothing else: what it does not take is an error."""
-    from torch.nn.attention import SDPBackend, sdpa_kernel
-
-    with sdpa_kernel(SDPBackend.FLASH_ATTENTION):
         return sdpa(q, k, v)
 
 
@@ -209,6 +201,14 @@ FLASH3_WHEEL = "--no-deps --index-url https://download.pytorch.org/whl/cu130 fla
 @cache
 def _load_flash3() -> Attend:
     return opaque("flash3", importlib.import_module("flash_attn_interface").flash_attn_func)
+
+
+def _flash2(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    """torch's own build of FlashAttention-2, and nothing else: what it does not take is an error."""
+    from torch.nn.attention import SDPBackend, sdpa_kernel
+
+    with sdpa_kernel(SDPBackend.FLASH_ATTENTION):
+        return sdpa(q, k, v)
 
 
 @cache
