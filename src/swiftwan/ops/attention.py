@@ -215,8 +215,8 @@ def _flash2(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
 def _load_sage() -> Attend:
     """SageAttention of any version; 2.x smooths keys whatever it is told, and a second time that changes nothing.
 
-    1.0.6 counts the keys that it pads to a multiple of 64 as keys of score 0, the mean of a row's scores: beside L
-    tokens they take at most 63 / L of the weight, 0.03 % of the 8 that 832x480x81 pads.
+    1.0.6 counts the keys that it pads to a multiple of 64 as keys of score 0, the mean of a row's scores: of L tokens'
+    weight they take at most their share in L, 0.02 % for the 8 of 832x480x81.
     """
     sageattn = importlib.import_module("sageattention").sageattn
 
