@@ -17,6 +17,7 @@ LAYERS = (
     ("inputs", "media", "weights"),
     ("facts", "techniques"),
     ("composition",),
+    ("work",),
     ("estimate",),
     ("recipes",),
     ("plan",),

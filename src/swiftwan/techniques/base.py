@@ -174,6 +174,7 @@ class Technique:
     def spec(self) -> str:
         """The text that :meth:`read` takes back, its name before it."""
         said = {f.name: getattr(self, f.name) for f in fields(self) if getattr(self, f.name) != f.default}
+        said |= {key: int(item) for key, item in said.items() if isinstance(item, float) and item.is_integer()}
         value = said.pop("value", None)
         options = ",".join(f"{_word(key)}={item}" for key, item in said.items())
         return ":".join(part for part in (self.name, value, options) if part)
