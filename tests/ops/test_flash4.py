@@ -24,7 +24,7 @@ needs_cuda = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a C
 @pytest.fixture
 def pretended(monkeypatch, tmp_path):
     """A Hopper GPU, FlashAttention-4 and tvm_ffi of the same names, and an empty cache; counts what is compiled."""
-    seen = SimpleNamespace(compiled=0, loaded=0, imported=0, called=[])
+    seen = SimpleNamespace(compiled=0, loaded=0, imported=0, called=[], answer=sdpa)
     source = tmp_path / "attend.c"
     source.write_text("int attend(void) { return 7; }")
 
@@ -41,7 +41,7 @@ def pretended(monkeypatch, tmp_path):
     def attend(q, k, v, out, lse, scale, *rest):
         assert (lse, scale, rest) == (None, 128**-0.5, (None,) * 9 + ((None, None), None, None))
         seen.called.append([x.stride() for x in (q, k, v)])
-        out.copy_(sdpa(q, k, v))
+        out.copy_(seen.answer(q, k, v))
 
     def load_module(path):
         seen.loaded += 1
@@ -57,11 +57,11 @@ def pretended(monkeypatch, tmp_path):
         seen.imported += 1
         return interface
 
-    zeros = torch.zeros
+    linspace = torch.linspace
     monkeypatch.setattr(flash4, "package", package)
     monkeypatch.setattr(flash4, "version", lambda name: f"{name} 1")
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device=None: (9, 0))
-    monkeypatch.setattr(torch, "zeros", lambda *sizes, device=None, **more: zeros(*sizes, **more))
+    monkeypatch.setattr(torch, "linspace", lambda *given, device: linspace(*given))
     monkeypatch.setitem(sys.modules, "tvm_ffi", SimpleNamespace(load_module=load_module))
     monkeypatch.setitem(
         sys.modules,
@@ -164,6 +164,20 @@ def test_where_nothing_can_be_kept_the_package_serves(pretended, monkeypatch, tm
 
 @posix
 @needs_compiler
+@pytest.mark.parametrize("change", ["another answer", "another number of arguments"])
+def test_a_kernel_that_is_not_the_package_s_call_is_not_kept(pretended, tmp_path, change):
+    def refuse(q, k, v):
+        raise TypeError("Expects 19 parameters")
+
+    pretended.answer = refuse if "number" in change else lambda q, k, v: sdpa(q, k, v) * 2
+    q, k, v = qkv()
+    assert torch.equal(flash4.load()(q, k, v)[0], sdpa(q, k, v))
+    assert pretended.loaded == 1
+    assert libraries(tmp_path) == []
+
+
+@posix
+@needs_compiler
 def test_another_user_s_library_is_not_loaded(pretended, monkeypatch, tmp_path):
     flash4.keep(torch.bfloat16)
     monkeypatch.setattr(os, "geteuid", lambda: 12345)
@@ -220,8 +234,8 @@ def test_strides_that_the_kernel_cannot_read_are_laid_out_anew(pretended):
     attend = flash4.load()
     for inputs in (views, [off] * 3, [repeated] * 3, [across] * 3):
         assert torch.equal(attend(*inputs), sdpa(*inputs))
-    assert pretended.called[0] == [view.stride() for view in views]  # read where they are
-    assert {stride for call in pretended.called[1:] for stride in call} == {(1920, 384, 128, 1)}
+    assert pretended.called[1] == [view.stride() for view in views]  # read where they are
+    assert {stride for call in pretended.called[2:] for stride in call} == {(1920, 384, 128, 1)}
 
 
 # With it

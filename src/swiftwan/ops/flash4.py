@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import hashlib
 import importlib
+import logging
 import os
 import platform
 import shutil
@@ -30,6 +31,8 @@ from torch import Tensor
 
 from swiftwan.collector import uncollected
 from swiftwan.whole_file import replacing
+
+log = logging.getLogger(__name__)
 
 Attend = Callable[[Tensor, Tensor, Tensor], Any]
 
@@ -114,40 +117,53 @@ def kept(dtype: torch.dtype) -> Attend | None:
 
 
 def keep(dtype: torch.dtype) -> Attend | None:
-    """Compile the kernel, leave it for later processes, and load it; None where that cannot be done."""
+    """Compile the kernel, leave it for later processes, and load it; None where that cannot be done.
+
+    It is kept only if it has the bits of the package's own call.
+    """
+    # Triton looks for its compiler in the same places.
     file, compiler = _file(dtype), os.environ.get("CC") or shutil.which("gcc") or shutil.which("clang")
-    if file is None or compiler is None:  # Triton looks for its compiler in the same places
+    if file is None or compiler is None:
         return None
-    compiled = _compile(dtype)
-    (runtime,) = importlib.import_module("cutlass.cute.runtime").find_runtime_libraries(enable_tvm_ffi=False)
+    tokens = torch.linspace(-2, 2, 256 * 2 * WIDTH, device="cuda").to(dtype).view(1, 256, 2, WIDTH)
+    sample = (tokens, tokens.flip(1), -tokens)
     try:
-        with TemporaryDirectory(dir=file.parent) as folder:
-            made, linked = Path(folder, "attend.o"), Path(folder, "attend.so")
-            compiled.export_to_c(object_file_path=str(made), function_name="attend")
-            where = f"-Wl,-rpath,{Path(runtime).parent}"
-            command = [compiler, "-shared", "-o", str(linked), str(made), runtime, where]
-            subprocess.run(command, check=True, capture_output=True)
-            content = linked.read_bytes()
-        with replacing(file) as half:
-            half.write_bytes(content + hashlib.sha256(content).digest())
-        file.chmod(0o600)
-    except (OSError, subprocess.CalledProcessError):
-        return None
-    return kept(dtype)
+        compiled, expected = _compile(*sample)
+        _link(compiled, file, compiler)
+        if (kernel := kept(dtype)) is not None and torch.equal(kernel(*sample), expected):
+            return kernel
+        log.info("FlashAttention-4's kernel does not load, or not as the same, and is not kept")
+    except Exception as problem:  # whatever a version of the package lacks for this, it has its own function
+        log.info("FlashAttention-4's kernel cannot be kept (%s)", problem)
+    file.unlink(missing_ok=True)
+    return None
 
 
-def _compile(dtype: torch.dtype) -> Any:
-    """What the package compiles in its first call, by such a call on a few tokens."""
+def _compile(q: Tensor, k: Tensor, v: Tensor) -> tuple[Any, Tensor]:
+    """What the package compiles in a first call, and what that call gives."""
     forward = package()._flash_attn_fwd
     theirs, ours = forward.compile_cache, {}  # type: ignore[var-annotated]
-    sample = torch.zeros(1, 128, 1, WIDTH, dtype=dtype, device="cuda")
     forward.compile_cache = ours
     try:
-        forward(sample, sample, sample, **HOPPER)
+        out = forward(q, k, v, **HOPPER)[0]
     finally:
         forward.compile_cache = theirs
     (compiled,) = ours.values()
-    return compiled
+    return compiled, out
+
+
+def _link(compiled: Any, file: Path, compiler: str) -> None:
+    (runtime,) = importlib.import_module("cutlass.cute.runtime").find_runtime_libraries(enable_tvm_ffi=False)
+    with TemporaryDirectory(dir=file.parent) as folder:
+        made, linked = Path(folder, "attend.o"), Path(folder, "attend.so")
+        compiled.export_to_c(object_file_path=str(made), function_name="attend")
+        where = f"-Wl,-rpath,{Path(runtime).parent}"
+        command = [compiler, "-shared", "-o", str(linked), str(made), runtime, where]
+        subprocess.run(command, check=True, capture_output=True)
+        content = linked.read_bytes()
+    with replacing(file) as half:
+        half.write_bytes(content + hashlib.sha256(content).digest())
+    file.chmod(0o600)
 
 
 def _calling(kernel: Callable[..., None]) -> Attend:
