@@ -1,10 +1,11 @@
 """FlashAttention-4 for inference; on Hopper without its compiler, once that has done its work.
 
-``import flash_attn.cute`` takes 4 s of a cold start beside an H200, 3 of them CuTe DSL, which only compiling needs. So
+``import flash_attn.cute`` takes 5 s of a cold start beside an H200, most of it CuTe DSL, which only compiling needs. So
 the first process compiles, links what it got as NVIDIA documents it (docs.nvidia.com/cutlass, "Exporting Compiled
-Module") and keeps that library, 60 KB, in the user's cache. Later ones load it by apache-tvm-ffi alone, in hundredths
-of a second. It is the same kernel with the same options: the same bits. Without a C compiler, or without a folder in
-the cache that is this user's alone (what lies there is executed), every process imports.
+Module") and keeps that library, 60 KB, in the user's cache. Later ones load it by apache-tvm-ffi alone: 0.1 s. It is
+the same kernel with the same options: the same bits; and a launch takes 0.06 ms of Python instead of 1.6. Without a C
+compiler, or without a folder in the cache that is this user's alone (what lies there is executed), every process
+imports.
 
 Shapes as in :mod:`swiftwan.ops.attention`.
 """
@@ -21,7 +22,7 @@ import subprocess
 import warnings
 from collections.abc import Callable
 from functools import cache
-from importlib.metadata import version
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -188,14 +189,15 @@ def _laid_out(x: Tensor) -> Tensor:
 
 def _file(dtype: torch.dtype) -> Path | None:
     """Where the kernel of this dtype, GPU and installation lies; None where that folder is not this user's alone."""
-    decides = [*map(version, PACKAGES), platform.python_version(), platform.machine(), WIDTH, sorted(HOPPER.items())]
-    key = hashlib.sha256(repr((decides, torch.cuda.get_device_capability(), dtype)).encode()).hexdigest()[:32]
     folder = _cache() / "flash4-linked"
     try:
+        versions = [*map(version, PACKAGES), platform.python_version(), platform.machine()]
         folder.mkdir(parents=True, exist_ok=True, mode=0o700)
-        return folder / f"{key}.so" if _is_ours_alone(folder) else None
-    except OSError:
+        is_ours_alone = _is_ours_alone(folder)
+    except (PackageNotFoundError, OSError):
         return None
+    decides = repr((versions, torch.cuda.get_device_capability(), dtype, WIDTH, sorted(HOPPER.items())))
+    return folder / f"{hashlib.sha256(decides.encode()).hexdigest()[:32]}.so" if is_ours_alone else None
 
 
 def _check(file: Path) -> None:
