@@ -62,11 +62,7 @@ NO_ROW = {
     "text-encoder:cpu": "ran with `offload:model` under 8 GB, in the table above",
     "text-encoder:gpu": PLAIN,
     "vae:fp16": "as `vae:bf16`, the same size of number",
-    **dict.fromkeys(
-        ("attention:flash2", "attention:sage", "lora", "offload:auto", "offload:experts", "prompt-cache:off"),
-        "not run yet",
-    ),
-    **dict.fromkeys(("text-encoder:blocks", "vae:bf16", "vae:tiny"), "not run yet"),
+    "offload:experts": "not run yet",
 }
 """What has no row of its own, and why."""
 
@@ -187,7 +183,8 @@ def _numbers(row: Row | None) -> list[str]:
         return ["not run", "", ""]
     if row["status"] != "ok":
         return [f"{row['status']}: {row['reason'][:80]}", "", ""]
-    return [f"{step(row):.3f}", f"{decode(row):.2f}", f"{row['peak_bytes'] / 1e9:.2f}"]
+    found = "" if row.get("finite", True) else ", no numbers"
+    return [f"{step(row):.3f}{found}", f"{decode(row):.2f}", f"{row['peak_bytes'] / 1e9:.2f}"]
 
 
 def page_of(text: str, lines: Iterable[str]) -> str:

@@ -15,8 +15,9 @@ from swiftwan.recipes import NAMES, RECIPES, SPARE
 
 
 @pytest.fixture(autouse=True)
-def _kernels(monkeypatch):
-    """As if Triton and FlashAttention-4 were installed."""
+def _machine(monkeypatch):
+    """As if Triton and FlashAttention-4 were installed, on a machine with 1 TB of memory."""
+    monkeypatch.setattr("swiftwan.recipes.host_memory", lambda: (10**12, 10**12))
     for module in ("fused", "vae"):
         monkeypatch.setattr(f"swiftwan.techniques.{module}.find_spec", lambda name: object())
     monkeypatch.setattr("swiftwan.ops.attention._installed", lambda package: package == "flash-attn-4")
@@ -99,6 +100,22 @@ def test_auto_moves_less_where_there_is_more_memory():
     assert any(spec.startswith("offload:auto:budget=") for spec in specs[24])
     assert "offload:model" in specs[44]
     assert not any("offload" in spec for spec in specs[141])
+
+
+def test_auto_looks_at_host_memory(monkeypatch):
+    def specs_beside(gigabytes):
+        monkeypatch.setattr("swiftwan.recipes.host_memory", lambda: (10**12, int(gigabytes * 1e9)))
+        plan, load = load_of("wan2.2-t2v-a14b", "auto", gpu(48))
+        return plan.specs, load
+
+    plenty, _ = specs_beside(100)
+    assert "offload:model" in plenty
+    # Where one of the two cannot wait in host memory, blocks of both stay on the GPU, and fewer wait.
+    short, load = specs_beside(40)
+    assert any(spec.startswith("offload:auto:budget=") for spec in short)
+    assert load.host_bytes <= 40e9
+    # Nothing fits so little: explain says so, of what the GPU would do best with.
+    assert specs_beside(8)[0] == plenty
 
 
 def test_auto_looks_at_the_request():

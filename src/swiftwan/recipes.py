@@ -10,7 +10,7 @@ import torch
 
 from swiftwan.ceilings import H200, Ceilings
 from swiftwan.composition import Plan, compose
-from swiftwan.device import Device, parse_dtype
+from swiftwan.device import Device, host_memory, parse_dtype
 from swiftwan.errors import PlanError, did_you_mean
 from swiftwan.estimate import Load, estimate
 from swiftwan.facts import Facts, complete
@@ -123,18 +123,26 @@ def _kernels(device: Device, dtype: torch.dtype, attention: Sequence[str]) -> li
 def _fitting(
     quality: Quality, fast: list[str], device: Device, dtype: str | None, facts: Facts, request: Request | None
 ) -> list[str]:
-    """The first of the candidates that fits; the last, which takes least, where none does."""
+    """The first of the candidates that fits the device, and whose waiting weights fit host memory.
+
+    Where none fits host memory, the first that fits the device; where none fits that, the last, which takes least.
+    """
+    first: list[str] = []
     specs = fast
     for specs in _candidates(quality, fast, device):
-        plan = compose(specs, device, dtype, facts.known)
-        load = _load(plan, device, facts, request)
+        load = _load(compose(specs, device, dtype, facts.known), device, facts, request)
         room = (1 - SPARE) * device.free_bytes - load.peak_bytes
         if room < 0:
             continue
+        if not any(spec.startswith("offload") for spec in specs):
+            return _launched_at_once(specs, device, dtype, facts, request)
         if "offload:blocks" in specs:
-            return _with_budget(specs, load, room)
-        return _launched_at_once(specs, device, dtype, facts, request)
-    return specs
+            specs = _with_budget(specs, load, room)
+            load = _load(compose(specs, device, dtype, facts.known), device, facts, request)
+        if load.host_bytes <= host_memory()[1]:
+            return specs
+        first = first or specs
+    return first or specs
 
 
 def _launched_at_once(
@@ -145,7 +153,7 @@ def _launched_at_once(
     So with one picture of 1.3B at 832x480: 16 ms a guided step instead of 63 (benchmarks/h200_forward.jsonl). Told for
     an H200: another GPU's launches and products stand to each other alike. Without a request nothing is known of sizes.
     """
-    if request is None or "offload:model" in specs:
+    if request is None:
         return specs
     # Of so few tokens any kernel of attention takes the same (16.1 ms with torch's own choice and FlashAttention-4).
     kept = [spec for spec in specs if spec not in SKIPPING and not spec.startswith("attention:")]

@@ -121,8 +121,8 @@ class Technique:
     def conflict(self, other: Technique) -> str:
         """Why it cannot run beside ``other``, in words; empty if it can."""
         if self.slot is other.slot and _overlap(self.claims, other.claims):
-            what = " and ".join(sorted({*self.claims, *other.claims}))
-            return f"both decide {self.slot.name.lower()} of {what}: drop one"
+            named = " and ".join(sorted({*self.claims, *other.claims} - {"*"}))
+            return f"both decide {self.slot.name.lower()}{' of ' if named else ''}{named}: drop one"
         for one, two in ((self, other), (other, self)):
             for fact in one.refuses.keys() & two.makes:
                 return f"{one.name} cannot run beside {two.name}: {one.refuses[fact]}"

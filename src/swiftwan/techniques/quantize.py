@@ -133,7 +133,9 @@ class Quantize(Technique):
         share = max(0, layers - 2 * self.keep) / layers
         costs = costs.lighter_linear(each + costs.dtype.itemsize if self.keep_steps else each, share)
         if self.is_dynamic:
-            return replace(costs, product=self.value)
+            # torchao's product leaves int32, which lives beside what it is scaled to.
+            scratch = 6 * costs.tokens * costs.sizes.ffn_dim if self.value == "int8" else 0
+            return replace(costs, product=self.value, scratch_bytes=scratch)
         # The largest layer is expanded whole, with float32 in between.
         largest = costs.sizes.dim * costs.sizes.ffn_dim
         scratch = largest * (5 + costs.dtype.itemsize)
