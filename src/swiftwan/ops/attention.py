@@ -20,8 +20,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from swiftwan.ops.fp8 import Rounded
+
 Attend = Callable[[Tensor, Tensor, Tensor], Tensor]
 """(q, k, v), each (B, L, H, E), to (B, L, H, E)."""
+
+AttendForLinear = Callable[[Tensor, Tensor, Tensor], Tensor | Rounded]
+"""The same or, where an 8-bit layer reads it, its bytes: values (B, L, H, E), scale (B, L, 1, 1)."""
 
 Capability = tuple[int, int] | None
 """CUDA compute capability of a device; None where it has none."""
@@ -77,6 +82,7 @@ class Kernel:
     Attributes:
         kind: exact, or near for 8-bit arithmetic.
         load: imports what it needs and returns the function, always the same one.
+        load_for_bytes: the same, of a function whose result an 8-bit layer reads as it is; None where there is none.
         package: distribution that brings it, if it is not torch's own.
         install: what to hand to pip for it; None is the package.
         capability: least CUDA compute capability; None runs on any device.
@@ -94,6 +100,7 @@ class Kernel:
     until: Capability = None
     half: bool = True
     widths: tuple[int, ...] = ()
+    load_for_bytes: Callable[[], AttendForLinear] | None = None
 
     def missing_on(self, capability: Capability) -> str:
         """What a device of this compute capability, or this installation, lacks to run it; empty if nothing."""
@@ -157,6 +164,21 @@ def _load_fp8() -> Attend:
     return _opaque("fp8", importlib.import_module("swiftwan.ops.attention_fp8_gluon").attend)
 
 
+@cache
+def _load_fp8_for_bytes() -> AttendForLinear:
+    function = importlib.import_module("swiftwan.ops.attention_fp8_gluon").attend_for_bytes
+    torch.library.define("swiftwan::fp8_for_bytes", "(Tensor q, Tensor k, Tensor v) -> (Tensor, Tensor)")
+    torch.library.impl("swiftwan::fp8_for_bytes", "CompositeExplicitAutograd", lambda q, k, v: tuple(function(q, k, v)))
+    torch.library.register_fake(
+        "swiftwan::fp8_for_bytes",
+        lambda q, k, v: (
+            torch.empty(q.shape, dtype=torch.float8_e4m3fn, device=q.device),
+            torch.empty(*q.shape[:2], 1, 1, dtype=torch.float32, device=q.device),
+        ),
+    )
+    return lambda q, k, v: Rounded(*torch.ops.swiftwan.fp8_for_bytes.default(q, k, v))
+
+
 def _load_fp8_plain() -> Attend:
     from swiftwan.ops.attention_fp8 import plain_fp8
 
@@ -202,7 +224,16 @@ KERNELS = (
     Kernel("flash3", "exact", _load_flash3, "flash-attn-3", capability=(9, 0)),
     Kernel("flash2", "exact", _load_flash2, "flash-attn", capability=(8, 0)),
     Kernel("sage", "near", _load_sage, "sageattention", capability=(8, 0)),
-    Kernel("fp8", "near", _load_fp8, "triton", capability=(9, 0), until=(10, 0), widths=(128,)),
+    Kernel(
+        "fp8",
+        "near",
+        _load_fp8,
+        "triton",
+        capability=(9, 0),
+        until=(10, 0),
+        widths=(128,),
+        load_for_bytes=_load_fp8_for_bytes,
+    ),
     Kernel("fp8-plain", "near", _load_fp8_plain, half=False),
 )
 """Every kernel that ``attention:NAME`` takes."""

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from types import MappingProxyType
+from typing import TYPE_CHECKING, cast
 
 import torch
 from torch import Tensor
@@ -33,6 +34,12 @@ class AttentionSlicing(Technique):
     slot = Slot.BLOCKS
     switch = "nothing"
     claims = ("transformer.self-attention",)
+    refuses = MappingProxyType(
+        {
+            "attention-in-8-bits": "its kernel scales keys and values by all tokens and never forms the matrix, so "
+            "that slicing would save nothing; drop one"
+        }
+    )
 
     def __post_init__(self) -> None:
         if self.size < 1:
@@ -40,7 +47,7 @@ class AttentionSlicing(Technique):
 
     def install(self, parts: Parts) -> None:
         for block in each_block(parts.transformer, parts.transformer_2):
-            block.attn1.attend = Sliced(block.attn1.attend, self.size)
+            block.attn1.attend = Sliced(cast("Attend", block.attn1.attend), self.size)
 
 
 class Sliced:

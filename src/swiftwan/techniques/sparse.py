@@ -10,7 +10,7 @@ import torch
 
 from swiftwan.errors import PlanError
 from swiftwan.models.dit import each_block
-from swiftwan.ops.attention import Attend, kernel
+from swiftwan.ops.attention import Attend, AttendForLinear, kernel
 from swiftwan.ops.sparse import (
     BLOCK,
     SparseKernel,
@@ -20,6 +20,7 @@ from swiftwan.ops.sparse import (
     sparse_reference,
     tile_order,
 )
+from swiftwan.techniques.attention import hands_to_bytes
 from swiftwan.techniques.base import Slot, Technique
 from swiftwan.techniques.ends import Ends, OtherAtEnds
 
@@ -89,18 +90,19 @@ class SparseAttention(Technique):
         return replace(costs, attention_share=costs.attention_share * (1 - sparse * (1 - self.keep)))
 
     def install(self, parts: Parts) -> None:
-        attend = self.attend(parts.device)
+        attend, for_bytes = self.attend(parts.device), self.attend_for_bytes(parts.device)
         for transformer in filter(None, (parts.transformer, parts.transformer_2)):
             transformer.token_order = tile_order
             blocks = list(each_block(transformer))[self.dense_layers :]
             if not self.dense_steps:
                 for block in blocks:
-                    block.attn1.attend = attend
+                    block.attn1.attend = for_bytes if hands_to_bytes(block) else attend
                 continue
             ends = Ends(first=self.dense_steps)
             transformer.register_forward_pre_hook(ends)
             for block in blocks:
-                block.attn1.attend = OtherAtEnds(attend, block.attn1.attend, ends)
+                sparse = for_bytes if hands_to_bytes(block) else attend
+                block.attn1.attend = OtherAtEnds(sparse, block.attn1.attend, ends)
 
     def attend(self, device: torch.device) -> Attend:
         """Choose blocks, and attend to them."""
@@ -110,6 +112,14 @@ class SparseAttention(Technique):
             return partial(attend_sparse, keep=self.keep)
         compute = best_kernel(device, self.block)
         return lambda q, k, v: compute(q, k, v, select_blocks(q, k, self.keep, self.block), self.block)
+
+    def attend_for_bytes(self, device: torch.device) -> AttendForLinear:
+        """The same for an 8-bit layer behind it."""
+        if self.bits == 8:
+            from swiftwan.ops.attention_fp8_gluon import attend_sparse_for_bytes
+
+            return partial(attend_sparse_for_bytes, keep=self.keep)
+        return self.attend(device)
 
 
 def best_kernel(device: torch.device, block: int) -> SparseKernel:
