@@ -76,10 +76,10 @@ def products(size: str) -> None:
 
 
 def rounding(size: str) -> None:
-    from swiftwan.ops.attention import norm_attend
+    from swiftwan.ops.attention import norm_attend as plain
     from swiftwan.ops.fused_fp8 import FUSED_FP8, linear_gelu, quantize_rows
     from swiftwan.ops.round_attention import round_and_pool, round_attention
-    from swiftwan.ops.text_attention import norm_attend as in_one
+    from swiftwan.ops.text_attention import norm_attend, norm_attend_round
 
     heads, dim, ffn, tokens, _ = sizes(size)
     x, update, wide = draw(1, tokens, dim), draw(1, tokens, dim), draw(1, tokens, ffn)
@@ -100,22 +100,24 @@ def rounding(size: str) -> None:
     q, k, v = (draw(1, tokens, heads, 128) for _ in range(3))
     tell(size, "q, k and v for 8-bit attention", lambda: round_attention(q, k, v), MEMORY, count=13 * count)
     tell(size, "the same with pooled blocks", lambda: round_and_pool(q, k, v), MEMORY, count=13 * count)
-    for keys in (29, 100):
+    for keys in (31, 67, 131):
         key, value = (draw(1, keys, heads, 128) for _ in range(2))
-        norm = draw(dim)
-        expected = norm_attend(*(t.float() for t in (x, norm, key, value)), None, 1e-6)
+        found = (x, draw(dim), key, value, draw(1, 1, 1, keys), 1e-6)
+        expected = plain(*(t.float() if isinstance(t, torch.Tensor) else t for t in found))
         for name, run in (
-            ("in three", lambda: quantize_rows(norm_attend(x, norm, key, value, None, 1e-6))),
-            ("in one", lambda: in_one(x, norm, key, value, None, 1e-6)),
+            ("plain", lambda: plain(*found)),
+            ("by heads", lambda: norm_attend(*found)),
+            ("plain, then rounded", lambda: quantize_rows(plain(*found))),
+            ("by heads, rounded", lambda: norm_attend_round(*found)),
         ):
             made = run()
-            error = far(made.values.float() * made.scale, expected)
-            print(f"{size:11} norm, {keys} keys, rounding {name}: error {error}", flush=True)
-            tell(size, f"norm, {keys} keys, rounding {name}", run, MEMORY, count=3 * count)
+            back = made if isinstance(made, torch.Tensor) else made.values.float() * made.scale
+            print(f"{size:11} norm and {keys} keys, {name}: error {far(back, expected)}", flush=True)
+            tell(size, f"norm and {keys} keys, {name}", run, MEMORY, count=(3 if "rounded" in name else 4) * count)
 
 
 def attention(size: str) -> None:
-    from swiftwan.ops.attention_fp8_gluon import attend_rounded
+    from swiftwan.ops.attention_fp8_gluon import attend_rounded, attend_to_bytes
     from swiftwan.ops.round_attention import round_attention
 
     heads, _, _, tokens, _ = sizes(size)
@@ -133,6 +135,7 @@ def attention(size: str) -> None:
             traceback.print_exc()
     rounded = round_attention(q, k, v)
     tell(size, "attention fp8, rounded before", lambda: attend_rounded(rounded, q.dtype), 871, flop)
+    tell(size, "the same, handed on as bytes", lambda: attend_to_bytes(rounded), 871, flop)
 
 
 def sparse(size: str) -> None:

@@ -77,7 +77,7 @@ def variant(row: Row) -> str:
 def page(rows: Sequence[Row], figures: Sequence[str] = ()) -> str:
     """The page; ``figures`` are files beside it, of time against frames, resolution, batch and steps."""
     rows = [row for row in latest(rows) if not str(row["case"]).startswith("growth-")]
-    bounds = {row["case"]: row for row in rows if row["rung"] == "bound"}
+    bounds = {row["case"]: row for row in rows if row["rung"] == "bound" and not row.get("variant")}
     order = {case: place for place, case in enumerate(dict.fromkeys(row["case"] for row in rows))}
     parts = [INTRO]
     for case, of_case in groupby(sorted(rows, key=lambda row: order[row["case"]]), key=lambda row: row["case"]):
@@ -132,7 +132,19 @@ def against_rung_aim(rung: str, aim: float, rows: Sequence[Row]) -> str:
     if not taken:
         return told + "not measured."
     best = min(taken)
-    return told + (f"reached, {seconds(best)}." if best <= aim else f"not reached, by {100 * (best / aim - 1):.0f} %.")
+    if best <= aim:
+        return told + f"reached, {seconds(best)}."
+    told += f"not reached, by {100 * (best / aim - 1):.0f} %."
+    bound = [row["steady"] for row in rows if row["rung"] == "bound" and row.get("variant") == rung]
+    steady = [row["steady"]["seconds"] for row in rows if row["rung"] == rung and row.get("steady")]
+    if not bound or not steady:
+        return told
+    alone = bound[0]["seconds"]
+    return (
+        f"{told} Its matrix products and self-attention alone, with nothing between them, sustained: {seconds(alone)}, "
+        f"{joules(bound[0]['joules_a_run'])}, {bound[0]['power_mean_watts']:.0f} W. The aim leaves "
+        f"{seconds(aim - alone)} for all else, which takes {seconds(min(steady) - alone)}."
+    )
 
 
 def place(row: Row) -> tuple[int, float]:
