@@ -101,47 +101,74 @@ def _round_kernel(
     length, q_batch, q_row, k_batch, k_row, v_batch, v_row, out_row, v_out_row, softmax_scale,
     BLOCK: tl.constexpr, WIDTH: tl.constexpr, MEANS: tl.constexpr,
 ):  # fmt: skip
-    block, head, batch = tl.program_id(0), tl.program_id(1), tl.program_id(2)
-    heads = tl.num_programs(1)
-    line = batch * heads + head
-    place = tl.arange(0, BLOCK)
+    """One block of a head's queries, keys or values: of all three in one program, registers would run out."""
+    block, head, batch = tl.program_id(0), tl.program_id(1), tl.program_id(2) // 3
+    what = tl.program_id(2) % 3
+    line = batch * tl.num_programs(1) + head
+    token = block * BLOCK + tl.arange(0, BLOCK)
     channel = tl.arange(0, WIDTH)
-    token = block * BLOCK + place
-    inside = (token < length)[:, None]
-    row = token.to(tl.int64)[:, None]
     column = head * WIDTH + channel[None, :]
-    out = (batch.to(tl.int64) * length + row) * out_row + column
+    out = (batch.to(tl.int64) * length + token.to(tl.int64)[:, None]) * out_row + column
+    pooled = (line * tl.num_programs(0) + block) * WIDTH + channel
+    vector = line * WIDTH + channel
+    if what == 0:
+        start = q + batch.to(tl.int64) * q_batch
+        factors = factor + line.to(tl.int64) * length
+        per_scale = tl.load(k_scale + line) * softmax_scale
+        _round_queries(start, q_out + out, factors, q_pooled + pooled, token, column, length, q_row, per_scale, MEANS)
+    elif what == 1:
+        start = k + batch.to(tl.int64) * k_batch
+        head_scale = tl.load(k_scale + line)
+        mean = tl.load(k_mean + vector)
+        _round_keys(start, k_out + out, k_pooled + pooled, token, column, length, k_row, mean, head_scale, MEANS)
+    else:
+        start = v + batch.to(tl.int64) * v_batch
+        # See channel_order.
+        place = channel // 64 * 64 + channel // 2 % 8 * 8 + channel // 16 % 4 * 2 + channel % 2
+        target = v_out + (line * WIDTH + place).to(tl.int64)[:, None] * v_out_row + token[None, :]
+        mean = tl.load(v_mean + vector)
+        scale = tl.load(v_scale + vector)
+        _round_values(start, target, block * BLOCK, column, length, v_row, mean, scale, BLOCK)
 
-    key_scale = tl.load(k_scale + line)
-    query = tl.load(q + batch.to(tl.int64) * q_batch + row * q_row + column, inside, other=0.0).to(tl.float32)
+
+@triton.jit
+def _load(source, token, column, length, row):
+    place = token.to(tl.int64)[:, None] * row + column
+    return tl.load(source + place, (token < length)[:, None], other=0.0).to(tl.float32)
+
+
+@triton.jit
+def _pool(value, pooled, token, length):
+    """The mean of a block's tokens; those behind the last are zeros."""
+    tl.store(pooled, tl.sum(value, 0) / tl.sum((token < length).to(tl.int32), 0))
+
+
+@triton.jit
+def _round_queries(q, out, factor, pooled, token, column, length, row, per_scale, MEANS: tl.constexpr):
+    query = _load(q, token, column, length, row)
     scale = tl.maximum(tl.max(tl.abs(query), 1), 1e-12) / 127.0
-    tl.store(q_out + out, _to_int8(query * (1.0 / scale)[:, None]), inside)
-    tl.store(factor + line.to(tl.int64) * length + token, scale * key_scale * softmax_scale, token < length)
-
-    key = tl.load(k + batch.to(tl.int64) * k_batch + row * k_row + column, inside, other=0.0).to(tl.float32)
-    centred = key - tl.load(k_mean + line * WIDTH + channel)[None, :]
-    tl.store(k_out + out, _to_int8(centred * (1.0 / key_scale)), inside)
+    tl.store(out, _to_int8(query * (1.0 / scale)[:, None]), (token < length)[:, None])
+    tl.store(factor + token, scale * per_scale, token < length)
     if MEANS:
-        count = tl.minimum(length - block * BLOCK, BLOCK)
-        mean_place = (line * tl.num_programs(0) + block) * WIDTH + channel
-        tl.store(q_pooled + mean_place, tl.sum(query, 0) / count)
-        tl.store(k_pooled + mean_place, tl.sum(key, 0) / count)
+        _pool(query, pooled, token, length)
 
-    # See kernel_order and channel_order: which token, and which channel, stands at each place.
-    moved = (place // 16) * 16 + ((place >> 1) & 1) * 8 + ((place >> 2) & 3) * 2 + (place & 1)
-    source = block * BLOCK + moved
-    value = tl.load(
-        v + batch.to(tl.int64) * v_batch + source.to(tl.int64)[:, None] * v_row + column,
-        (source < length)[:, None],
-        other=0.0,
-    ).to(tl.float32)
-    value -= tl.load(v_mean + line * WIDTH + channel)[None, :]
-    value *= (1.0 / tl.load(v_scale + line * WIDTH + channel))[None, :]
-    value = tl.where((source < length)[:, None], value, 0.0)
-    turned = tl.trans(value.to(tl.float8e4nv))
-    turned_channel = channel // 64 * 64 + channel // 2 % 8 * 8 + channel // 16 % 4 * 2 + channel % 2
-    target = (line * WIDTH + turned_channel).to(tl.int64)[:, None] * v_out_row + (block * BLOCK + place)[None, :]
-    tl.store(v_out + target, turned)
+
+@triton.jit
+def _round_keys(k, out, pooled, token, column, length, row, mean, scale, MEANS: tl.constexpr):
+    key = _load(k, token, column, length, row)
+    tl.store(out, _to_int8((key - mean[None, :]) * (1.0 / scale)), (token < length)[:, None])
+    if MEANS:
+        _pool(key, pooled, token, length)
+
+
+@triton.jit
+def _round_values(v, out, start, column, length, row, mean, scale, BLOCK: tl.constexpr):
+    # See kernel_order: which token stands at each place.
+    place = tl.arange(0, BLOCK)
+    token = start + (place // 16) * 16 + ((place >> 1) & 1) * 8 + ((place >> 2) & 3) * 2 + (place & 1)
+    value = (_load(v, token, column, length, row) - mean[None, :]) * (1.0 / scale)[None, :]
+    value = tl.where((token < length)[:, None], value, 0.0)
+    tl.store(out, tl.trans(value.to(tl.float8e4nv)))
 
 
 def round_attention(q: Tensor, k: Tensor, v: Tensor) -> RoundedAttention:
@@ -181,7 +208,7 @@ def _round_attention(q: Tensor, k: Tensor, v: Tensor, means: bool) -> tuple[Roun
         sums, k_mean, v_mean, k_scale, v_scale, rounded.bound, parts, length, heads,
         PARTS=triton.next_power_of_2(parts), WIDTH=WIDTH, num_warps=8,
     )  # fmt: skip
-    _round_kernel[(blocks, heads, batch)](
+    _round_kernel[(blocks, heads, 3 * batch)](
         q, k, v, k_mean, v_mean, k_scale, v_scale, rounded.q, rounded.k, rounded.v, rounded.factor, *pooled,
         length, q.stride(0), q.stride(1), k.stride(0), k.stride(1), v.stride(0), v.stride(1),
         heads * WIDTH, blocks * BLOCK, WIDTH**-0.5 * math.log2(math.e),
