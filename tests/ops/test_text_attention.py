@@ -15,7 +15,7 @@ from swiftwan.ops.fp8 import LARGEST  # noqa: E402
 from swiftwan.ops.text_attention import MOST_KEYS, norm_attend, norm_attend_round  # noqa: E402
 
 DEVICE = torch.device("cpu" if INTERPRETED else "cuda")
-DTYPES = [torch.float32, torch.float16] + ([] if INTERPRETED else [torch.bfloat16])
+DTYPES = [torch.float16] + ([] if INTERPRETED else [torch.bfloat16])
 WORST = 0.12 if INTERPRETED else 0.03  # 0.026 is E4M3's own; the interpreter loses carries
 
 
@@ -52,7 +52,7 @@ def test_it_is_the_plain_function(dtype, size):
     found = inputs(dtype, *size)
     got = norm_attend(*found, 1e-6)
     assert got.dtype is dtype
-    assert far(got, exact(found)) < {torch.float32: 1e-5, torch.float16: 2e-3, torch.bfloat16: 8e-3}[dtype]
+    assert far(got, exact(found)) < {torch.float16: 2e-3, torch.bfloat16: 8e-3}[dtype]
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -66,18 +66,25 @@ def test_it_is_the_plain_function_rounded(dtype, size):
 
 
 def test_many_tokens_take_several_turns():
-    found = inputs(torch.float32, 1, 1, 8200, 1, 32, 20, True)
-    assert far(norm_attend(*found, 1e-6), exact(found)) < 1e-5
+    found = inputs(torch.float16, 1, 1, 8200, 1, 32, 20, True)
+    assert far(norm_attend(*found, 1e-6), exact(found)) < 2e-3
 
 
 @pytest.mark.parametrize("function", [norm_attend, norm_attend_round])
 def test_more_keys_than_fit_take_the_plain_way(function):
-    found = inputs(torch.float32, 1, 1, 8, 1, 64, MOST_KEYS + 1, False)
+    found = inputs(torch.float16, 1, 1, 8, 1, 64, MOST_KEYS + 1, False)
+    assert torch.equal(function(*found, 1e-6), plain(*found, 1e-6))
+
+
+@pytest.mark.parametrize("function", [norm_attend, norm_attend_round])
+def test_32_bits_take_the_plain_way(function):
+    found = inputs(torch.float32, 1, 1, 8, 1, 64, 9, True)
     assert torch.equal(function(*found, 1e-6), plain(*found, 1e-6))
 
 
 @pytest.mark.parametrize("function", [norm_attend, norm_attend_round])
 def test_a_bias_of_each_prompt_takes_the_plain_way(function):
-    q, weight, key, value = draw(1, 8, 64), draw(64), draw(2, 5, 1, 64), draw(2, 5, 1, 64)
-    bias = draw(2, 1, 1, 5)
+    q, weight, key, value, bias = (
+        draw(*shape, dtype=torch.float16) for shape in ((1, 8, 64), (64,), (2, 5, 1, 64), (2, 5, 1, 64), (2, 1, 1, 5))
+    )
     assert torch.equal(function(q, weight, key, value, bias, 1e-6), plain(q, weight, key, value, bias, 1e-6))
