@@ -6,7 +6,7 @@ Weights and LoRA are random, of true size: this times, and says nothing of how g
 the LightX2V distillation (4 steps of lcm, shift 5, no guidance). Each plan makes a video first that does not count.
 Timed: text (no prompt cache), denoising, decoding, and writing the mp4; ``mp4`` in ``seconds_by_stage`` is what that
 takes longer than the frames. Random weights make noise, the longest work there is for an mp4's encoder. ``error`` is
-the distance of the last latents to those of the exact plan, the first that ran. The peer is diffusers' pipeline, eager
+the distance of the last latents to those of the exact plan, ``few-step``. The peer is diffusers' pipeline, eager
 in bf16, with 50 guided steps of UniPC, as the model was published; its four unguided steps are a row too, since a
 few-step LoRA runs there as well. Rows are written as they come.
 """
@@ -71,24 +71,27 @@ def main() -> None:
         lora = Path(folder) / "lightx2v_random.safetensors"
         script = Path(__file__).with_name("random_lora.py")
         subprocess.run([sys.executable, script, options.model.removeprefix("random:"), lora], check=True)
-        exact = None
+        latents: dict[str, torch.Tensor] = {}
         rows: list[dict[str, Any]] = []
         for rung in options.rungs:
             forwards, techniques = RUNGS[rung]
             plan = [f"few-step:{lora}", *COMMON, *techniques]
+            started = time.perf_counter()
             try:
                 engine = sw.Engine.load(options.model, plan=plan, device=options.device)
                 engine.parts.text.cache = None
+                print(f"{rung}: loaded after {time.perf_counter() - started:.1f} s", flush=True)
                 request = complete(sw.TextToVideo(PROMPT, seed=7, **size), engine.facts)
-                row, latents = timed(engine, request, options.repeats, folder)
-                exact = latents if exact is None else exact
-                row["error"] = relative_distance(latents, exact)
+                row, latents[rung] = timed(engine, request, options.repeats, folder)
                 row["ceiling_fraction"] = floor(options, forwards) / row["seconds_by_stage"]["denoise"]
             except Exception as problem:
                 row = {"status": "failed", "reason": f"{type(problem).__name__}: {str(problem)[:300]}"}
             engine = None
             plan[0] = "few-step:LORA"
             rows.append({"rung": rung, "plan": plan} | row | about(options, device))
+            for told in rows:
+                if told["rung"] in latents and "few-step" in latents:
+                    told["error"] = relative_distance(latents[told["rung"]], latents["few-step"])
             write(rows, options.out)
             gc.collect()
             torch.cuda.empty_cache()

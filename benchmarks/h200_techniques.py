@@ -19,7 +19,8 @@ import statistics
 import subprocess
 import time
 import traceback
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -76,6 +77,29 @@ def first_block_cache(pipe: Any) -> None:
     pipe.transformer.enable_cache(FirstBlockCacheConfig(threshold=0.1))
 
 
+def int8_weights(pipe: Any) -> None:
+    """What ``TorchAoConfig`` does to each linear layer as it loads."""
+    from torchao.quantization import Int8WeightOnlyConfig, quantize_
+
+    quantize_(pipe.transformer.blocks, Int8WeightOnlyConfig())
+
+
+def nf4_weights(pipe: Any) -> None:
+    """What ``BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4")`` does to each linear layer."""
+    import bitsandbytes as bnb
+
+    for parent in list(pipe.transformer.blocks.modules()):
+        for name, linear in list(parent.named_children()):
+            if isinstance(linear, torch.nn.Linear):
+                layer = bnb.nn.Linear4bit(
+                    linear.in_features, linear.out_features, compute_dtype=linear.weight.dtype, quant_type="nf4"
+                )
+                device = linear.weight.device
+                layer.weight = bnb.nn.Params4bit(linear.weight.data.cpu(), requires_grad=False, quant_type="nf4")
+                layer.bias = linear.bias
+                setattr(parent, name, layer.to(device))
+
+
 PEERS: dict[str, Callable[[Any], None]] = {
     "plain": lambda pipe: None,
     "enable_model_cpu_offload": lambda pipe: pipe.enable_model_cpu_offload(),
@@ -84,6 +108,8 @@ PEERS: dict[str, Callable[[Any], None]] = {
     "enable_layerwise_casting float8_e4m3fn": lambda pipe: pipe.transformer.enable_layerwise_casting(
         storage_dtype=torch.float8_e4m3fn, compute_dtype=torch.bfloat16
     ),
+    "TorchAoConfig Int8WeightOnly": int8_weights,
+    "BitsAndBytesConfig nf4": nf4_weights,
     "FirstBlockCache 0.1": first_block_cache,
     "compile_repeated_blocks": lambda pipe: pipe.transformer.compile_repeated_blocks(fullgraph=True),
     # The last: diffusers keeps it for all later models of the process.
@@ -105,7 +131,8 @@ GROUPS: dict[str, dict[str, Case]] = {
         "cuda-graphs",
     )
     | alone("sparse-attention:keep=0.25", "compile", "dtype:fp16", "attention:fp8", "progressive-resolution")
-    | alone("quantize:int8", "quantize:nf4:keep=1", "dtype:fp32")
+    | alone("quantize:int8", "quantize:int8:activations=dynamic", "quantize:fp8:activations=none")
+    | alone("quantize:nf4:keep=1", "dtype:fp32", "vae:fp32", "channels-last", "attention-slicing")
     | {"alone tf32": Case(SMALL, ("dtype:fp32", "tf32"))},
     "together": {
         "near": Case(SMALL, "auto:near"),
@@ -122,6 +149,9 @@ GROUPS: dict[str, dict[str, Case]] = {
     "large": {
         "14b 480p resident": Case(LARGE, EXACT),
         "14b 480p streamed": Case(LARGE, ("offload:blocks", *EXACT)),
+        "5b in 12 GB, plain decoder": Case(
+            "random:wan2.2-ti2v-5b", ("offload:blocks", "text-encoder:blocks", *EXACT[:2]), (1280, 704, 121), cap=12
+        ),
         "14b in 12 GB": Case(LARGE, ("offload:blocks", "text-encoder:blocks", *EXACT), cap=12),
         "14b 480p fp8": Case(LARGE, ("quantize:fp8", "text-encoder:unload", *EXACT)),
         "14b 480p int4": Case(LARGE, ("quantize:int4", "text-encoder:unload", *EXACT)),
@@ -133,7 +163,10 @@ CASES = {name: case for group in GROUPS.values() for name, case in group.items()
 
 
 class Watch:
-    """Peaks by phase, read as a run passes from one to the next; torch counts on the host, so there is no sync."""
+    """Peaks by phase, read as a run passes from one to the next; torch counts on the host, so there is no sync.
+
+    What is there while weights come and go between two phases counts for neither (``between``).
+    """
 
     def __init__(self) -> None:
         self.allocated: dict[str, int] = {}
@@ -148,6 +181,25 @@ class Watch:
         torch.cuda.reset_peak_memory_stats()
 
 
+@contextmanager
+def handed_over(engine: Any, watch: Watch) -> Iterator[None]:
+    """While it runs, note the memory at each change of the component at work."""
+    if not hasattr(engine, "parts"):  # diffusers
+        yield
+        return
+    enter = engine.parts.enter
+
+    def noted(component: str) -> None:
+        enter(component)
+        watch.note("between")
+
+    engine.parts.enter = noted
+    try:
+        yield
+    finally:
+        engine.parts.enter = enter
+
+
 def make(case: Case, specs: Sequence[str], loaded: Loaded) -> Any:
     if case.peer is None:
         return loaded.engine(case.model, specs)
@@ -159,7 +211,7 @@ def make(case: Case, specs: Sequence[str], loaded: Loaded) -> Any:
     return peer
 
 
-def measure(case: Case, loaded: Loaded, steps: int, once: bool, repeats: int = 1) -> dict[str, Any]:
+def measure(case: Case, loaded: Loaded, watch: Watch, steps: int, once: bool, repeats: int = 1) -> dict[str, Any]:
     shutil.rmtree(cache_folder() / "prompts", ignore_errors=True)
     width, height, frames = case.size
     request = sw.TextToVideo(PROMPT, width=width, height=height, num_frames=frames, num_inference_steps=steps, seed=1)
@@ -168,7 +220,6 @@ def measure(case: Case, loaded: Loaded, steps: int, once: bool, repeats: int = 1
     row: dict[str, Any] = {"plan": list(specs), "switched": loaded.has(case.model, specs), "estimate": told.to_json()}
     if case.peer is not None:
         row, request = {"plan": [], "runner": "diffusers"}, told.request
-    watch = Watch()
     torch.cuda.reset_peak_memory_stats()
     started = time.perf_counter()
     engine = make(case, specs, loaded)
@@ -176,17 +227,19 @@ def measure(case: Case, loaded: Loaded, steps: int, once: bool, repeats: int = 1
     row["load_seconds"] = round(time.perf_counter() - started, 2)
     watch.note("load")
     row["resident_bytes"] = torch.cuda.memory_allocated()
-    started = time.perf_counter()
-    first = engine.run(request, on_step=watch)
-    row["first_run_seconds"] = round(time.perf_counter() - started, 2)
     steps_taken: list[float] = []
     runs: list[float] = []
-    for result in [first] if once else (engine.run(request, on_step=watch) for _ in range(repeats)):
-        # Of one run alone the first step is not counted: kernels compile in it.
-        steps_taken += result.step_seconds[1:] if once else result.step_seconds
-        runs.append(result.seconds["total"])
+    with handed_over(engine, watch):
+        started = time.perf_counter()
+        first = engine.run(request, on_step=watch)
+        row["first_run_seconds"] = round(time.perf_counter() - started, 2)
+        for result in [first] if once else (engine.run(request, on_step=watch) for _ in range(repeats)):
+            # Of one run alone the first step is not counted: kernels compile in it.
+            steps_taken += result.step_seconds[1:] if once else result.step_seconds
+            runs.append(result.seconds["total"])
     assert result.frames.shape[0] == frames
     return row | {
+        "first_stages": {k: round(v, 4) for k, v in first.seconds.items()},
         "status": "ok",
         "seconds": round(statistics.median(runs), 3),
         "spread": [round(min(runs), 3), round(max(runs), 3)],
@@ -205,13 +258,19 @@ def run(name: str, case: Case, loaded: Loaded, arguments: argparse.Namespace) ->
     if case.cap is not None:
         loaded.engines.clear()
         torch.cuda.set_per_process_memory_fraction(min(1.0, case.cap * 1e9 / device.total_bytes))
+    watch = Watch()
     try:
-        row = measure(case, loaded, arguments.steps, arguments.once)
+        row = measure(case, loaded, watch, arguments.steps, arguments.once)
     except Exception as problem:
         traceback.print_exc()
         loaded.engines.clear()
         told = f"{type(problem).__name__}: {str(problem).strip().partition(chr(10))[0][:400]}"
-        row = {"status": "failed", "reason": told}
+        row = {
+            "status": "failed",
+            "reason": told,
+            "phase_peak_bytes": watch.allocated,
+            "reserved_bytes": watch.reserved,
+        }
     if case.cap is not None:
         loaded.engines.clear()
         torch.cuda.set_per_process_memory_fraction(1.0)

@@ -30,6 +30,8 @@ SAME = {
     "alone offload:blocks": "enable_group_offload, blocks, stream",
     "alone vae:tiling": "vae.enable_tiling",
     "alone quantize:fp8": "enable_layerwise_casting float8_e4m3fn",
+    "alone quantize:int8": "TorchAoConfig Int8WeightOnly",
+    "alone quantize:nf4:keep=1": "BitsAndBytesConfig nf4",
     "alone step-cache": "FirstBlockCache 0.1",
     "alone compile": "compile_repeated_blocks",
     "alone attention:cudnn": "set_attention_backend _native_cudnn",

@@ -5,8 +5,8 @@
 A step is everything from latents on the device to the changed adapter: noise, forward, backward, clipping, AdamW; rank
 32 on all linears of the blocks, batch 1. A RUN is ``peer`` or ``ours`` and its settings, joined by ``+``. For a peer:
 ``eager`` or ``compiled`` (block by block), ``checkpointed``, ``cudnn``, ``fp32`` (adapters; default bf16, which is
-faster). For ours: ``flash4`` or another attention (``cudnn``, ``sdpa``), ``plain`` (cross-attention by torch), what
-blocks keep (``all``, ``products``, ``attention``, ``nothing``, or what fits ``24gb``), ``fp8``, ``eager``,
+faster). For ours: self-attention, ``flash4``, ``cudnn``, ``sdpa`` or ``fp8-attention``; what blocks keep
+(``all``, ``products``, ``attention``, ``nothing``, or what fits ``24gb``), ``fp8`` (the frozen layers), ``eager``,
 ``offloaded`` (the frozen weights in host memory; last, since it takes them from the others); our adapters are fp32.
 
 All runs share one process, one chip and its weights, and are timed by turns; a row's peak is without what the others
@@ -38,9 +38,10 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from swiftwan.device import pick_device, versions
 from swiftwan.models.config import KNOWN_MODELS, POCKET, KnownModel
 from swiftwan.models.dit import KEEP_FP32, WanTransformer
-from swiftwan.ops.attention import sdpa
+from swiftwan.ops.attention import kernel, sdpa
+from swiftwan.ops.attention_fp8_training import attention_fp8
 from swiftwan.ops.flash4_training import flash4
-from swiftwan.train import work
+from swiftwan.train import memory, work
 from swiftwan.weights.load import randomize
 
 RANK = 32
@@ -117,6 +118,7 @@ class Bench:
         self.latents = torch.randn(case.latent_shape, generator=draw).to(self.device)
         self.text = torch.randn(1, TEXT_TOKENS, case.known.transformer.text_dim, generator=draw).to(self.device)
         self.own = allocated()
+        self.gradients: dict[str, Tensor] | None = None
 
     def batch(self) -> tuple[Tensor, Tensor, Tensor]:
         """Noisy latents, timestep (1,) and the flow to predict."""
@@ -159,7 +161,7 @@ class Bench:
         return optimized(parameters, loss)
 
     def ours(self, words: set[str]) -> Callable[[], Tensor]:
-        from swiftwan.train import adapter, flow, memory, processes
+        from swiftwan.train import adapter, flow, processes
         from swiftwan.train.trainee import compile_blocks, equip
 
         with torch.device("meta"):
@@ -167,11 +169,10 @@ class Bench:
         model.load_state_dict(self.weights.state_dict(), assign=True)
         targets = adapter.chosen_targets(["all"])
         factors = adapter.inject(model, RANK, RANK, targets, seed=0)
-        equip(model, self.where)
-        for block in model.blocks:
-            block.attn1.attend = next((ATTENTION[word] for word in words if word in ATTENTION), block.attn1.attend)
-            if "plain" in words:
-                block.attn2.attend = sdpa
+        attend = next(ATTENTION[word] for word in words if word in ATTENTION)
+        if attend in (flash4, attention_fp8):
+            kernel("flash4").load()  # sets where it keeps what it compiles
+        equip(model, self.where, attend)
         if "fp8" in words:
             adapter.freeze_in_fp8(model, self.where)
         config = self.case.known.transformer
@@ -194,7 +195,27 @@ class Bench:
             level = torch.sigmoid(torch.randn(1, device=self.device))
             return flow.loss(model, flow.Batch(self.latents, self.text), level, noise)
 
+        self.learning = factors, loss
         return optimized(list(factors.values()), loss)
+
+    def gradient_error(self) -> float:
+        """How far the gradients of the adapter that was built last lie from those of the first, relative in norm: the
+        same noise and the same factors, none of them zero. On the host, where they are in nobody's way."""
+        factors, loss = self.learning
+        was = {name: factor.data.clone() for name, factor in factors.items()}
+        draw = torch.Generator(self.device).manual_seed(2)
+        for factor in factors.values():
+            factor.data.normal_(0, factor.shape[1] ** -0.5 / 4, generator=draw)
+        torch.manual_seed(3)
+        loss().backward()
+        found = {}
+        for name, factor in factors.items():
+            assert factor.grad is not None
+            found[name] = factor.grad.cpu()
+            factor.data, factor.grad = was[name], None
+        self.gradients = self.gradients or found
+        off = sum((found[name] - first).double().square().sum().item() for name, first in self.gradients.items())
+        return math.sqrt(off / sum(first.double().square().sum().item() for first in self.gradients.values()))
 
 
 def label_of(choice: list[str]) -> str:
@@ -206,7 +227,7 @@ def _cudnn(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         return sdpa(q, k, v)
 
 
-ATTENTION = {"cudnn": _cudnn, "flash4": flash4, "sdpa": sdpa}
+ATTENTION = {"cudnn": _cudnn, "flash4": flash4, "sdpa": sdpa, "fp8-attention": attention_fp8}
 
 
 def allocated() -> int:
@@ -234,11 +255,13 @@ class Run:
             "date": datetime.date.today().isoformat(),
         }
 
-    def build(self) -> None:
+    def build(self, compare: bool) -> None:
         kind = self.label.split(" ")[0]
         others = allocated() - self.bench.own
         began = time.perf_counter()
         self.step = getattr(self.bench, kind)(set(words(self.label)))
+        if compare and kind == "ours":
+            self.row["error"] = round(self.bench.gradient_error(), 5)
         self.timed(2)
         self.row["first_steps_seconds"] = round(time.perf_counter() - began, 1)
         if self.bench.device.type == "cuda":
@@ -320,7 +343,7 @@ def compared(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
     """Each of ours beside the fastest peer of the same process that computes activations again as it does, or not."""
 
     def again(row: dict[str, Any]) -> bool:
-        return any(word == "checkpointed" or word.endswith("gb") for word in row["plan"])
+        return any(word == "checkpointed" or word in memory.KEEPS[1:] or word.endswith("gb") for word in row["plan"])
 
     done = [row for row in rows if row.get("status") == "ok"]
     for row in (row for row in done if row["rung"] != "peer"):
@@ -350,6 +373,7 @@ def main() -> None:
     parser.add_argument("runs", nargs="+", metavar="RUN")
     parser.add_argument("--repeats", type=int, default=2, help="of a turn")
     parser.add_argument("--turns", type=int, default=2)
+    parser.add_argument("--gradients", action="store_true", help="rows' error: of ours from the first of ours")
     parser.add_argument("--device", default="cuda")
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--profile", type=Path, help="append the kernels of a step here")
@@ -365,10 +389,10 @@ def main() -> None:
         options.out.write_text("".join(json.dumps(row) + "\n" for row in rows))
 
     for run in runs:
-        run.attempt(run.build)
+        run.attempt(run.build, options.gradients)
         run.attempt(run.turn, options.repeats)
         save()
-        if options.profile and run.step is not None:
+        if options.profile and run.step is not None and run.row["rung"] != "peer":
             profile(run.step, options.profile, f"{options.case}: {run.label}")
     for _ in range(options.turns - 1):
         for run in runs:

@@ -14,6 +14,7 @@ with random weights and many steps it says how far rounding carries, not how goo
 
 ``cold``: the random weights are written as a folder in diffusers' layout first. Then each process is timed from its
 start to its first denoising step done; ``seconds`` leaves the first process out, which fills caches and page cache.
+The row ``bound`` is a process that imports torch and the attention kernel's package and does nothing else.
 """
 
 from __future__ import annotations
@@ -48,6 +49,17 @@ PEERS = {
     "diffusers eager, fp32": (False, "fp32"),
 }
 """Whether by torch.compile, and in which numbers."""
+IMPORTS = "imports of torch and FlashAttention-4, and a CUDA context, alone"
+ALONE = """
+import gc, json, sys, time
+gc.disable()
+import torch
+import flash_attn.cute.interface
+marks = {"imports": time.time() - float(sys.argv[1])}
+torch.zeros(1, device="cuda")
+torch.cuda.synchronize()
+print(json.dumps(marks | {"first step": time.time() - float(sys.argv[1])}))
+"""
 
 
 def plan_of(text: str, device: Any) -> list[str]:
@@ -237,6 +249,7 @@ def first_step(arguments: argparse.Namespace) -> None:
     marks = {"imports": time.time() - arguments.since}
 
     def on_step(event: Any) -> None:
+        marks["prompt encoded"] = marks.get("prompt encoded", time.time() - arguments.since)
         if event.phase == "denoise":
             if torch.cuda.is_available():
                 torch.cuda.synchronize()
@@ -272,7 +285,8 @@ def cold(arguments: argparse.Namespace) -> None:
             gc.collect()
             torch.cuda.empty_cache()
         told: dict[str, list[dict[str, Any]]] = {}
-        for runner in (*arguments.plans, *(name for name in PEERS if name in arguments.peers)):
+        alone = (IMPORTS,) if device.capability else ()
+        for runner in (*arguments.plans, *alone, *(name for name in PEERS if name in arguments.peers)):
             for _ in range(arguments.repeats + 1):
                 told.setdefault(runner, []).append(once(arguments, path, runner))
                 write(cold_rows(arguments, device, told), arguments.out)
@@ -287,8 +301,8 @@ def cold_rows(
     best = min((name for name in medians if name in PEERS), key=medians.__getitem__, default=None)
     rows = []
     for runner, marks in told.items():
-        row: dict[str, Any] = {"case": f"cold-{arguments.case}", "rung": "exact"}
-        row |= {"plan": [] if runner in PEERS else plan_of(runner, device), "runner": runner}
+        row: dict[str, Any] = {"case": f"cold-{arguments.case}", "rung": "bound" if runner == IMPORTS else "exact"}
+        row |= {"plan": [] if runner in (*PEERS, IMPORTS) else plan_of(runner, device), "runner": runner}
         if runner in medians:
             row |= {
                 "status": "ok",
@@ -299,7 +313,7 @@ def cold_rows(
                 "marks": {key: round(value, 2) for key, value in marks[-1].items() if key != "problem"},
                 "size": f"{arguments.width}x{arguments.height}x{arguments.frames}",
             }
-            if best is not None:
+            if best is not None and runner != IMPORTS:
                 row |= {"peer": best, "peer_seconds": round(medians[best], 2)}
                 row |= {"ratio": round(medians[best] / medians[runner], 3)}
         else:
@@ -322,6 +336,8 @@ def once(arguments: argparse.Namespace, model: str, runner: str) -> dict[str, An
     ]
     command += ["--width", str(arguments.width), "--height", str(arguments.height), "--frames", str(arguments.frames)]
     command += ["--steps", str(arguments.steps)] + (["--device", arguments.device] if arguments.device else [])
+    if runner == IMPORTS:
+        command = [sys.executable, "-c", ALONE, repr(time.time())]
     try:
         done = subprocess.run(command, capture_output=True, text=True, timeout=arguments.limit)
     except subprocess.TimeoutExpired:

@@ -2,8 +2,9 @@
 
     python benchmarks/ladder.py [benchmarks/*.jsonl] [--out docs/ladder.md]
 
-A row counts if it has a case of true size, a rung and a device with a GPU. Of the same plan and case the last one
-stands, so a file of rows only grows; of a case and rung the fastest plan is shown first, and all others below it.
+A row counts if it has a case of true size, a rung and a device with a GPU, or is the embedded model's on a CPU. Of the
+same plan and case the last one stands, so a file of rows only grows; of a case and rung the fastest plan is shown
+first, and all others below it.
 """
 
 from __future__ import annotations
@@ -19,7 +20,7 @@ Row = dict[str, Any]
 HERE = Path(__file__).parent
 RUNGS = ("bound", "exact", "near", "sparse50", "sparse25", "sparse12", "approximate", "few-step")
 """From the strictest on; others that rows name come behind. ``bound`` is work that no exact run is spared."""
-KINDS = ("forward-", "image-", "video-", "vae", "cold-", "train-", "growth-")
+KINDS = ("forward-", "image-", "video-", "vae", "cold-", "train-", "growth-", "pocket-cpu")
 """How the cases of the page begin, in its order; rows of others stand on pages of their own."""
 AIMS = {
     "forward-1.3b-832x480x81": 0.410,
@@ -30,24 +31,34 @@ AIMS = {
     "video-1.3b-832x480x81": 42.0,
     "cold-1.3b": 10.0,
     "vae-832x480x81": 0.7,
+    "vae-1280x720x81": 0.7 * 639.2 / 275.4,  # in proportion to the TFLOP
+    "vae22-1280x704x121": 0.7 * 2011.1 / 275.4,
+    "train-1.3b-832x480x81": 1.6,
 }
 """Seconds that the exact rung was to reach."""
 RUNG_AIMS = {
     "forward-1.3b-832x480x81": {"near": 0.300, "sparse25": 0.160, "sparse12": 0.120},
     "image-1.3b-832x480x1": {"near": 0.011},
     "video-1.3b-832x480x81": {"approximate": 7.0, "few-step": 1.4},
+    "train-1.3b-832x480x81": {"exact-24gb": 1.75, "near": 1.45},
 }
 """Seconds that rungs below exact were to reach."""
+RATIO_AIMS = {
+    "video-seed-001-1280x720x97": {"exact": 15, "near": 18, "approximate": 100},
+    "pocket-cpu": {"exact": 1.5},
+}
+"""How many times faster than the peer rungs were to be."""
 FORWARDS_OF = {"video-1.3b-832x480x81": (100, "forward-1.3b-832x480x81")}
 """Of what forwards a whole video is made: 50 steps with guidance."""
 INTRO = """# The ladder
 
 Made from the rows in `benchmarks/` by `python benchmarks/ladder.py`; do not edit. One H200, random weights of the true
-architectures, ours and the peer by turns in one process. *Ratio* is the peer's time over ours; of forwards the median
-over the turns, which differs a little from the quotient of the times shown. *Of ceiling* is the time that the plain
-run's matrix products, convolutions and attention would take at the highest rates measured on the chip in the row's
-number format, over ours; it passes 100 % where work is left out or done with fewer multiplications. *Error* is the
-relative distance to the run that the row names.
+architectures, ours and the peer by turns in one process; `pocket-cpu` is the embedded model on two CPU cores, from the
+start of a process to its mp4. *Ratio* is the peer's time over ours; of forwards the median over the turns, which
+differs a little from the quotient of the times shown. *Of ceiling* is the time that the plain run's matrix products,
+convolutions and attention would take at the highest rates measured on the chip in the row's number format, over ours;
+it passes 100 % where work is left out or done with fewer multiplications. *Error* is the relative distance to the run
+that the row names.
 *Bound* is the matrix products and self-attention of a forward alone, back to back on inputs that stand ready.
 *Sustained* is a run repeated for seconds without a pause: at the chip's limit of 700 W clocks fall from 1980 MHz until
 the power fits, so that time follows energy.
@@ -56,9 +67,14 @@ the power fits, so that time follows energy.
 
 def read(paths: Iterable[Path]) -> list[Row]:
     rows = [json.loads(line) for path in paths for line in path.read_text().splitlines() if line.strip()]
-    rows = [row for row in rows if row.get("case") and row.get("rung") and "CPU" not in str(row.get("device"))]
+    rows = [row for row in rows if row.get("case") and row.get("rung") and on_page(row)]
     rows = [row for row in rows if row["case"].startswith(KINDS) and " check " not in row["case"]]
     return sorted(rows, key=lambda row: [row["case"].startswith(kind) for kind in KINDS].index(True))
+
+
+def on_page(row: Row) -> bool:
+    """A GPU's; of a CPU's the embedded model's case alone."""
+    return row["case"] == "pocket-cpu" or "CPU" not in str(row.get("device"))
 
 
 def latest(rows: Iterable[Row]) -> list[Row]:
@@ -88,6 +104,7 @@ def page(rows: Sequence[Row], figures: Sequence[str] = ()) -> str:
             continue
         parts.append(f"## {case}" + (f"\n\n{against_aim(case, done, bounds)}" if case in AIMS else ""))
         parts += [against_rung_aim(rung, aim, done) for rung, aim in RUNG_AIMS.get(case, {}).items()]
+        parts += [against_ratio(rung, aim, done) for rung, aim in RATIO_AIMS.get(case, {}).items()]
         if done:
             parts.append(table(sorted(done, key=place)))
         if failed:
@@ -112,6 +129,8 @@ def against_aim(case: str, rows: Sequence[Row], bounds: Mapping[str, Row]) -> st
     count, forward = FORWARDS_OF.get(case, (1, case))
     if forward not in bounds:
         return f"{told}; not reached."
+    if "steady" not in bounds[forward]:
+        return f"{told}; not reached. {seconds(bounds[forward]['seconds'])} are {bounds[forward]['runner']}."
     steady = bounds[forward]["steady"]
     alone = count * steady["seconds"]
     told += (
@@ -145,6 +164,16 @@ def against_rung_aim(rung: str, aim: float, rows: Sequence[Row]) -> str:
         f"{joules(bound[0]['joules_a_run'])}, {bound[0]['power_mean_watts']:.0f} W. The aim leaves "
         f"{seconds(aim - alone)} for all else, which takes {seconds(min(steady) - alone)}."
     )
+
+
+def against_ratio(rung: str, aim: float, rows: Sequence[Row]) -> str:
+    """Whether a rung is so many times faster than its peer."""
+    found = [row["ratio"] for row in rows if row["rung"] == rung and not is_peer(row) and row.get("ratio")]
+    told = f"Aim of {rung}: {aim:g}x; "
+    if not found:
+        return told + "not measured."
+    best = max(found)
+    return told + (f"reached, {best:.1f}x." if best >= aim else f"not reached: {best:.1f}x.")
 
 
 def place(row: Row) -> tuple[int, float]:

@@ -93,7 +93,7 @@ def test_out_of_memory_says_what_would_fit(engine, monkeypatch):
         raise torch.OutOfMemoryError("CUDA out of memory")
 
     monkeypatch.setattr("swiftwan.pipelines.generate.denoise", full)
-    with pytest.raises(MemoryLimitError, match="29 frames should fit") as problem:
+    with pytest.raises(MemoryLimitError, match="64x64 should fit, or a plan") as problem:
         engine.run(sw.TextToVideo(PROMPT, seed=1))
     assert "\n" not in str(problem.value)
     assert problem.value.__cause__ is None

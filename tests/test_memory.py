@@ -58,7 +58,9 @@ def test_advice_takes_few_estimates():
 
 def test_where_no_frames_fit_a_size_does_and_then_nothing():
     film, picture = explained(sw.TextToVideo("a cat"), 24), explained(sw.TextToImage("a cat"), 24)
-    assert what_would_fit(film, lambda r: r.width <= 208).startswith("208x112 and one frame should fit")
+    assert what_would_fit(film, lambda r: r.width <= 416).startswith("416x240 should fit")
+    one = what_would_fit(film, lambda r: r.width <= 208 and r.num_frames == 1)
+    assert one.startswith("208x112 and one frame should fit")
     assert what_would_fit(picture, lambda r: r.width <= 208).startswith("208x112 should fit")
     assert what_would_fit(film, lambda r: False).startswith("free memory on the device, or take a smaller model")
 

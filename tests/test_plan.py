@@ -11,7 +11,7 @@ from swiftwan.errors import PlanError, RequestError, UnavailableError, WeightsEr
 from swiftwan.guidance import BatchedGuidance, SequentialGuidance
 from swiftwan.models.config import KNOWN_MODELS
 from swiftwan.models.dit import WanTransformer
-from swiftwan.plan import Load, make_plan, parse
+from swiftwan.plan import Explanation, Load, complete, describe, estimate, make_plan, parse
 from swiftwan.techniques import TECHNIQUES
 from swiftwan.weights.build import parameter_count
 
@@ -179,14 +179,16 @@ def test_two_experts_count_twice():
 def test_host_memory_beside_a_gpu_is_told_by_phase(monkeypatch, free, words):
     monkeypatch.setattr("swiftwan.plan.host_memory", lambda: (64 * 10**9, free))
     gpu = Device("cuda:0", "NVIDIA H200", 141 * 10**9, 140 * 10**9, (9, 0), 132, torch.bfloat16, "for the test")
-    told = sw.explain(
-        "random:wan2.2-t2v-a14b", sw.TextToVideo("a cat"), plan=["offload:model"], device="cpu", dtype="bf16"
-    )
-    lines = replace(told, device=gpu).lines()
+    facts = describe("random:wan2.2-t2v-a14b")
+    request = complete(sw.TextToVideo("a cat"), facts)
+    plan = make_plan(["offload:model"], gpu, None, facts)
+    told = Explanation(facts, request, plan, gpu, estimate(request, facts, plan, gpu.total_bytes))
+    lines = told.lines()
     phases = [line for line in lines if line.startswith("  ")]
     assert [line.rpartition("; ")[2] for line in phases[:2]] == ["59.27 GB of host memory"] * 2
     assert f"host       peak 59.72 GB; {free / 1e9:.2f} GB free: {words}" in lines
-    assert not [line for line in told.lines() if "host memory" in line or line.startswith("host")]
+    on_cpu = replace(told, device=pick_device("cpu")).lines()
+    assert not [line for line in on_cpu if "host memory" in line or line.startswith("host")]
 
 
 @pytest.mark.parametrize(

@@ -8,6 +8,7 @@ import swiftwan as sw
 from swiftwan.errors import PlanError
 from swiftwan.models.text import TextEncoder
 from swiftwan.prompt_cache import PromptCache, digest
+from swiftwan.weights import build
 
 CPU = torch.device("cpu")
 
@@ -146,6 +147,21 @@ def test_the_encoder_of_a_new_prompt_is_under_way_when_the_engine_is_there():
     assert told.parts.text._loading is None
     again = sw.Engine.load("pocket", device="cpu", request=request)
     assert again.parts.text._loading is None  # both prompts are in the cache now
+
+
+def test_the_encoder_begins_to_load_before_all_else(monkeypatch):
+    told = []
+    expect, load_weights = TextEncoder.expect, build.load_weights
+    monkeypatch.setattr(TextEncoder, "expect", lambda self, words: told.append("expected") or expect(self, words))
+    monkeypatch.setattr(
+        build,
+        "load_weights",
+        lambda *args, component, **more: told.append(component) or load_weights(*args, component=component, **more),
+    )
+    request = sw.TextToVideo("a white triangle shrinks", seed=3, num_frames=1, num_inference_steps=1)
+    sw.Engine.load("pocket", device="cpu", request=request).parts.text.encode("a white triangle shrinks")
+    assert [what for what in told if what != "text_encoder"] == ["expected", "vae", "transformer"]
+    assert told.count("text_encoder") == 1
 
 
 def test_what_fails_while_the_encoder_loads_is_raised_when_it_is_needed(monkeypatch):

@@ -87,6 +87,13 @@ def test_auto_records_forwards_where_launches_take_most_of_the_time(quality):
     assert not at_once & set(load_of(model, f"auto:{quality}", gpu(5), picture)[0].specs)
 
 
+@pytest.mark.parametrize(("size", "spec"), [(3.3, "offload:blocks"), (3.5, "offload:auto:budget=0.4")])
+def test_a_budget_that_holds_no_block_is_none(size, spec):
+    chosen, load = load_of("wan2.1-t2v-1.3b", "auto", gpu(size), sw.TextToVideo("a cat", num_frames=1))
+    assert spec in chosen.specs
+    assert load.peak_bytes < (1 - SPARE) * size * 1e9
+
+
 def test_auto_moves_less_where_there_is_more_memory():
     specs = {size: load_of("wan2.1-t2v-14b", "auto", gpu(size))[0].specs for size in (24, 44, 50, 141)}
     assert any(spec.startswith("offload:auto:budget=") for spec in specs[24])

@@ -35,6 +35,7 @@ def flow(weight, latents):
 
 
 @pytest.mark.gpu
+@pytest.mark.filterwarnings("ignore:Synchronization debug mode is a prototype")
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 def test_a_walk_on_the_gpu_is_that_of_the_cpu_and_never_waits():
     weight, start = torch.randn(4, 4, 1, 1, 1) / 2, torch.randn(1, 4, 2, 3, 3)

@@ -96,7 +96,7 @@ def compose(specs: Sequence[str], device: Device, dtype: str | None = None, mode
             runnable.append(technique)
         except (RequestError, WeightsError) as problem:
             problems.append(f"{technique.name}: {problem}")
-    settings = Settings(dtype=parse_dtype(dtype) if dtype else device.dtype)
+    settings = Settings(parse_dtype(dtype) if dtype else device.dtype, one_memory=device.capability is None)
     for technique in runnable:
         try:
             settings = technique.apply(settings)

@@ -13,6 +13,7 @@ import torch
 from swiftwan.device import Device, pick_device
 from swiftwan.errors import MemoryLimitError
 from swiftwan.memory import SLACK, WillNotFitError, refuse_what_cannot_fit, what_would_fit
+from swiftwan.models.text import TextEncoder
 from swiftwan.pipelines.generate import OnStep, generate
 from swiftwan.pipelines.request import Request
 from swiftwan.pipelines.result import Out, Result
@@ -73,6 +74,12 @@ class Engine:
             torch.cuda.set_device(where.torch_device)  # Triton launches on the current device
             if chosen.settings.transformers_on_host:
                 _grow_by_pages()
+
+        def first(text: TextEncoder) -> None:
+            text.cache = _prompt_cache(chosen.settings.prompt_cache)
+            if request is not None:
+                text.expect(words(complete(request, chosen.adapt(facts))))
+
         try:
             parts = build(
                 locate(model),
@@ -83,10 +90,8 @@ class Engine:
                 resident_blocks=chosen.settings.resident_blocks,
                 text_home=chosen.settings.text_home,
                 as_loaded=chosen.settings.as_loaded,
+                first=first,
             )
-            parts.text.cache = _prompt_cache(chosen.settings.prompt_cache)
-            if request is not None:
-                parts.text.expect(words(complete(request, chosen.adapt(facts))))
             for technique in chosen.techniques:
                 technique.install(parts)
         except torch.OutOfMemoryError:
@@ -209,7 +214,8 @@ class Engine:
 
     def _memory_advice(self, request: Request) -> str:
         explanation = self._explain(request)
-        budget = pick_device(self.device.torch_device).free_bytes
+        # What has just failed may have been told too low, so what would fit takes a tenth less than that, too.
+        budget = min(pick_device(self.device.torch_device).free_bytes, explanation.load.activation_bytes)
         fits = what_would_fit(
             explanation, lambda smaller: SLACK * explanation.load_of(smaller).activation_bytes < budget
         )

@@ -19,7 +19,7 @@ from swiftwan.composition import Plan
 from swiftwan.facts import Facts
 from swiftwan.guidance import Mode
 from swiftwan.models.config import ClipConfig, VAEConfig
-from swiftwan.models.vae_fast import latent_frames_at_once
+from swiftwan.models.vae_fast import PEAKS, goes_by_pairs, latent_frames_at_once
 from swiftwan.models.vae_tiles import Tiling
 from swiftwan.pipelines.request import Request
 from swiftwan.sampling import warped
@@ -36,6 +36,8 @@ PLAIN_PASSES, FUSED_PASSES = 197, 20
 """How often a block's norms, gates, RoPE and GELU read or write a tensor of all tokens."""
 TINY_SHARE = 0.03
 """Of the decoder's operations, those of ``vae:tiny``: by its convolutions of 64 channels; not timed."""
+FLOAT32_SHARE = 0.53
+"""Of the rate of float32 products, what a decoder reaches in it: 10.0 s of 832x480x81 on an H200."""
 EXPANSION = 40
 """Bytes read and written to expand one weight of 4 or 8 bits."""
 
@@ -120,6 +122,8 @@ def estimate(
     costs = plain_costs(request, facts, plan.settings.dtype)
     for technique in plan.techniques:
         costs = technique.cost(costs)
+    if plan.settings.one_memory:
+        costs = costs.in_one_memory()
     if not new_prompt:
         costs = replace(costs, text_bytes=0)
     steps = guided_steps(request, facts, plan)
@@ -253,8 +257,10 @@ def _decode_seconds(request: Request, facts: Facts, plan: Plan, costs: Costs, ce
     rate = rates[costs.decoder == "fast"]
     if costs.decoder == "tiny":
         flop *= TINY_SHARE
-    if vae_dtype(plan) is torch.float32:
-        rate *= ceilings.products["fp32"] / ceilings.products["16"]
+    if vae_dtype(plan) is torch.float32 and costs.product == "tf32":
+        rate *= ceilings.products["tf32"] / ceilings.products["16"]
+    elif vae_dtype(plan) is torch.float32:
+        rate = FLOAT32_SHARE * ceilings.products["fp32"]
     return flop / rate / 1e12
 
 
@@ -362,22 +368,30 @@ def vae_dtype(plan: Plan) -> torch.dtype:
 def _decoding(request: Request, facts: Facts, plan: Plan, costs: Costs, total_bytes: int) -> float:
     """A chunk at its last level, and what later chunks need of it."""
     vae, size = facts.known.vae, vae_dtype(plan).itemsize
-    _, rows, columns = latent_grid(request, facts)
+    frames, rows, columns = latent_grid(request, facts)
     width = _last_width(vae)
     patch = vae.patch_size or 1
     pixels: int = rows * columns * (vae.scale_factor_spatial // patch) ** 2
     if costs.decoder == "tiny":
         return 64 * 4 * 4 * pixels * size + WORKSPACE  # four frames of 64 channels, a few times
-    if costs.decoder == "fast":
-        chunk = latent_frames_at_once(width, rows, columns, size, total_bytes)
-        chunk = min(chunk, latent_grid(request, facts)[0])
-        return (12.2 * chunk + 7.7) * 4 * pixels * width * size + WORKSPACE
     tile: int = pixels
     covered: int = pixels
     if plan.tiling is not None:
         tiling = plan.tiling.over(patch)
         tile = min(pixels, tiling.sample**2)
         covered = math.prod(_covered(side // patch, tiling) for side in (request.width or 0, request.height or 0))
+    if costs.decoder == "fast":
+        peak, four_frames = PEAKS[vae.is_residual], 4 * width * size
+        chunk = min(frames, latent_frames_at_once(width, rows, columns, size, total_bytes))
+        if plan.tiling is not None:
+            copies = peak.each * chunk * tile + (peak.held - 0.7) * covered
+        elif frames == 1:
+            copies = peak.picture * pixels
+        elif goes_by_pairs(peak, four_frames * pixels, total_bytes):
+            copies = peak.by_pairs * pixels
+        else:
+            copies = peak.copies(chunk) * pixels
+        return copies * four_frames + WORKSPACE
     in_float32, past = (16, 28) if vae.is_residual else (8, 25)
     # Four frames while a layer computes, and what each convolution keeps of the frames before, of all tiles.
     return width * (tile * 4 * (in_float32 + 4 * size) + covered * past * size) + WORKSPACE

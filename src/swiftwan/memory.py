@@ -53,9 +53,9 @@ def what_would_fit(explanation: Explanation, fits: Callable[[Request], bool]) ->
     """
     if frames := _most_frames(explanation, fits):
         return f"{frames} frames should fit, or a smaller size, or a plan that takes less."
-    if size := _largest_picture(explanation, fits):
-        one = "" if explanation.request.num_frames == 1 else " and one frame"
-        return f"{size[0]}x{size[1]}{one} should fit, or a plan that takes less."
+    if smaller := _largest_size(explanation, fits):
+        one = "" if smaller.num_frames == explanation.request.num_frames else " and one frame"
+        return f"{smaller.width}x{smaller.height}{one} should fit, or a plan that takes less."
     return "free memory on the device, or take a smaller model or a plan that takes less."
 
 
@@ -72,13 +72,15 @@ def _most_frames(explanation: Explanation, fits: Callable[[Request], bool]) -> i
     return low * step + 1 if low >= 0 else None
 
 
-def _largest_picture(explanation: Explanation, fits: Callable[[Request], bool]) -> tuple[int, int] | None:
-    """Width and height of one frame that fits: the sides halved until it does."""
+def _largest_size(explanation: Explanation, fits: Callable[[Request], bool]) -> Request | None:
+    """The sides halved until it fits, with all frames, or else with one."""
     grid, request = explanation.facts.grid.spatial, explanation.request
     assert request.width is not None
     assert request.height is not None
     for halvings in range(1, 1 + math.ceil(math.log2(max(request.width, request.height)))):
         width, height = (max(grid, (side >> halvings) // grid * grid) for side in (request.width, request.height))
-        if fits(replace(request, width=width, height=height, num_frames=1)):
-            return width, height
+        for num_frames in (request.num_frames, 1):
+            smaller = replace(request, width=width, height=height, num_frames=num_frames)
+            if fits(smaller):
+                return smaller
     return None

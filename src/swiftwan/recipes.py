@@ -180,6 +180,8 @@ def _candidates(quality: Quality, fast: list[str], device: Device) -> Iterator[l
 def _with_budget(specs: list[str], load: Load, room: float) -> list[str]:
     """Streamed blocks with as many resident as the room holds."""
     budget = int((load.transformer_bytes + room) / 1e8) / 10
+    if budget * 1e9 < load.transformer_bytes:  # no room for another tenth of a GB
+        return specs
     return [f"offload:auto:budget={budget:g}" if spec == "offload:blocks" else spec for spec in specs]
 
 

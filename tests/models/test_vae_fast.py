@@ -133,6 +133,21 @@ def test_long_chunks_are_cut(kind, monkeypatch):
     assert lengths == [1, 2, 2, 1]
 
 
+def test_the_last_level_goes_by_pairs_where_memory_is_short(kind, device, monkeypatch):
+    config, rows, columns = kind
+    vae = random_vae(config, device)
+    latents = torch.randn(1, config.z_dim, 4, rows, columns, device=device)
+    expected = vae.decode(latents)
+    vae.run_fast()
+    counts, up = [], FastDecoder._up
+    monkeypatch.setattr(FastDecoder, "_up", lambda self, b, x, s: (counts.append(x.shape[0]), up(self, b, x, s))[1])
+    for total, each in ((10**12, [1, 2, 4, 4]), (10**3, [1, 2, 4, 2, 2])):
+        counts.clear()
+        monkeypatch.setattr(vae_fast, "memory_of", lambda device, total=total: total)
+        assert relative_error(vae.decode(latents, 1), expected) < 1e-4
+        assert counts == [1, 1, 1, 1] + 3 * each
+
+
 def test_memory_of_a_stream_does_not_grow_with_the_clip(kind):
     config, rows, columns = kind
     vae = random_vae(config)

@@ -1,9 +1,10 @@
+import gc
 import math
 
 import pytest
 import torch
 
-from swiftwan.ops.attention import KERNELS, _opaque, kernel, norm_attend, sdpa
+from swiftwan.ops.attention import KERNELS, _uncollected, kernel, norm_attend, opaque, sdpa
 
 
 def by_definition(q, k, v, bias=0.0):
@@ -27,7 +28,7 @@ def test_a_key_kept_once_with_the_log_of_its_count_is_that_many_keys():
 
 
 def test_an_outside_kernel_is_one_operator_to_the_compiler():
-    attend = _opaque("test_kernel", lambda q, k, v: (sdpa(q, k, v).contiguous(), "log-sum-exp"))
+    attend = opaque("test_kernel", lambda q, k, v: (sdpa(q, k, v).contiguous(), "log-sum-exp"))
     q, k, v = (torch.randn(1, 6, 2, 8) for _ in range(3))
     compiled = torch.compile(lambda q, k, v: attend(q, k, v) + 1, backend="eager", fullgraph=True)
     assert torch.allclose(compiled(q, k, v), sdpa(q, k, v) + 1)
@@ -48,3 +49,12 @@ def test_text_attention_norms_the_whole_width_and_repeats_a_video_for_each_promp
     expected = torch.einsum("bhls,bshe->blhe", scores.softmax(-1), value).flatten(2)
     assert got.shape == (2, 6, 24)
     assert torch.allclose(got, expected, atol=1e-5)
+
+
+def test_an_import_leaves_the_collector_as_it_was():
+    with _uncollected():
+        assert not gc.isenabled()
+    assert gc.isenabled()
+    with pytest.raises(ImportError), _uncollected():
+        raise ImportError
+    assert gc.isenabled()

@@ -44,8 +44,9 @@ def test_what_is_rounded_comes_back_near(dtype):
     values_again = values[..., :70] * rounded.v_scale[..., None] + rounded.v_mean[..., None]
     assert error(values_again, v.permute(0, 2, 3, 1)) < 0.03
     assert not values[..., 70:].any()
-    assert (rounded.bound >= v.float().abs().amax((1, 2, 3))).all()
-    assert (rounded.bound < 3 * v.float().abs().amax((1, 2, 3))).all()
+    largest = v.float().abs().amax((1, 2, 3))
+    assert (rounded.bound > 0.9999 * largest).all()  # a float's rounding below
+    assert (rounded.bound < 3 * largest).all()
 
 
 def test_an_exponential_by_lines_is_two_percent_above_to_four_below():

@@ -1,5 +1,6 @@
 """Kernels with a backward pass, against plain float32."""
 
+import math
 import sys
 from types import SimpleNamespace
 
@@ -10,8 +11,9 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from swiftwan.models.config import POCKET
 from swiftwan.models.dit import WanTransformer
-from swiftwan.ops import flash4_training
+from swiftwan.ops import flash4_training, rope
 from swiftwan.ops.attention import kernel, sdpa
+from swiftwan.ops.attention_fp8 import plain_fp8, round_attention
 from swiftwan.ops.few_keys_training import FEW, few_keys, to_prompt
 from swiftwan.ops.fp8 import quantize_rows
 from swiftwan.ops.fp8_training import Fp8FrozenLinear
@@ -89,6 +91,35 @@ def test_flash4_s_shapes_are_known_without_a_gpu():
         assert [grad.shape for grad in flash4_backward(q, q, q, q, out, lse, False)] == [q.shape] * 3
 
 
+@gpu
+@needs_cuda
+@pytest.mark.filterwarnings("default")  # importing FlashAttention-4 warns of what its own packages deprecate
+@pytest.mark.parametrize("compiled", [False, True])
+@pytest.mark.parametrize("length", [512, 1000])
+def test_attention_in_8_bits_has_nearly_the_gradients_of_the_reference(length, compiled):
+    for name in ("flash4", "fp8"):
+        if missing := kernel(name).missing_on(torch.cuda.get_device_capability()):
+            pytest.skip(missing)
+    from swiftwan.ops.attention_fp8_training import attention_fp8, attention_fp8_forward, centred
+
+    attend = torch.compile(attention_fp8) if compiled else attention_fp8
+    q, k, v, grad = torch.randn(4, 2, length, 3, 128, device="cuda", dtype=torch.bfloat16)
+    k += 2 * torch.randn(128, device="cuda", dtype=torch.bfloat16)  # a mean, which the forward pass takes off
+    inputs = [x.requires_grad_() for x in (q, k, v)]
+    wide = [x.detach().float().requires_grad_() for x in inputs]
+    lse = attention_fp8_forward(q, centred(k), v)[1]
+    scores = torch.einsum("blhe,bshe->bhls", wide[0], centred(wide[1])) / 128**0.5
+    assert (lse - scores.logsumexp(-1)).abs().max() < 0.02
+    out, expected = attend(*inputs), sdpa(*wide)
+    pairs = zip(
+        (out, *torch.autograd.grad(out, inputs, grad)),
+        (expected, *torch.autograd.grad(expected, wide, grad.float())),
+        strict=True,
+    )
+    for (got, wanted), limit in zip(pairs, (0.06, 0.015, 0.015, 0.015), strict=True):
+        assert relative(got, wanted) < limit
+
+
 @pytest.fixture
 def pretended_flash4(monkeypatch):
     """FlashAttention-4's two functions in plain torch, under its module's name."""
@@ -125,6 +156,43 @@ def test_the_operators_are_wired_as_the_reference_is():
     grad = torch.randn_like(out)
     for got, wanted in zip(*(torch.autograd.grad(y, inputs, grad) for y in (out, expected)), strict=True):
         torch.testing.assert_close(got, wanted, rtol=1e-4, atol=1e-5)
+
+
+@pytest.fixture
+def pretended_attention_fp8(pretended_flash4, monkeypatch):
+    """Its kernels in plain torch, under their modules' names."""
+
+    def attend_rounded(rounded, dtype, lse):
+        q, k, v = rounded.inputs
+        scores = torch.einsum("blhe,bshe->bhls", rounded.plain.q.float(), rounded.plain.k.float())
+        lse.copy_((scores * rounded.factor[..., None] * math.log(2)).logsumexp(-1))
+        return plain_fp8(q, k, v).to(dtype)
+
+    def rounding(*inputs):
+        plain = round_attention(*inputs)
+        return SimpleNamespace(inputs=inputs, plain=plain, factor=plain.factor)
+
+    modules = {
+        "attention_fp8_gluon": {"attend_rounded": attend_rounded},
+        "round_attention": {"round_attention": rounding},
+    }
+    for name, functions in modules.items():
+        monkeypatch.setitem(sys.modules, f"swiftwan.ops.{name}", SimpleNamespace(**functions))
+
+
+@pytest.mark.usefixtures("pretended_attention_fp8")
+def test_8_bit_attention_s_gradients_do_not_see_the_keys_mean():
+    from swiftwan.ops.attention_fp8_training import attention_fp8, attention_fp8_forward, centred
+
+    torch.manual_seed(0)
+    q, k, v = torch.randn(3, 1, 400, 2, 32).unbind()
+    inputs = [x.requires_grad_() for x in (q, k + 2 * torch.randn(32), v)]
+    out, expected = attention_fp8(*inputs), sdpa(*inputs)
+    assert relative(out, expected) < 0.06
+    assert torch.equal(out, attention_fp8_forward(q, centred(inputs[1]), v)[0])
+    grad = torch.randn_like(out)
+    for got, wanted in zip(*(torch.autograd.grad(y, inputs, grad) for y in (out, expected)), strict=True):
+        assert relative(got, wanted) < 0.01
 
 
 @pytest.mark.usefixtures("pretended_flash4")
@@ -189,3 +257,47 @@ def test_many_keys_go_to_the_reference():
     short, long = (cross_inputs(torch.float32, keys=keys) for keys in (FEW, FEW + 1))
     assert torch.equal(to_prompt(*short), few_keys(*short))
     assert torch.equal(to_prompt(*long), sdpa(*long))
+
+
+@gpu
+@needs_cuda
+@pytest.mark.filterwarnings("default")  # torch.compile advises TF32
+@pytest.mark.parametrize("compiled", [False, True])
+@pytest.mark.parametrize(("heads", "width"), [(12, 128), (5, 48)])
+def test_norm_and_rope_have_the_gradients_of_the_reference(heads, width, compiled):
+    from swiftwan.ops.norm_rope_training import norm_rope
+
+    turned = torch.compile(norm_rope, dynamic=False) if compiled else norm_rope
+    tables = rope.rope_tables(width, 5, 6, 10, device=torch.device("cuda"))
+    weights = torch.rand(2, heads * width, device="cuda") + 0.5
+    q, k = (torch.randn(2, 300, heads * width, device="cuda", dtype=torch.bfloat16, requires_grad=True) for _ in "qk")
+    wide = [x.detach().float().requires_grad_() for x in (q, k)]
+    got, expected = turned(q, k, *weights, tables, heads, 1e-6), rope.norm_rope(*wide, *weights, tables, heads, 1e-6)
+    grads = torch.randn(2, *got[0].shape, device="cuda", dtype=torch.bfloat16)
+    got += torch.autograd.grad(got, (q, k), tuple(grads))
+    expected += torch.autograd.grad(expected, wide, tuple(grads.float()))
+    for mine, theirs in zip(got, expected, strict=True):
+        assert relative(mine, theirs) < 0.004
+
+
+@gpu
+@needs_cuda
+@pytest.mark.filterwarnings("default")
+@pytest.mark.parametrize("compiled", [False, True])
+@pytest.mark.parametrize(("tokens", "width", "rank"), [(300, 8960, 32), (130, 72, 4), (64, 128, 20), (200, 768, 128)])
+def test_gelu_of_a_layer_and_its_adapter_has_the_gradients_of_the_reference(tokens, width, rank, compiled):
+    from swiftwan.ops.lora_gelu_training import lora_gelu, reference
+
+    made = torch.compile(lora_gelu, dynamic=False) if compiled else lora_gelu
+    shapes = (2, tokens, width), (2, tokens, rank), (width, rank)
+    inputs = [torch.randn(shape, device="cuda", dtype=torch.bfloat16, requires_grad=True) for shape in shapes]
+    wide = [x.detach().float().requires_grad_() for x in inputs]
+    got, expected = made(*inputs), reference(*wide)
+    grad = torch.randn_like(got)
+    pairs = zip(
+        (got, *torch.autograd.grad(got, inputs, grad)),
+        (expected, *torch.autograd.grad(expected, wide, grad.float())),
+        strict=True,
+    )
+    for mine, theirs in pairs:
+        assert relative(mine, theirs) < 0.006

@@ -7,6 +7,7 @@ from swiftwan.errors import PlanError
 from swiftwan.ops import attention as kernels
 from swiftwan.ops.sparse import sparse_reference, tile_order
 from swiftwan.plan import describe, make_plan
+from swiftwan.techniques import sparse
 from swiftwan.techniques.sparse import best_kernel
 
 REQUEST = sw.TextToVideo("a red circle moves left over a blue background", seed=1, num_inference_steps=3, num_frames=17)
@@ -81,6 +82,24 @@ def test_eight_bits_take_one_head_width(gpu, monkeypatch):
         make_plan(["sparse-attention:bits=8"], gpu((9, 0)), facts=describe("pocket"))
     plan = make_plan(["sparse-attention:bits=8"], gpu((9, 0)), facts=describe("random:wan2.1-t2v-1.3b"))
     assert plan.specs == ("sparse-attention:bits=8",)
+
+
+def test_the_choice_and_the_kernel_are_one_operator_to_the_compiler():
+    q, k, v = (torch.randn(1, 70, 2, 8) for _ in range(3))
+    operator = sparse._operator()
+    compiled = torch.compile(lambda q, k, v: operator(q, k, v, 0.5, 16) + 1, backend="eager", fullgraph=True)
+    assert torch.equal(compiled(q, k, v), sparse.attend_to_best(q, k, v, 0.5, 16) + 1)
+    assert not torch.equal(operator(q, k, v, 0.5, 16), operator(q, k, v, 1.0, 16))
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+def test_sparse_attention_compiles_on_a_gpu():
+    dense, compiled = (
+        sw.Engine.load("pocket", plan=plan, device="cuda").run(REQUEST).latents
+        for plan in ([], ["sparse-attention:keep=1", "compile"])
+    )
+    assert distance(compiled, dense) < 0.1  # all blocks are kept, so it is bf16's rounding: 0.03 in 4 steps
 
 
 @pytest.mark.parametrize("device", ["cpu", "cuda"])

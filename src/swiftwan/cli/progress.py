@@ -34,6 +34,7 @@ class Display:
         self.step = 0
         self.steps = 0
         self.interrupted = False
+        self._first = 0
         self._began = self._first_step = time.perf_counter()
 
     @property
@@ -44,7 +45,7 @@ class Display:
         """End the phase under way, if any, and begin another."""
         if self.phase:
             self.show_end(self._seconds())
-        self.phase, self.step, self.steps = phase, 0, 0
+        self.phase, self.step, self.steps, self._first = phase, 0, 0, 0
         self._began = time.perf_counter()
         self.show_begin()
 
@@ -55,8 +56,8 @@ class Display:
         if event.phase != self.phase:
             self.begin(event.phase)
         self.step, self.steps = event.step, event.steps
-        if self.step == 1:
-            self._first_step = time.perf_counter()
+        if self.step and not self._first:  # not always the first of all: a run that was stopped goes on
+            self._first, self._first_step = self.step, time.perf_counter()
         self.show_step()
         if self.step == self.steps and self.phase in _AFTER:
             self.begin(_AFTER[self.phase])
@@ -69,9 +70,9 @@ class Display:
         """Mean time of a step so far, without the first, which compiles and warms up."""
         if self.step < 1 or self.steps < 2:
             return None
-        if self.step == 1:
+        if self.step == self._first:
             return self._first_step - self._began
-        return (time.perf_counter() - self._first_step) / (self.step - 1)
+        return (time.perf_counter() - self._first_step) / (self.step - self._first)
 
     def told(self) -> str:
         """Steps, time a step and time left, as far as known."""

@@ -109,7 +109,10 @@ def lora(
         ),
     ] = "auto",
     base: Annotated[
-        str, typer.Option(help="Products with frozen weights: bf16 (as loaded) or fp8.", rich_help_panel=_MACHINE)
+        str,
+        typer.Option(
+            help="Frozen layers: bf16 (as loaded), fp8, or fp8-attention (forward) too.", rich_help_panel=_MACHINE
+        ),
     ] = "bf16",
     weights: Annotated[
         str, typer.Option(help="Frozen ones: whole, sharded (over GPUs) or offloaded.", rich_help_panel=_MACHINE)
@@ -124,8 +127,6 @@ def lora(
     given = dict(locals())
     from swiftwan.cli.progress import cancellable, shown
     from swiftwan.pipelines.result import StepEvent
-    from swiftwan.train.lora import check as check_data
-    from swiftwan.train.lora import open_engine, trackers, train
     from swiftwan.train.settings import Settings
 
     names = Settings.__dataclass_fields__.keys() - {"prompts", "targets"}
@@ -138,6 +139,10 @@ def lora(
             display.on_step(StepEvent(phase, done, of, time.perf_counter() - began))  # type: ignore[arg-type]
 
         display.begin("load")
+        # peft brings transformers with it: seconds, in which something shall be seen.
+        from swiftwan.train.lora import check as check_data
+        from swiftwan.train.lora import open_engine, trackers, train
+
         engine = open_engine(model, device=device, dtype=dtype, weights=settings.weights, deterministic=deterministic)
         try:
             if check:

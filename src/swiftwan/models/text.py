@@ -28,7 +28,7 @@ class TextEncoder:
     """A tokenizer and a UMT5 encoder, which is loaded when a prompt is not in the cache.
 
     Args:
-        tokenizer: of transformers.
+        load_tokenizer: makes a ``tokenizers.Tokenizer``; the encoder loads meanwhile.
         load: makes a :class:`swiftwan.models.umt5.UMT5Encoder`, on its device and in its dtype.
         identity: names weights and tokenizer by content, for the cache.
         device, dtype: where the embeddings go, and their format.
@@ -42,14 +42,13 @@ class TextEncoder:
 
     def __init__(
         self,
-        tokenizer: Any,
+        load_tokenizer: Callable[[], Any],
         load: Callable[[torch.device], nn.Module],
         *,
         identity: str,
         device: torch.device,
         dtype: torch.dtype,
     ) -> None:
-        self.tokenizer = tokenizer
         self.identity = identity
         self.device = device
         self.dtype = dtype
@@ -59,6 +58,7 @@ class TextEncoder:
         self.rests_on = device
         self.stays_loaded = True
         self._load = load
+        self._load_tokenizer = load_tokenizer
         self._loading: Future[nn.Module] | None = None
 
     def expect(self, prompts: Iterable[str]) -> None:
@@ -69,6 +69,10 @@ class TextEncoder:
         thread = ThreadPoolExecutor(1)
         self._loading = thread.submit(self._load, self.rests_on)
         thread.shutdown(wait=False)
+
+    @cached_property
+    def tokenizer(self) -> Any:
+        return self._load_tokenizer()
 
     @cached_property
     def encoder(self) -> nn.Module:
@@ -84,7 +88,7 @@ class TextEncoder:
 
     def check(self, prompt: str) -> None:
         """Raise RequestError, saying what would be cut, if the prompt has more tokens than Wan attends to."""
-        tokens = self.tokenizer(clean_prompt(prompt)).input_ids
+        tokens = self.tokenizer.encode(clean_prompt(prompt)).ids
         if len(tokens) > TEXT_LENGTH:
             lost = self.tokenizer.decode(tokens[TEXT_LENGTH - 1 :], skip_special_tokens=True)
             raise RequestError(
@@ -120,8 +124,8 @@ class TextEncoder:
 
     @torch.no_grad()
     def _encode(self, text: str) -> Tensor:
-        batch = self.tokenizer([text], return_tensors="pt")
-        hidden: Tensor = self.encoder(batch.input_ids.to(self.runs_on), batch.attention_mask.to(self.runs_on))
+        ids = torch.tensor([self.tokenizer.encode(text).ids], device=self.runs_on)
+        hidden: Tensor = self.encoder(ids, torch.ones_like(ids))
         return hidden.to(self.device)
 
     def _key(self, text: str) -> str:

@@ -29,7 +29,7 @@ from swiftwan.models.vae_blocks import (
     conv_stacked,
     conv_volume,
 )
-from swiftwan.models.vae_fast import FastDecoder, FastEncoder, latent_frames_at_once
+from swiftwan.models.vae_fast import FastDecoder, FastEncoder, latent_frames_at_once, memory_of
 from swiftwan.models.vae_tiles import Tiles, Tiling
 from swiftwan.models.vae_tiny import TinyDecoder
 
@@ -150,10 +150,8 @@ class WanVAE(nn.Module):
             return TINY_FRAMES if weight.is_cuda else 1
         if self.make_decoder is not FastDecoder or not weight.is_cuda:
             return 1
-        share = torch.cuda.get_per_process_memory_fraction(weight.device)
-        total = int(share * torch.cuda.get_device_properties(weight.device).total_memory)
         height, width = latents.shape[3:]
-        return latent_frames_at_once(weight.shape[1], height, width, weight.element_size(), total)
+        return latent_frames_at_once(weight.shape[1], height, width, weight.element_size(), memory_of(weight.device))
 
     def prepare(self, device: torch.device | str) -> Self:
         """Move to ``device``, and choose how convolutions run there. Call once, when the weights are loaded.

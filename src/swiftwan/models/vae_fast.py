@@ -14,8 +14,9 @@ It takes no weights of its own and keeps no state: weights are laid out anew for
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable, Iterator
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -85,6 +86,42 @@ def latent_frames_at_once(in_dim: int, height: int, width: int, element_size: in
     """
     each = FRAMES * POSITIONS * height * width * in_dim
     return max(1, min(MOST_ELEMENTS // each, total_bytes // (4 * PEAK * element_size * each)))
+
+
+@dataclass(frozen=True)
+class Peak:
+    """What a decoder holds where it is fullest, in its last level, in copies of four frames of that.
+
+    ``each`` latent frame of a chunk, ``held`` beside them, and all of it where the last level goes ``by_pairs``, and of
+    a ``picture``, a single frame. Counted from the tensors that live together (tests/test_estimate.py); those of Wan2.1
+    are measured too.
+    """
+
+    each: float
+    held: float
+    by_pairs: float
+    picture: float
+
+    def copies(self, latent_frames: int) -> float:
+        return self.each * latent_frames + self.held
+
+
+PEAKS = {False: Peak(12.2, 7.7, 13.9, 8.7), True: Peak(15.8, 10.6, 20.5, 12.2)}
+"""By ``is_residual``: Wan2.2's last level begins with twice its channels."""
+
+
+def goes_by_pairs(peak: Peak, copy_bytes: float, total_bytes: int) -> bool:
+    """Whether the last level runs two frames at a time: where a latent frame's four, 12 GB of TI2V-5B at 1280 x 704,
+    would leave too little of a device's memory. Only there, since other calls round otherwise."""
+    return peak.copies(1) * copy_bytes > 0.8 * total_bytes
+
+
+def memory_of(device: torch.device) -> int:
+    """Bytes of a GPU's memory that this process may take; no limit elsewhere."""
+    if device.type != "cuda":
+        return sys.maxsize
+    share = torch.cuda.get_per_process_memory_fraction(device)
+    return int(share * torch.cuda.get_device_properties(device).total_memory)
 
 
 class FastLayers:
@@ -177,11 +214,21 @@ class FastDecoder(FastLayers):
         x = Sum(z.permute(1, 2, 3, 0).contiguous())
         x, _ = self._causal(decoder.conv_in, x, stream)
         x = self._mid(decoder.mid_block, x, stream)
-        for block in decoder.up_blocks:
+        *blocks, last = decoder.up_blocks
+        for block in blocks:
             x = self._up(block, x, stream)
-        video = self._to_pixels(decoder.conv_out, decoder.norm_out, x, stream)
+        video = [
+            self._to_pixels(decoder.conv_out, decoder.norm_out, self._up(last, part, stream), stream)
+            for part in (x.split(2) if self._goes_by_pairs(z) else [x])
+        ]
         stream.at_start = False
-        return video.unsqueeze(0)
+        return (video[0] if len(video) == 1 else torch.cat(video, dim=1)).unsqueeze(0)
+
+    def _goes_by_pairs(self, z: Tensor) -> bool:
+        """:func:`goes_by_pairs`, of a chunk (C, T, h, w)."""
+        copy_bytes = FRAMES * POSITIONS * z[0, 0].numel() * self.decoder.conv_out.in_channels * z.element_size()
+        peak = PEAKS[isinstance(self.decoder.up_blocks[-1], ResidualUpBlock)]
+        return goes_by_pairs(peak, copy_bytes, memory_of(z.device))
 
     def _up(self, block: UpBlock | ResidualUpBlock, x: Sum, stream: Stream) -> Sum:
         block_input: Tensor | None = None

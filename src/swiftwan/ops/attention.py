@@ -6,10 +6,12 @@ FlashAttention-4 708 (DESIGN.md). ``fp8`` is ours (:mod:`swiftwan.ops.attention_
 
 from __future__ import annotations
 
+import gc
 import importlib
 import os
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cache
 from importlib.metadata import PackageNotFoundError, version
@@ -138,6 +140,21 @@ def _cudnn(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         return sdpa(q, k, v)
 
 
+@contextmanager
+def _uncollected() -> Iterator[None]:
+    """No garbage collections: an import makes many objects and no garbage, and each pass looks through all that live.
+
+    They are half of what importing torch's compiler takes, 1.2 s of CPU and 0.6 without.
+    """
+    collects = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if collects:
+            gc.enable()
+
+
 @cache
 def _load_flash4() -> Attend:
     # It compiles a kernel in some seconds; kept on disk, a second process need not.
@@ -146,37 +163,38 @@ def _load_flash4() -> Attend:
     os.environ.setdefault("FLASH_ATTENTION_CUTE_DSL_CACHE_DIR", str(cache_home / "swiftwan" / "flash4"))
     # Said once a compilation, about an argument that we do not pass (flash-attn-4 4.0.0b36, cutlass-dsl 4.8.1).
     warnings.filterwarnings("ignore", message="Argument aux_data .* cannot be converted", category=UserWarning)
-    interface = importlib.import_module("flash_attn.cute.interface")
+    with _uncollected():
+        interface = importlib.import_module("flash_attn.cute.interface")
     if torch.cuda.get_device_capability()[0] != 9:
-        return _opaque("flash4", interface.flash_attn_func)
+        return opaque("flash4", interface.flash_attn_func)
     attend, forward = interface.flash_attn_func, interface._flash_attn_fwd
 
     def hopper(q: Tensor, k: Tensor, v: Tensor) -> Any:
-        # The package would take 128 x 128, and a forward longer: TI2V-5B at 1280x704x121 796 instead of 784 ms, 1.3B at
-        # 832x480x81 441 instead of 438 (H200, at its limit of 700 W).
-        return forward(q, k, v, tile_mn=(192, 128), mma_pv_is_rs=False) if q.shape[-1] == 128 else attend(q, k, v)
+        return forward(q, k, v, **flash4_tiles(q)) if q.shape[-1] == 128 else attend(q, k, v)
 
-    return _opaque("flash4", hopper)
+    return opaque("flash4", hopper)
+
+
+def flash4_tiles(q: Tensor) -> dict[str, Any]:
+    """Options of FlashAttention-4's forward pass for heads of 128 on Hopper.
+
+    The package would take 128 x 128, and a forward longer: TI2V-5B at 1280x704x121 796 instead of 784 ms, 1.3B at
+    832x480x81 441 instead of 438 (H200, at its limit of 700 W).
+    """
+    if q.shape[-1] != 128 or torch.cuda.get_device_capability(q.device)[0] != 9:
+        return {}
+    return {"tile_mn": (192, 128), "mma_pv_is_rs": False}
 
 
 @cache
 def _load_fp8() -> Attend:
-    return _opaque("fp8", importlib.import_module("swiftwan.ops.attention_fp8_gluon").attend)
+    return opaque("fp8", importlib.import_module("swiftwan.ops.attention_fp8_gluon").attend)
 
 
 @cache
 def _load_fp8_for_bytes() -> AttendForLinear:
     function = importlib.import_module("swiftwan.ops.attention_fp8_gluon").attend_for_bytes
-    torch.library.define("swiftwan::fp8_for_bytes", "(Tensor q, Tensor k, Tensor v) -> (Tensor, Tensor)")
-    torch.library.impl("swiftwan::fp8_for_bytes", "CompositeExplicitAutograd", lambda q, k, v: tuple(function(q, k, v)))
-    torch.library.register_fake(
-        "swiftwan::fp8_for_bytes",
-        lambda q, k, v: (
-            torch.empty(q.shape, dtype=torch.float8_e4m3fn, device=q.device),
-            torch.empty(*q.shape[:2], 1, 1, dtype=torch.float32, device=q.device),
-        ),
-    )
-    return lambda q, k, v: Rounded(*torch.ops.swiftwan.fp8_for_bytes.default(q, k, v))
+    return opaque_for_bytes("fp8_for_bytes", function)
 
 
 def _load_fp8_plain() -> Attend:
@@ -187,34 +205,56 @@ def _load_fp8_plain() -> Attend:
 
 @cache
 def _load_flash3() -> Attend:
-    return _opaque("flash3", importlib.import_module("flash_attn_interface").flash_attn_func)
+    return opaque("flash3", importlib.import_module("flash_attn_interface").flash_attn_func)
 
 
 @cache
 def _load_flash2() -> Attend:
-    return _opaque("flash2", importlib.import_module("flash_attn").flash_attn_func)
+    return opaque("flash2", importlib.import_module("flash_attn").flash_attn_func)
 
 
 @cache
 def _load_sage() -> Attend:
     sageattn = importlib.import_module("sageattention").sageattn
-    return _opaque("sage", lambda q, k, v: sageattn(q, k, v, tensor_layout="NHD"))
+    return opaque("sage", lambda q, k, v: sageattn(q, k, v, tensor_layout="NHD"))
 
 
-def _opaque(name: str, function: Callable[..., Any]) -> Attend:
-    """An operator that ``torch.compile`` calls without looking inside; some kernels also return a log-sum-exp."""
+def opaque(name: str, function: Callable[..., Any], options: str = "") -> Callable[..., Tensor]:
+    """An operator that ``torch.compile`` calls without looking inside; some kernels also return a log-sum-exp.
 
-    def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        out = function(q, k, v)
+    Args:
+        function: of q, k, v, and what ``options`` declares, such as ``, float keep``.
+    """
+
+    def attend(*given: Any) -> Tensor:
+        out = function(*given)
         return out[0] if isinstance(out, tuple) else out
 
     # Not ``custom_op``: its first call imports torch's compiler, a second of every cold start.
     qualname = f"swiftwan::{name}"
-    torch.library.define(qualname, "(Tensor q, Tensor k, Tensor v) -> Tensor")
+    torch.library.define(qualname, f"(Tensor q, Tensor k, Tensor v{options}) -> Tensor")
     torch.library.impl(qualname, "CompositeExplicitAutograd", attend)
-    torch.library.register_fake(qualname, lambda q, k, v: torch.empty_like(q, memory_format=torch.contiguous_format))
-    op: Attend = getattr(torch.ops.swiftwan, name).default
+    torch.library.register_fake(
+        qualname, lambda q, k, v, *rest: torch.empty_like(q, memory_format=torch.contiguous_format)
+    )
+    op: Callable[..., Tensor] = getattr(torch.ops.swiftwan, name).default
     return op
+
+
+def opaque_for_bytes(name: str, function: Callable[..., Rounded], options: str = "") -> Callable[..., Rounded]:
+    """:func:`opaque` for a function whose result an 8-bit layer reads."""
+    qualname = f"swiftwan::{name}"
+    torch.library.define(qualname, f"(Tensor q, Tensor k, Tensor v{options}) -> (Tensor, Tensor)")
+    torch.library.impl(qualname, "CompositeExplicitAutograd", lambda *given: tuple(function(*given)))
+    torch.library.register_fake(
+        qualname,
+        lambda q, *rest: (
+            torch.empty(q.shape, dtype=torch.float8_e4m3fn, device=q.device),
+            torch.empty(*q.shape[:2], 1, 1, dtype=torch.float32, device=q.device),
+        ),
+    )
+    op = getattr(torch.ops.swiftwan, name).default
+    return lambda *given: Rounded(*op(*given))
 
 
 KERNELS = (

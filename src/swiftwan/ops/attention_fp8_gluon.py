@@ -146,14 +146,17 @@ def _write(result, v_scale, v_mean, written, first_row, out_row, length):
 
 
 @gluon.jit
-def _multiply(PART: gl.constexpr, memory, ready, free, tensors, sizes, STAGES: gl.constexpr, TURN: gl.constexpr):
+def _multiply(
+    PART: gl.constexpr, memory, ready, free, tensors, sizes,
+    STAGES: gl.constexpr, TURN: gl.constexpr, LSE: gl.constexpr,
+):  # fmt: skip
     """64 queries over all blocks: the scores' product, softmax, the values' product.
 
     While it takes the softmax of one block, the tensor cores have the scores of the next to compute and, within a
     turn, the values of the one before. Nothing may be on its way over a loop's edge: ptxas would wait for each product.
     """
     q, k_ring, v_ring = memory
-    factor, v_scale, v_mean, written = tensors
+    factor, v_scale, v_mean, written, lse = tensors
     last, first_row, out_row, length, count = sizes
     q_ready, k_ready, v_ready = ready
     k_free, v_free = free
@@ -205,6 +208,8 @@ def _multiply(PART: gl.constexpr, memory, ready, free, tensors, sizes, STAGES: g
     result = warpgroup_mma_wait(0, deps=(behind,))
     result = result * (1.0 / total)[:, None]
     _write(result, v_scale, v_mean, written, first_row + PART * HALF, out_row, length)
+    if LSE:
+        gl.store(lse + row, 0.6931471805599453 * (largest + gl.log2(total) - 8.0), row < length)
 
 
 @gluon.jit
@@ -238,8 +243,8 @@ def _fetch(maps, memory, ready, free, blocks, sizes, STAGES: gl.constexpr, SPARS
 
 @gluon.jit
 def _attend_kernel(
-    q_map, k_map, v_map, out, out_scale, bound, factor, v_scale, v_mean, blocks, length, count, heads,
-    STAGES: gl.constexpr, TURN: gl.constexpr, SPARSE: gl.constexpr,
+    q_map, k_map, v_map, out, out_scale, bound, lse, factor, v_scale, v_mean, blocks, length, count, heads,
+    STAGES: gl.constexpr, TURN: gl.constexpr, SPARSE: gl.constexpr, LSE: gl.constexpr,
 ):  # fmt: skip
     HALF: gl.constexpr = q_map.block_shape[0]
     BLOCK: gl.constexpr = k_map.block_shape[0]
@@ -251,6 +256,8 @@ def _attend_kernel(
     out += batch.to(gl.int64) * length * (heads * WIDTH) + head * WIDTH
     out_scale += batch * length
     factor += line.to(gl.int64) * length
+    if LSE:
+        lse += line.to(gl.int64) * length
     v_scale += line * WIDTH
     v_mean += line * WIDTH
     last = count - 1
@@ -276,15 +283,15 @@ def _attend_kernel(
     ready = (q_ready, k_ready, v_ready)
     free = (k_free, v_free)
     memory = (q, k_ring, v_ring)
-    tensors = (factor, v_scale, v_mean, (out, out_scale, bound + batch, head == 0))
+    tensors = (factor, v_scale, v_mean, (out, out_scale, bound + batch, head == 0), lse)
     sizes = (last, row, heads * WIDTH, length, count)
     maps = (q_map, k_map, v_map)
     places = (row, head * WIDTH, batch * length, line * WIDTH, count)
     # 240 registers a thread for those that multiply, 24 for the one that fetches: 65,536 in all.
     gl.warp_specialize(
         [
-            (_multiply, (gl.constexpr(0), memory, ready, free, tensors, sizes, STAGES, TURN)),
-            (_multiply, (gl.constexpr(1), memory, ready, free, tensors, sizes, STAGES, TURN)),
+            (_multiply, (gl.constexpr(0), memory, ready, free, tensors, sizes, STAGES, TURN, LSE)),
+            (_multiply, (gl.constexpr(1), memory, ready, free, tensors, sizes, STAGES, TURN, LSE)),
             (_fetch, (maps, memory, ready, free, blocks, places, STAGES, SPARSE)),
         ],
         [4, 1],
@@ -292,14 +299,17 @@ def _attend_kernel(
     )
 
 
-def attend_rounded(x: RoundedAttention, dtype: torch.dtype, blocks: Tensor | None = None) -> Tensor:
+def attend_rounded(
+    x: RoundedAttention, dtype: torch.dtype, blocks: Tensor | None = None, lse: Tensor | None = None
+) -> Tensor:
     """Attention of what is rounded, (B, L, H, E).
 
     Args:
         blocks: the blocks of keys that each block of queries sees, int32 (B, H, N, M), ascending; None for all.
+        lse: float32 (B, H, L), to be filled with the log-sum-exp of scores with the keys less their mean.
     """
     out = torch.empty(x.q.shape, dtype=dtype, device=x.q.device)
-    _attend_into(out, x.factor, x, blocks)
+    _attend_into(out, x.factor, x, blocks, lse)
     return out
 
 
@@ -308,11 +318,13 @@ def attend_to_bytes(x: RoundedAttention, blocks: Tensor | None = None) -> Rounde
     batch, length, _, _ = x.q.shape
     values = torch.empty(x.q.shape, dtype=torch.float8_e4m3fn, device=x.q.device)
     scale = torch.empty(batch, length, 1, 1, dtype=torch.float32, device=x.q.device)
-    _attend_into(values, scale, x, blocks)
+    _attend_into(values, scale, x, blocks, None)
     return Rounded(values, scale)
 
 
-def _attend_into(out: Tensor, out_scale: Tensor, x: RoundedAttention, blocks: Tensor | None) -> None:
+def _attend_into(
+    out: Tensor, out_scale: Tensor, x: RoundedAttention, blocks: Tensor | None, lse: Tensor | None
+) -> None:
     """``out_scale`` is written where ``out`` is of 8 bits."""
     batch, length, heads, width = x.q.shape
     q = _tiles(x.q.view(batch * length, heads * width), HALF)
@@ -322,8 +334,9 @@ def _attend_into(out: Tensor, out_scale: Tensor, x: RoundedAttention, blocks: Te
     read = count if blocks is None else blocks.shape[-1]
     with torch.cuda.device_of(out):
         _attend_kernel[(count, heads, batch)](
-            q, k, v, out, out_scale, x.bound, x.factor, x.v_scale, x.v_mean, x.factor if blocks is None else blocks,
-            length, read, heads, STAGES=STAGES, TURN=TURN, SPARSE=blocks is not None, num_warps=4,
+            q, k, v, out, out_scale, x.bound, x.factor if lse is None else lse, x.factor, x.v_scale, x.v_mean,
+            x.factor if blocks is None else blocks, length, read, heads,
+            STAGES=STAGES, TURN=TURN, SPARSE=blocks is not None, LSE=lse is not None, num_warps=4,
         )  # fmt: skip
 
 

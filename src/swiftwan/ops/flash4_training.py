@@ -11,12 +11,15 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from swiftwan.ops.attention import flash4_tiles
+
 
 @torch.library.custom_op("swiftwan::flash4_forward", mutates_args=())
 def flash4_forward(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
     from flash_attn.cute.interface import _flash_attn_fwd
 
-    out, lse = _flash_attn_fwd(q.contiguous(), k.contiguous(), v.contiguous(), return_lse=True)[:2]
+    inputs = (x.contiguous() for x in (q, k, v))
+    out, lse = _flash_attn_fwd(*inputs, return_lse=True, **flash4_tiles(q))[:2]
     return out, lse
 
 

@@ -9,7 +9,8 @@ Shapes: T frames, H x W positions, C channels, channels last.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, replace
 from itertools import product
 from typing import Literal, NamedTuple
 
@@ -104,6 +105,19 @@ class Sum:
             return frames, 2 * (rows - 1), 2 * (columns - 1), channels
         frames, height, width, channels = self.y.shape
         return frames, height, width, channels
+
+    def split(self, frames: int) -> Iterator[Sum]:
+        """The same sum, so many frames at a time; of a y in order or folded, and a residual that is none or repeated
+        in space alone: what an upsampling leaves."""
+        assert isinstance(self.y, Tensor)
+        assert isinstance(self.residual, Repeated | None)
+        count = -(-self.shape[0] // frames)
+        residuals: Iterable[Repeated | None] = [None] * count
+        if self.residual is not None:
+            assert self.residual.factor_t == 1
+            residuals = (replace(self.residual, x=part) for part in self.residual.x.split(frames))
+        for y, residual in zip(self.y.split(frames), residuals, strict=True):
+            yield replace(self, y=y, residual=residual)
 
 
 @dataclass(frozen=True)

@@ -53,7 +53,8 @@ class Settings:
     ``as_loaded`` changes layers as they get their weights; ``merges`` says that something is to be added to the
     weights first, so that they must stay as they are until then; ``resident_blocks`` says which blocks of transformers
     that load on the host go straight to the device; ``few_step`` is how a distilled model is sampled;
-    ``vae_dtype`` is the VAE's own format; ``progressive`` makes the first steps smaller.
+    ``vae_dtype`` is the VAE's own format; ``progressive`` makes the first steps smaller. ``one_memory`` no technique
+    decides: whether the device computes in host memory, as a CPU does.
     """
 
     dtype: torch.dtype
@@ -69,6 +70,7 @@ class Settings:
     vae_dtype: torch.dtype | None = None
     progressive: Progressive | None = None
     few_step: FewStep | None = None
+    one_memory: bool = False
 
 
 @dataclass(frozen=True)

@@ -91,3 +91,8 @@ class Costs:
         """The text encoder's linear layers in another format."""
         saved = self.text_linear_parameters * (self.dtype.itemsize - bytes_each)
         return replace(self, text_bytes=self.text_bytes - saved)
+
+    def in_one_memory(self) -> Costs:
+        """Where the device computes in host memory: what waits there takes its room all the same."""
+        home: Home = "gpu" if self.text_home in ("cpu", "blocks") else self.text_home
+        return replace(self, residency="resident", text_home=home)

@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, replace
-from functools import partial
+from functools import cache, partial
 from typing import TYPE_CHECKING
 
 import torch
+from torch import Tensor
 
 from swiftwan.errors import PlanError
 from swiftwan.models.dit import each_block
-from swiftwan.ops.attention import Attend, AttendForLinear, kernel
+from swiftwan.ops.attention import Attend, AttendForLinear, kernel, opaque, opaque_for_bytes
+from swiftwan.ops.fp8 import Rounded
 from swiftwan.ops.sparse import (
     BLOCK,
     SparseKernel,
@@ -105,23 +108,49 @@ class SparseAttention(Technique):
                 block.attn1.attend = OtherAtEnds(sparse, block.attn1.attend, ends)
 
     def attend(self, device: torch.device) -> Attend:
-        """Choose blocks, and attend to them."""
+        """Choose blocks, and attend to them: on a GPU as one operator, since the compiler cannot look inside."""
+        if device.type != "cuda":
+            return partial(attend_to_best, keep=self.keep, block=self.block)
         if self.bits == 8:
-            from swiftwan.ops.attention_fp8_gluon import attend_sparse
-
-            return partial(attend_sparse, keep=self.keep)
-        compute = best_kernel(device, self.block)
-        return lambda q, k, v: compute(q, k, v, select_blocks(q, k, self.keep, self.block), self.block)
+            rounded = _rounded_operator()
+            return lambda q, k, v: rounded(q, k, v, self.keep)
+        operator = _operator()
+        return lambda q, k, v: operator(q, k, v, self.keep, self.block)
 
     def attend_for_bytes(self, device: torch.device) -> AttendForLinear:
         """The same for an 8-bit layer behind it."""
         if self.bits == 8:
-            from swiftwan.ops.attention_fp8_gluon import attend_sparse_for_bytes
-
-            return partial(attend_sparse_for_bytes, keep=self.keep)
+            for_bytes = _operator_for_bytes()
+            return lambda q, k, v: for_bytes(q, k, v, self.keep)
         return self.attend(device)
 
 
+def attend_to_best(q: Tensor, k: Tensor, v: Tensor, keep: float, block: int) -> Tensor:
+    """Attention over the blocks that :func:`select_blocks` finds, by the fastest kernel."""
+    out = best_kernel(q.device, block)(q, k, v, select_blocks(q, k, keep, block), block)
+    return out.contiguous()  # as the operator promises the compiler
+
+
+@cache
+def _operator() -> Callable[..., Tensor]:
+    return opaque("sparse_attention", attend_to_best, ", float keep, int block")
+
+
+@cache
+def _rounded_operator() -> Callable[..., Tensor]:
+    from swiftwan.ops.attention_fp8_gluon import attend_sparse
+
+    return opaque("sparse_attention_fp8", attend_sparse, ", float keep")
+
+
+@cache
+def _operator_for_bytes() -> Callable[..., Rounded]:
+    from swiftwan.ops.attention_fp8_gluon import attend_sparse_for_bytes
+
+    return opaque_for_bytes("sparse_attention_for_bytes", attend_sparse_for_bytes, ", float keep")
+
+
+@cache
 def best_kernel(device: torch.device, block: int) -> SparseKernel:
     """FlashAttention-4 where it runs, FlexAttention on other GPUs, the reference (which saves nothing) elsewhere, and
     for blocks of another size."""

@@ -15,7 +15,9 @@ from torch import Tensor, nn
 
 from swiftwan.device import Device
 from swiftwan.errors import RequestError, UnavailableError, did_you_mean
-from swiftwan.models.dit import WanTransformer
+from swiftwan.models.dit import Block, WanTransformer
+from swiftwan.models.dit_layers import GELU
+from swiftwan.ops.attention import kernel
 from swiftwan.ops.fp8_training import Fp8FrozenLinear
 from swiftwan.quiet import silence
 
@@ -91,6 +93,21 @@ class LoraLinear(Linear):
         return y
 
 
+def fuse_gelu(block: Block) -> None:
+    """Let one kernel add an adapter's part to a feed-forward's first layer and take GELU; on a GPU."""
+    gelu = cast(GELU, block.ffn.net[0])
+    if isinstance(gelu.proj, LoraLinear) and gelu.proj.r[NAME] <= 128:  # of which the kernel holds a tile whole
+        gelu.linear_gelu = _lora_gelu
+
+
+def _lora_gelu(layer: LoraLinear, x: Tensor) -> Tensor:
+    from swiftwan.ops.lora_gelu_training import lora_gelu as in_one_pass
+
+    down, up = cast(nn.Linear, layer.lora_A[NAME]).weight, cast(nn.Linear, layer.lora_B[NAME]).weight
+    low = F.linear(x, down.to(x.dtype))
+    return in_one_pass(layer.base_layer(x), low, (up * layer.scaling[NAME]).to(x.dtype))
+
+
 def inject(
     transformer: WanTransformer, rank: int, alpha: float, targets: Sequence[str], *, seed: int
 ) -> dict[str, nn.Parameter]:
@@ -138,15 +155,31 @@ def factors(transformer: WanTransformer) -> dict[str, nn.Parameter]:
     return found
 
 
-def check_fp8(device: Device) -> None:
-    """Raise UnavailableError where the device has no 8-bit float products."""
+def check_fp8(transformer: WanTransformer, device: Device) -> None:
+    """Raise UnavailableError where the device has no 8-bit float products, RequestError beside a dtype but bf16."""
     if (device.capability or (0, 0)) < (8, 9):
         raise UnavailableError("--base fp8 needs an NVIDIA GPU of compute capability 8.9 or more; leave it out.")
+    if transformer.dtype is not torch.bfloat16:
+        dtype = str(transformer.dtype).removeprefix("torch.")
+        raise RequestError(f"--base fp8 goes with --dtype bf16, and this is {dtype}; leave one of them out.")
+
+
+def check_fp8_attention(transformer: WanTransformer, device: Device) -> None:
+    """Raise UnavailableError where self-attention cannot compute forward in 8 bits."""
+    for name in ("fp8", "flash4"):  # forward, and backward
+        if missing := kernel(name).missing_on(device.capability):
+            raise UnavailableError(
+                f"--base fp8-attention cannot run here: {missing}. Take --base fp8, or leave it out."
+            )
+    if (width := transformer.config.attention_head_dim) not in (widths := kernel("fp8").widths):
+        raise UnavailableError(
+            f"--base fp8-attention needs heads of {widths[0]}, and here they are {width}; leave it out."
+        )
 
 
 def freeze_in_fp8(transformer: WanTransformer, device: Device) -> None:
     """Run the products with the frozen weights below the adapters in 8 bits. Raises as :func:`check_fp8`."""
-    check_fp8(device)
+    check_fp8(transformer, device)
     for module in transformer.modules():
         if isinstance(module, LoraLinear) and _by_16(module.base_layer):
             module.base_layer = Fp8FrozenLinear(module.base_layer)

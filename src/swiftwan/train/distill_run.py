@@ -157,8 +157,10 @@ def embedded(text: TextEncoder, prompts: Sequence[str], batch: int = 256) -> Ten
     encoded = []
     for start in range(0, len(prompts), batch):
         words = [clean_prompt(prompt) for prompt in prompts[start : start + batch]]
-        tokens = text.tokenizer(words, padding=True, return_tensors="pt")
-        ids, mask = tokens.input_ids.to(text.runs_on), tokens.attention_mask.to(text.runs_on)
+        tokens = [torch.tensor(text.tokenizer.encode(line).ids) for line in words]
+        ids = nn.utils.rnn.pad_sequence(tokens, batch_first=True).to(text.runs_on)
+        lengths = torch.tensor([len(line) for line in tokens])
+        mask = (torch.arange(ids.shape[1]) < lengths[:, None]).long().to(text.runs_on)
         encoded.append((text.encoder(ids, mask) * mask[..., None]).to(text.device))
     text.stays_loaded = False
     text.release()

@@ -37,7 +37,7 @@ class Settings:
         batch: clips of a step.
         walks: so many prompts the teacher walks for, the last ones; 0 is all.
         regression, consistency, matching: updates of each stage.
-        learning_rate: of the first two stages; ``matching`` takes a tenth.
+        learning_rate: of the first two stages; ``matching`` takes a third.
         expert: which transformer of a two-expert model learns; it owns the phases that begin at its levels.
         boundary: the lowest level of the high-noise expert.
         guidance_scale_2: of the low-noise expert.

@@ -91,7 +91,7 @@ class Trainer:
         """A short end by distribution matching: five updates of the critic, then one of the student."""
         if not updates:
             return
-        run = self._student("matching", updates, self.settings.learning_rate / 10)
+        run = self._student("matching", updates, self.settings.learning_rate / 3)
         self.roles.play("critic")
         critic = Run(
             self.folder / "critic",
@@ -195,7 +195,8 @@ class Trainer:
     def _student(self, stage: str, updates: int, learning_rate: float) -> Run:
         """The student's run, its average shared with the transformer's adapter of that name."""
         self.roles.play("student")
-        schedule = Schedule(updates, learning_rate, warmup=min(100, updates), hold_until=0.4)
+        # A short stage must be warm long before it ends: 60 updates that warmed up for 60 changed next to nothing.
+        schedule = Schedule(updates, learning_rate, warmup=min(100, 1 + updates // 5), hold_until=0.4)
         run = Run(self.folder / stage, self.roles.transformer, schedule, ema_decay=0.95)
         for name, parameter in self.roles.parameters("average").items():
             parameter.data = run.average[name.replace(".average.", ".student.")]

@@ -101,9 +101,11 @@ def check(engine: Engine, source: str, settings: Settings, out: Path) -> Checked
     if known.image_end == "always":
         raise RequestError(f"'{known.name}' goes from a first frame to a last one, which training does not know yet.")
     # Now, and not when hours of encoding are over.
-    if settings.base == "fp8":
-        adapter.check_fp8(engine.device)
     for trainee in trainees(engine, settings):
+        if settings.base != "bf16":
+            adapter.check_fp8(trainee.transformer, engine.device)
+        if settings.base == "fp8-attention":
+            adapter.check_fp8_attention(trainee.transformer, engine.device)
         adapter.check_rank(trainee.transformer, settings.rank, adapter.chosen_targets(settings.targets))
     shapes = buckets.Shapes.of(
         known,
@@ -203,6 +205,7 @@ def train(
         identity |= settings.identity()
         _same_run(out, identity)
         data = prepare(engine, checked, settings, cache or out / "cache", on_step)
+    on_step("train", 0, settings.steps)  # adapters, compilation and the first held-out loss are part of it
     run = Run(engine, settings, data, out, processes)
     resumed = run.resume()
     if processes.is_first:

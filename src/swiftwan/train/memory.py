@@ -20,6 +20,7 @@ from torch.utils.checkpoint import CheckpointPolicy, create_selective_checkpoint
 
 from swiftwan.models.config import TransformerConfig
 from swiftwan.models.dit import Block, WanTransformer
+from swiftwan.ops.attention_fp8_training import attention_fp8_forward
 from swiftwan.ops.flash4_training import flash4_forward
 
 Keep = Literal["all", "products", "attention", "nothing"]
@@ -36,6 +37,7 @@ ATTENTION_OPS = (
     _aten._scaled_dot_product_efficient_attention.default,
     _aten._scaled_dot_product_cudnn_attention.default,
     flash4_forward._opoverload,
+    attention_fp8_forward._opoverload,
 )
 """Attention as the checkpointing sees it: each returns the output and the log-sum-exp."""
 PRODUCTS = (_aten.addmm.default, _aten._scaled_mm.default)

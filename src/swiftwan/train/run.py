@@ -27,7 +27,7 @@ from swiftwan.train.checkpoint import Checkpoints, optimizer_tensors, restore_op
 from swiftwan.train.loop import Schedule
 from swiftwan.train.processes import Processes, shard
 from swiftwan.train.settings import Settings
-from swiftwan.train.trainee import Trainee, compile_blocks, equip, make_optimizer, trainees
+from swiftwan.train.trainee import Trainee, attention, compile_blocks, equip, make_optimizer, trainees
 from swiftwan.weights.lora import Expert
 from swiftwan.weights.lora_write import write_lora
 
@@ -89,7 +89,7 @@ class Run:
 
     def _adapted(self) -> dict[str, nn.Parameter]:
         """Adapters in place, blocks wrapped and compiled; the parameters to train."""
-        settings = self.settings
+        settings, device = self.settings, self.engine.device
         parameters: dict[str, nn.Parameter] = {}
         targets = adapter.chosen_targets(settings.targets)
         for number, trainee in enumerate(self.trainees):
@@ -99,9 +99,9 @@ class Run:
                 adapter.tie(transformer, self.trainees[0].transformer)
             else:
                 parameters |= {f"{trainee.expert or 'model'}.{name}": parameter for name, parameter in found.items()}
-            equip(transformer, self.engine.device)
-            if settings.base == "fp8":
-                adapter.freeze_in_fp8(transformer, self.engine.device)
+            equip(transformer, device, attention(device, transformer.dtype, settings.base))
+            if settings.base != "bf16":
+                adapter.freeze_in_fp8(transformer, device)
             memory.keep_in_blocks(transformer, self._keeps(transformer))
             if self.device.type == "cuda":
                 # A compilation a bucket's shape, and one more without gradients: past torch's limit of eight.

@@ -14,7 +14,7 @@ _CHOICES = {
     "timesteps": ("logit-normal", "uniform"),
     "weighting": ("none", "bell"),
     "experts": ("high", "low", "both", "shared"),
-    "base": ("bf16", "fp8"),
+    "base": ("bf16", "fp8", "fp8-attention"),
     "weights": ("whole", "sharded", "offloaded"),
     "keep": ("auto", "all", "products", "attention", "nothing"),
     "format": FORMATS,
@@ -42,7 +42,8 @@ class Settings:
         first_frame: share of clips that begin with a given frame, for models that take it as such (TI2V-5B).
         drop_caption: share of clips trained without their caption, so that guidance keeps working.
         ema: decay of the averaged adapter, which is what is then delivered; 0 keeps none.
-        base: bf16 (as loaded), or fp8 for the products with the frozen weights.
+        base: bf16 (as loaded), fp8 for the products with the frozen weights, or fp8-attention for the forward pass of
+            self-attention too.
         weights: frozen ones, ``whole`` on each device, ``sharded`` over all, or ``offloaded`` to host memory.
         keep: what blocks keep for the backward pass; auto is the most that fits.
     """
@@ -70,7 +71,7 @@ class Settings:
     ema: float = 0.0
     held_out: float = 0.1
     seed: int = 0
-    base: Literal["bf16", "fp8"] = "bf16"
+    base: Literal["bf16", "fp8", "fp8-attention"] = "bf16"
     weights: Literal["whole", "sharded", "offloaded"] = "whole"
     validate_every: int = 100
     sample_every: int = 0

@@ -13,9 +13,10 @@ from swiftwan.engine import Engine
 from swiftwan.errors import RequestError, UnavailableError
 from swiftwan.models.dit import Block, WanTransformer, each_block
 from swiftwan.ops.attention import Attend, kernel, sdpa
+from swiftwan.ops.attention_fp8_training import attention_fp8
 from swiftwan.ops.few_keys_training import to_prompt
 from swiftwan.ops.flash4_training import flash4
-from swiftwan.train import flow
+from swiftwan.train import adapter, flow
 from swiftwan.train.settings import Settings
 from swiftwan.weights.lora import Expert
 
@@ -59,18 +60,30 @@ def trainees(engine: Engine, settings: Settings) -> list[Trainee]:
     return [Trainee("low", parts.transformer_2, low, below), Trainee("high", parts.transformer, high, 1 - below)]
 
 
-def equip(transformer: WanTransformer, device: Device) -> None:
-    """Give its blocks the fastest kernels here that have a backward pass."""
-    attend = attention(device, transformer.dtype)
-    to_words = to_prompt if device.capability and transformer.dtype.itemsize == 2 else sdpa
+def equip(transformer: WanTransformer, device: Device, attend: Attend) -> None:
+    """Give its blocks, with their adapters, the fastest kernels here that have a backward pass.
+
+    Args:
+        attend: of self-attention, as :func:`attention` chooses it.
+    """
+    in_triton = device.capability is not None and transformer.dtype.itemsize == 2
     for block in each_block(transformer):
-        block.attn1.attend, block.attn2.attend = attend, to_words
+        block.attn1.attend = attend
+        block.attn2.attend = to_prompt if in_triton else sdpa
+        if in_triton:
+            from swiftwan.ops.norm_rope_training import TRAINING
+
+            block.ops = TRAINING
+            adapter.fuse_gelu(block)
 
 
-def attention(device: Device, dtype: torch.dtype) -> Attend:
+def attention(device: Device, dtype: torch.dtype, base: str = "bf16") -> Attend:
     """Of a video to itself. 12 x 32,760 x 128 in bf16 on an H200, forward and backward: FlashAttention-4 34 ms,
     cuDNN 41, torch's own choice 71 (benchmarks/h200_train_attention.jsonl)."""
     capability = device.capability
+    if base == "fp8-attention":
+        kernel("flash4").load()
+        return attention_fp8
     if dtype.itemsize > 2:
         return sdpa
     if not kernel("flash4").missing_on(capability):

@@ -5,13 +5,14 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
-from functools import cache
+from functools import cache, partial
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import nn
 
+from swiftwan.errors import WeightsError
 from swiftwan.models.clip import ImageEncoder
 from swiftwan.models.config import POCKET, ClipConfig, KnownModel, TransformerConfig, VAEConfig
 from swiftwan.models.dit import KEEP_FP32, WanTransformer
@@ -78,6 +79,7 @@ def build(
     resident_blocks: ResidentBlocks | None = None,
     text_home: str = "gpu",
     as_loaded: AsLoaded | None = None,
+    first: Callable[[TextEncoder], None] = lambda text: None,
 ) -> Parts:
     """Load, or for ``random:`` models make, every part; weights go shard by shard straight to the device.
 
@@ -87,6 +89,7 @@ def build(
         resident_blocks: how many blocks of each transformer it leaves on the device; these load straight there.
         text_home: ``cpu`` if the text encoder works in host memory, ``blocks`` if it only waits there.
         as_loaded: changes the transformers' layers one by one, as soon as each has its weights.
+        first: told of the text encoder, whose weights may begin to load then, before all else loads.
 
     Raises:
         WeightsError: files are missing, damaged or of another model.
@@ -104,12 +107,15 @@ def build(
         return lambda path: host if _block_of(path) >= here else device
 
     if isinstance(source, RandomModel):
-        parts = _random(source.known, device, dtype, vae_dtype, rest_on, as_loaded)
+        text, others = _random_text(device, dtype), partial(_random, source.known)
     else:
-        parts = _load(read_layout(source), device, dtype, vae_dtype, rest_on, as_loaded)
-    parts.text.runs_on = host if text_home == "cpu" else device
-    parts.text.rests_on = host if text_home in ("cpu", "blocks") else device
-    return parts
+        layout = read_layout(source)
+        text, others = _text(layout, device, dtype), partial(_load, layout)
+    text.runs_on = host if text_home == "cpu" else device
+    text.rests_on = host if text_home in ("cpu", "blocks") else device
+    first(text)
+    _ = text.tokenizer  # what is wrong with it is told now
+    return others(text, device, dtype, vae_dtype, rest_on, as_loaded)
 
 
 def _block_of(path: str) -> int:
@@ -118,8 +124,19 @@ def _block_of(path: str) -> int:
     return int(others[0]) if first == "blocks" and others else -1
 
 
+def _text(layout: Layout, device: torch.device, dtype: torch.dtype) -> TextEncoder:
+    def encoder(rests_on: torch.device) -> nn.Module:
+        model: nn.Module = _on_meta(_encoder, layout.classes["text_encoder"], dict(layout.configs["text_encoder"]))
+        load_weights(model, layout.files["text_encoder"], device=rests_on, dtype=dtype, component="text_encoder")
+        return model
+
+    identity = check.fingerprint((*layout.files["text_encoder"].paths, *_files_in(layout.tokenizer)))
+    return TextEncoder(partial(_tokenizer, layout.tokenizer), encoder, identity=identity, device=device, dtype=dtype)
+
+
 def _load(
     layout: Layout,
+    text: TextEncoder,
     device: torch.device,
     dtype: torch.dtype,
     vae_dtype: torch.dtype,
@@ -146,14 +163,8 @@ def _load(
     vae = _on_meta(WanVAE, layout.vae)
     load_weights(vae, layout.files["vae"], device=device, dtype=vae_dtype, component="vae")
 
-    def encoder(device: torch.device) -> nn.Module:
-        model: nn.Module = _on_meta(_encoder, layout.classes["text_encoder"], dict(layout.configs["text_encoder"]))
-        load_weights(model, layout.files["text_encoder"], device=device, dtype=dtype, component="text_encoder")
-        return model
-
-    identity = check.fingerprint((*layout.files["text_encoder"].paths, *_files_in(layout.tokenizer)))
     return Parts(
-        text=TextEncoder(_tokenizer(layout.tokenizer), encoder, identity=identity, device=device, dtype=dtype),
+        text=text,
         transformer=transformer("transformer", layout.transformer),
         transformer_2=transformer("transformer_2", layout.transformer_2) if layout.transformer_2 else None,
         vae=vae.prepare(device),
@@ -186,8 +197,22 @@ def _image_encoder(layout: Layout, device: torch.device, dtype: torch.dtype) -> 
     return model
 
 
+def _random_text(device: torch.device, dtype: torch.dtype) -> TextEncoder:
+    def encoder(rests_on: torch.device) -> nn.Module:
+        model: nn.Module = _on_meta(_encoder, "UMT5EncoderModel", UMT5_XXL)
+        randomize(model, device=device, dtype=dtype, rest_on=lambda path: rests_on)
+        return model
+
+    pocket = locate(POCKET.name)
+    assert isinstance(pocket, Folder)
+    # Random weights know no words, so the embedded tokenizer serves: its ids are valid ones.
+    words = partial(_tokenizer, pocket.path / "tokenizer")
+    return TextEncoder(words, encoder, identity="random", device=device, dtype=dtype)
+
+
 def _random(
     known: KnownModel,
+    text: TextEncoder,
     device: torch.device,
     dtype: torch.dtype,
     vae_dtype: torch.dtype,
@@ -217,16 +242,8 @@ def _random(
     vae = _on_meta(WanVAE, known.vae)
     randomize(vae, device=device, dtype=vae_dtype)
 
-    def encoder(rests_on: torch.device) -> nn.Module:
-        model: nn.Module = _on_meta(_encoder, "UMT5EncoderModel", UMT5_XXL)
-        randomize(model, device=device, dtype=dtype, rest_on=lambda path: rests_on)
-        return model
-
-    pocket = locate(POCKET.name)
-    assert isinstance(pocket, Folder)
     return Parts(
-        # Random weights know no words, so the embedded tokenizer serves: its ids are valid ones.
-        text=TextEncoder(_tokenizer(pocket.path / "tokenizer"), encoder, identity="random", device=device, dtype=dtype),
+        text=text,
         transformer=transformer(0),
         transformer_2=transformer(1) if known.boundary_ratio else None,
         vae=vae.prepare(device),
@@ -249,10 +266,30 @@ def _encoder(name: str, sizes: Mapping[str, Any]) -> nn.Module:
 
 
 def _tokenizer(folder: Path) -> Any:
-    silence()
-    from transformers import AutoTokenizer
+    """The ``tokenizers.Tokenizer`` of a folder: its ``tokenizer.json``, as official Wan reads it.
 
-    return AutoTokenizer.from_pretrained(folder, local_files_only=True)
+    Without transformers, which would take 2 to 10 s to import, by what else is installed; it is only asked for where
+    ``spiece.model`` has to be converted.
+
+    Raises:
+        WeightsError: the file is damaged.
+    """
+    file = folder / "tokenizer.json"
+    if file.is_file():
+        from tokenizers import Tokenizer
+
+        try:
+            tokenizer = Tokenizer.from_file(str(file))
+        except Exception as error:  # the package names no other
+            raise WeightsError(f"{file} is damaged ({error}); download it again") from None
+    else:
+        silence()
+        from transformers import AutoTokenizer
+
+        tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True).backend_tokenizer
+    tokenizer.no_truncation()
+    tokenizer.no_padding()
+    return tokenizer
 
 
 _KINDS: dict[type, type[nn.Module]] = {TransformerConfig: WanTransformer, VAEConfig: WanVAE, ClipConfig: ImageEncoder}
