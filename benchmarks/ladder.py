@@ -153,16 +153,18 @@ def against_rung_aim(rung: str, aim: float, rows: Sequence[Row]) -> str:
     best = min(taken)
     if best <= aim:
         return told + f"reached, {seconds(best)}."
-    told += f"not reached, by {100 * (best / aim - 1):.0f} %."
-    bound = [row["steady"] for row in rows if row["rung"] == "bound" and row.get("variant") == rung]
-    steady = [row["steady"]["seconds"] for row in rows if row["rung"] == rung and row.get("steady")]
-    if not bound or not steady:
+    percent = 100 * (best / aim - 1)
+    told += f"not reached, by {percent:.1f} %." if percent < 1 else f"not reached, by {percent:.0f} %."
+    bounds = [row for row in rows if row["rung"] == "bound" and row.get("variant") == rung]
+    sustained = [row["steady"]["seconds"] for row in rows if row["rung"] == rung and row.get("steady")]
+    if not bounds or not sustained:
         return told
-    alone = bound[0]["seconds"]
+    steady, card = bounds[0]["steady"], f", {bounds[0]['card']}" if bounds[0].get("card") else ""
+    alone = steady["seconds"]
     return (
-        f"{told} Its matrix products and self-attention alone, with nothing between them, sustained: {seconds(alone)}, "
-        f"{joules(bound[0]['joules_a_run'])}, {bound[0]['power_mean_watts']:.0f} W. The aim leaves "
-        f"{seconds(aim - alone)} for all else, which takes {seconds(min(steady) - alone)}."
+        f"{told} Its matrix products and self-attention alone, with nothing between them, sustained{card}: "
+        f"{seconds(alone)}, {joules(steady['joules_a_run'])}, {steady['power_mean_watts']:.0f} W. The aim leaves "
+        f"{seconds(aim - alone)} for all else; the whole takes {seconds(min(sustained))}, sustained."
     )
 
 

@@ -68,6 +68,7 @@ def test_a_broken_installation_is_told(parts, monkeypatch):
 
 def test_auto_takes_the_fastest_exact_kernel_that_is_here(gpu, monkeypatch):
     monkeypatch.setattr("swiftwan.techniques.fused.find_spec", lambda name: object())
+    monkeypatch.setattr("swiftwan.techniques.vae.find_spec", lambda name: None)
     monkeypatch.setattr(kernels, "_installed", lambda package: True)
     assert make_plan("auto", gpu((9, 0))).specs == ("attention:flash4", "fused")
     assert make_plan("auto", gpu((9, 0)), "fp32").specs == ("fused",)

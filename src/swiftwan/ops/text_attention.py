@@ -76,7 +76,7 @@ def _keys(key, value, bias, start, count, row, BIASED: tl.constexpr, KEYS: tl.co
 
 
 @triton.jit
-def _attend_kernel(
+def _text_attend_kernel(
     q, inverse, weight, key, value, bias, largest, out, scale, length, count, q_rows, softmax_scale,
     HEADS: tl.constexpr, WIDTH: tl.constexpr, TOKENS: tl.constexpr, TURNS: tl.constexpr, PARTS: tl.constexpr,
     KEYS: tl.constexpr, MORE: tl.constexpr, BIASED: tl.constexpr, ROUNDED: tl.constexpr,
@@ -201,7 +201,7 @@ def _attend_into(
     )  # fmt: skip
     keys, more = _key_parts(count)
     turns = 4 if length > 8192 else 1
-    _attend_kernel[(heads, triton.cdiv(length, TOKENS * turns), batch)](
+    _text_attend_kernel[(heads, triton.cdiv(length, TOKENS * turns), batch)](
         q, inverse, weight, key, value, largest if bias is None else bias.flatten(), largest, out,
         largest if scale is None else scale, length, count, length if len(q) == batch else 0,
         width**-0.5 * math.log2(math.e),
