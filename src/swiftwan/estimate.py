@@ -38,6 +38,8 @@ TINY_SHARE = 0.03
 """Of the decoder's operations, those of ``vae:tiny``: by its convolutions of 64 channels; not timed."""
 FLOAT32_SHARE = 0.53
 """Of the rate of float32 products, what a decoder reaches in it: 10.0 s of 832x480x81 on an H200."""
+FLOAT32_FRAMES = 10
+"""What cuDNN's convolutions in float32 take beside tensors, in frames of the last level: 1.5 GB at 832x480."""
 EXPANSION = 40
 """Bytes read and written to expand one weight of 4 or 8 bits."""
 
@@ -394,7 +396,10 @@ def _decoding(request: Request, facts: Facts, plan: Plan, costs: Costs, total_by
         return copies * four_frames + WORKSPACE
     in_float32, past = (16, 28) if vae.is_residual else (8, 25)
     # Four frames while a layer computes, and what each convolution keeps of the frames before, of all tiles.
-    return width * (tile * 4 * (in_float32 + 4 * size) + covered * past * size) + WORKSPACE
+    fullest = tile * 4 * (in_float32 + 4 * size) + covered * past * size
+    if vae_dtype(plan) is torch.float32 and costs.product != "tf32" and not plan.settings.one_memory:
+        fullest += tile * FLOAT32_FRAMES * size
+    return width * fullest + WORKSPACE
 
 
 def _covered(length: int, tiling: Tiling) -> int:

@@ -43,6 +43,7 @@ def test_a_figure_is_a_file_of_its_own() -> None:
     words = [node.text for node in svg.iter("{http://www.w3.org/2000/svg}text")]
     assert {"a<b", "frames", "seconds"} <= set(words)
     assert len(list(svg.iter("{http://www.w3.org/2000/svg}circle"))) == 2
+    assert [node.tag.rpartition("}")[2] for node in svg][:2] == ["style", "rect"], "the ground hides nothing"
 
 
 def test_the_ninth_line_is_dashed_and_colours_are_the_same_everywhere() -> None:

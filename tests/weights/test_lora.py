@@ -12,7 +12,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from swiftwan.errors import WeightsError
-from swiftwan.models.adapter import merge
+from swiftwan.models.adapter import Hadamard, LowRank, merge
 from swiftwan.models.config import KNOWN_MODELS, TransformerConfig
 from swiftwan.models.dit import WanTransformer
 from swiftwan.weights.lora import LoraFile, describe
@@ -289,6 +289,18 @@ def test_what_peft_saves_loads_as_peft_merges_it(kind, tmp_path):
     theirs = wrapped.merge_and_unload().state_dict()
     for name, parameter in ours.state_dict().items():
         assert torch.allclose(parameter, theirs[name], atol=1e-5, rtol=1e-4), name
+
+
+@pytest.mark.parametrize("family", ["bare-diffusers", "lycoris-loha"])
+def test_reading_a_file_multiplies_no_factors(family, write, monkeypatch):
+    case = FAMILIES[family]()
+    made: list[bool] = []
+    for kind in (LowRank, Hadamard):
+        dense = kind.dense
+        monkeypatch.setattr(kind, "dense", lambda self, dense=dense: made.append(dense(self).is_meta) or dense(self))
+    LoraFile.open(write(case.tensors, metadata=case.metadata)).fit(CONFIG).load()
+    assert made
+    assert all(made)
 
 
 def test_lycoris_dora_by_columns(write):

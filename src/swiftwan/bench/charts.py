@@ -55,8 +55,9 @@ def figure(series: Sequence[Series], *, x: str, y: str) -> str:
     )
     ground = '<rect width="100%" height="100%" fill="#fff"/>'
     style = "<style>text{font:13px sans-serif;fill:#222}.grid{stroke:#ddd}</style>"
-    svg = frame.svg(style + ground + _polylines(frame, series) + dots + names)
-    return svg.replace("<svg ", '<svg xmlns="http://www.w3.org/2000/svg" ', 1) + "\n"
+    svg = frame.svg(_polylines(frame, series) + dots + names)
+    opening, drawn = svg.replace("<svg ", '<svg xmlns="http://www.w3.org/2000/svg" ', 1).split(">", 1)
+    return f"{opening}>{style}{ground}{drawn}\n"  # the ground below all else, the axes' grid too
 
 
 def _polylines(frame: _Frame, series: Sequence[Series]) -> str:
