@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from swiftwan.errors import WeightsError
 from swiftwan.models.config import TransformerConfig
 from swiftwan.models.dit_layers import ConditionEmbedder, FeedForward, LayerNorm32
-from swiftwan.ops.attention import Attend, sdpa
+from swiftwan.ops.attention import Attend, AttendForLinear, sdpa
 from swiftwan.ops.block import PLAIN, BlockOps
 from swiftwan.ops.rope import Rope, rope_tables
 
@@ -89,7 +89,7 @@ class Attention(nn.Module):
 class SelfAttention(Attention):
     def __init__(self, config: TransformerConfig, attend: Attend) -> None:
         super().__init__(config)
-        self.attend = attend
+        self.attend: AttendForLinear = attend
         self.project: Callable[[SelfAttention, Tensor], tuple[Tensor, Tensor, Tensor]] = project
 
     def forward(self, x: Tensor, rope: Rope, ops: BlockOps) -> Tensor:
