@@ -124,16 +124,24 @@ def add_norm_modulate(
 
 
 @triton.jit
-def _norm_turn(
-    source, weight, out, start, place, column, inside, cosine, sine, eps,
-    DIM: tl.constexpr, BLOCK_H: tl.constexpr, BLOCK_E: tl.constexpr,
-):  # fmt: skip
-    value = tl.load(source + start + column, inside, other=0.0).to(tl.float32)
+def angles(cos, sin, token, WIDTH: tl.constexpr, BLOCK_E: tl.constexpr):
+    """Cosines and sines of a token's rotation, one a pair of channels."""
+    pair = tl.arange(0, BLOCK_E // 2)[None, :]
+    place = token * (WIDTH // 2) + pair
+    return (
+        tl.load(cos + place, pair < WIDTH // 2, other=0.0),
+        tl.load(sin + place, pair < WIDTH // 2, other=0.0),
+    )
+
+
+@triton.jit
+def norm_turn(value, weight, cosine, sine, eps, DIM: tl.constexpr, BLOCK_H: tl.constexpr, BLOCK_E: tl.constexpr):
+    """RMS norm of a token, heads by channels in float32, and its rotation."""
     mean = tl.sum(tl.sum(value * value, axis=1), axis=0) / DIM
-    value *= tl.rsqrt(mean + eps) * tl.load(weight + column, inside, other=0.0).to(tl.float32)
+    value *= tl.rsqrt(mean + eps) * weight
     even, odd = tl.split(tl.reshape(value, [BLOCK_H, BLOCK_E // 2, 2]))
     turned = tl.join(even * cosine - odd * sine, even * sine + odd * cosine)
-    tl.store(out + place + column, tl.reshape(turned, [BLOCK_H, BLOCK_E]).to(out.dtype.element_ty), inside)
+    return tl.reshape(turned, [BLOCK_H, BLOCK_E])
 
 
 @triton.jit
@@ -147,13 +155,16 @@ def _norm_rope_kernel(
     channel = tl.arange(0, BLOCK_E)[None, :]
     inside = (head < HEADS) & (channel < WIDTH)
     column = head * WIDTH + channel
-    pair = tl.arange(0, BLOCK_E // 2)[None, :]
-    angle = token * (WIDTH // 2) + pair
-    cosine = tl.load(cos + angle, pair < WIDTH // 2, other=0.0)
-    sine = tl.load(sin + angle, pair < WIDTH // 2, other=0.0)
+    cosine, sine = angles(cos, sin, token, WIDTH, BLOCK_E)
     dim: tl.constexpr = HEADS * WIDTH
-    _norm_turn(q, q_weight, q_out, line * row, line * dim, column, inside, cosine, sine, eps, dim, BLOCK_H, BLOCK_E)
-    _norm_turn(k, k_weight, k_out, line * row, line * dim, column, inside, cosine, sine, eps, dim, BLOCK_H, BLOCK_E)
+    query = tl.load(q + line * row + column, inside, other=0.0).to(tl.float32)
+    weight = tl.load(q_weight + column, inside, other=0.0).to(tl.float32)
+    query = norm_turn(query, weight, cosine, sine, eps, dim, BLOCK_H, BLOCK_E)
+    tl.store(q_out + line * dim + column, query.to(q_out.dtype.element_ty), inside)
+    key = tl.load(k + line * row + column, inside, other=0.0).to(tl.float32)
+    weight = tl.load(k_weight + column, inside, other=0.0).to(tl.float32)
+    key = norm_turn(key, weight, cosine, sine, eps, dim, BLOCK_H, BLOCK_E)
+    tl.store(k_out + line * dim + column, key.to(k_out.dtype.element_ty), inside)
 
 
 def norm_rope(
