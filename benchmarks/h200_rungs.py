@@ -31,6 +31,7 @@ from torch import Tensor
 from swiftwan.device import versions
 from swiftwan.ops.attention import kernel
 from swiftwan.ops.fp8 import Fp8Linear, quantize_rows
+from swiftwan.ops.modulate import Tokens, whole
 from swiftwan.ops.sparse import choose_blocks
 from swiftwan.plan import make_plan
 
@@ -73,7 +74,8 @@ class Bench(exact.Bench):
         condition = model.condition(self.text.prompt, self.case.latent_shape)
         seen: list[Tensor] = []
 
-        def keep(block: torch.nn.Module, inputs: Any, x: Tensor) -> None:
+        def keep(block: torch.nn.Module, inputs: Any, out: Tokens) -> None:
+            x = whole(out)
             seen.append(x if condition.order is None else torch.empty_like(x).index_copy_(1, condition.order, x))
 
         for depth in DEPTHS:

@@ -17,6 +17,7 @@ import triton.language as tl
 from torch import Tensor, nn
 
 from swiftwan.ops.block import BlockOps, refuse_gradient
+from swiftwan.ops.modulate import GatedSum, Tokens
 from swiftwan.ops.rope import Rope
 from swiftwan.ops.text_attention import norm_attend
 
@@ -100,11 +101,22 @@ def add_norm(
     return summed, normed
 
 
-def norm_modulate(x: Tensor, shift: Tensor, scale: Tensor, spans: Sequence[int], eps: float) -> Tensor:
-    return add_norm(x, None, None, (scale, shift), spans, eps)[1]
+def norm_modulate(x: Tokens, shift: Tensor, scale: Tensor, spans: Sequence[int], eps: float) -> tuple[Tensor, Tensor]:
+    return add_norm(*sum_of(x), (scale, shift), spans, eps)
 
 
-def gated_add(x: Tensor, update: Tensor, gate: Tensor, spans: Sequence[int]) -> Tensor:
+def sum_of(x: Tokens) -> tuple[Tensor, Tensor | None, Tensor | None]:
+    """Tokens, what is still to be added to them, and by which gate."""
+    return (x.x, x.update, x.gate) if isinstance(x, GatedSum) else (x, None, None)
+
+
+def gated_add(x: Tensor, update: Tensor, gate: Tensor, spans: Sequence[int]) -> GatedSum:
+    """Left to the next norm: both in one pass move 7 bytes a number in 8 bits, one by one 9."""
+    refuse_gradient(x)
+    return GatedSum(x, update, gate, spans, _gated_add)
+
+
+def _gated_add(x: Tensor, update: Tensor, gate: Tensor, spans: Sequence[int]) -> Tensor:
     return add_norm(x, update, gate, None, spans, 0.0)[0]
 
 
@@ -145,6 +157,17 @@ def norm_turn(value, weight, cosine, sine, eps, DIM: tl.constexpr, BLOCK_H: tl.c
 
 
 @triton.jit
+def _norm_turn(
+    source, weight, out, start, place, column, inside, cosine, sine, eps,
+    DIM: tl.constexpr, BLOCK_H: tl.constexpr, BLOCK_E: tl.constexpr,
+):  # fmt: skip
+    value = tl.load(source + start + column, inside, other=0.0).to(tl.float32)
+    weights = tl.load(weight + column, inside, other=0.0).to(tl.float32)
+    turned = norm_turn(value, weights, cosine, sine, eps, DIM, BLOCK_H, BLOCK_E)
+    tl.store(out + place + column, turned.to(out.dtype.element_ty), inside)
+
+
+@triton.jit
 def _norm_rope_kernel(
     q, k, q_weight, k_weight, cos, sin, q_out, k_out, length, row, eps,
     HEADS: tl.constexpr, WIDTH: tl.constexpr, BLOCK_H: tl.constexpr, BLOCK_E: tl.constexpr,
@@ -157,14 +180,8 @@ def _norm_rope_kernel(
     column = head * WIDTH + channel
     cosine, sine = angles(cos, sin, token, WIDTH, BLOCK_E)
     dim: tl.constexpr = HEADS * WIDTH
-    query = tl.load(q + line * row + column, inside, other=0.0).to(tl.float32)
-    weight = tl.load(q_weight + column, inside, other=0.0).to(tl.float32)
-    query = norm_turn(query, weight, cosine, sine, eps, dim, BLOCK_H, BLOCK_E)
-    tl.store(q_out + line * dim + column, query.to(q_out.dtype.element_ty), inside)
-    key = tl.load(k + line * row + column, inside, other=0.0).to(tl.float32)
-    weight = tl.load(k_weight + column, inside, other=0.0).to(tl.float32)
-    key = norm_turn(key, weight, cosine, sine, eps, dim, BLOCK_H, BLOCK_E)
-    tl.store(k_out + line * dim + column, key.to(k_out.dtype.element_ty), inside)
+    _norm_turn(q, q_weight, q_out, line * row, line * dim, column, inside, cosine, sine, eps, dim, BLOCK_H, BLOCK_E)
+    _norm_turn(k, k_weight, k_out, line * row, line * dim, column, inside, cosine, sine, eps, dim, BLOCK_H, BLOCK_E)
 
 
 def norm_rope(

@@ -9,18 +9,41 @@ the K vectors serves, and sums to L; weight and bias (D,). All compute in float3
 may come with a batch of 1, and in :func:`add_norm_modulate` x too, for the whole batch of the update.
 """
 
-from collections.abc import Sequence
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 
-def norm_modulate(x: Tensor, shift: Tensor, scale: Tensor, spans: Sequence[int], eps: float) -> Tensor:
-    """``layer_norm(x) * (1 + scale) + shift``."""
+class GatedSum(NamedTuple):
+    """What :func:`gated_add` is to compute, before it is: the norm that reads it next adds in its own pass."""
+
+    x: Tensor
+    update: Tensor
+    gate: Tensor
+    spans: Sequence[int]
+    add: Callable[[Tensor, Tensor, Tensor, Sequence[int]], Tensor]
+
+
+Tokens = Tensor | GatedSum
+"""Between two blocks."""
+
+
+def whole(x: Tokens) -> Tensor:
+    """For whoever reads tokens and is not a norm."""
+    return x.add(x.x, x.update, x.gate, x.spans) if isinstance(x, GatedSum) else x
+
+
+def norm_modulate(x: Tokens, shift: Tensor, scale: Tensor, spans: Sequence[int], eps: float) -> tuple[Tensor, Tensor]:
+    """x, whole, and ``layer_norm(x) * (1 + scale) + shift``."""
+    x = whole(x)
     normed = F.layer_norm(x.float(), x.shape[-1:], eps=eps)
     parts = [part * (1 + scale[:, k, None]) + shift[:, k, None] for k, part in enumerate(normed.split(spans, dim=1))]
-    return _join(parts).type_as(x)
+    return x, _join(parts).type_as(x)
 
 
 def gated_add(x: Tensor, update: Tensor, gate: Tensor, spans: Sequence[int]) -> Tensor:
@@ -41,8 +64,7 @@ def add_norm_modulate(
     x: Tensor, update: Tensor, shift: Tensor, scale: Tensor, spans: Sequence[int], eps: float
 ) -> tuple[Tensor, Tensor]:
     """``x + update``, and :func:`norm_modulate` of it."""
-    x = x + update
-    return x, norm_modulate(x, shift, scale, spans, eps)
+    return norm_modulate(x + update, shift, scale, spans, eps)
 
 
 def _join(parts: list[Tensor]) -> Tensor:

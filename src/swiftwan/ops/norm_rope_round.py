@@ -1,9 +1,9 @@
 # mypy: disable-error-code="no-untyped-def"
 """Norm and RoPE of queries and keys that end in :class:`swiftwan.ops.attention_fp8.RoundedAttention`, in Triton.
 
-Keys are turned twice: once for what rounding them needs to know of all tokens, once to be rounded. That reads them again,
-and spares writing queries and keys in 16 bits and reading them twice. As in :mod:`swiftwan.ops.round_attention`, sums are
-of fixed parts in a fixed order.
+Keys are turned twice: once for what rounding needs to know of all tokens, once to be rounded. That reads them again,
+and spares writing queries and keys in 16 bits and reading them twice. Sums are of fixed parts in a fixed order, as in
+:mod:`swiftwan.ops.round_attention`.
 """
 
 from __future__ import annotations
@@ -28,14 +28,16 @@ PART = 64
 TOKENS = 32
 """Tokens that a program of the second pass rounds: a quarter of a block."""
 
+STAGES, WARPS = 3, 4
+
 
 @triton.jit
 def _statistics_kernel(
     k, v, weight, cos, sin, parts, k_scale, bound, length, k_batch, k_row, v_batch, v_row, eps,
     HEADS: tl.constexpr, BLOCK_H: tl.constexpr, WIDTH: tl.constexpr, PART: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
-    """Sum, least and largest of each channel of k, turned, or of v, over one part of the tokens. Behind the last token it
-    comes again, and adds nothing."""
+    """Sum, least and largest of each channel of k, turned, or of v, over one part of the tokens. Behind the last token
+    it comes again, and adds nothing."""
     part, batch = tl.program_id(0), tl.program_id(1) // 2
     head = tl.arange(0, BLOCK_H)[:, None]
     column = head * WIDTH + tl.arange(0, WIDTH)[None, :]
@@ -158,17 +160,32 @@ def _round_kernel(
 
 
 @triton.jit
-def _round_values_kernel(v, v_mean, v_scale, v_out, length, v_batch, v_row, out_row, BLOCK: tl.constexpr, WIDTH: tl.constexpr):
+def _round_values_kernel(
+    v, v_mean, v_scale, v_out, length, v_batch, v_row, out_row, BLOCK: tl.constexpr, WIDTH: tl.constexpr
+):
     block, head, batch = tl.program_id(0), tl.program_id(1), tl.program_id(2)
     line = batch * tl.num_programs(1) + head
-    round_values(v + batch.to(tl.int64) * v_batch, v_mean, v_scale, v_out, line, head, block, length, v_row, out_row, BLOCK, WIDTH)
+    round_values(
+        v + batch.to(tl.int64) * v_batch,
+        v_mean,
+        v_scale,
+        v_out,
+        line,
+        head,
+        block,
+        length,
+        v_row,
+        out_row,
+        BLOCK,
+        WIDTH,
+    )
 
 
 def norm_rope_round(
     q: Tensor, k: Tensor, v: Tensor, q_weight: Tensor, k_weight: Tensor, rope: Rope, eps: float
 ) -> RoundedAttention:
-    """:func:`swiftwan.ops.rope.norm_rope` and :func:`swiftwan.ops.attention_fp8.round_attention` for q and k (B, L, D) and
-    v (B, L, H, 128)."""
+    """:func:`swiftwan.ops.rope.norm_rope`, then :func:`swiftwan.ops.attention_fp8.round_attention`, of q and k
+    (B, L, D) and v (B, L, H, 128)."""
     return _norm_rope_round(q, k, v, q_weight, k_weight, rope, eps, means=False)[0]
 
 
@@ -209,16 +226,18 @@ def _norm_rope_round(
     _statistics_kernel[(parts, 2 * batch)](
         k, v, k_weight, *rope, sums, k_scale, rounded.bound, length,
         k.stride(0), k.stride(1), v.stride(0), v.stride(1), eps,
-        HEADS=heads, BLOCK_H=block_h, WIDTH=WIDTH, PART=PART, STAGES=3, num_warps=4,
+        HEADS=heads, BLOCK_H=block_h, WIDTH=WIDTH, PART=PART, STAGES=STAGES, num_warps=WARPS,
     )  # fmt: skip
     _finish_kernel[(heads * 4, 2 * batch)](
         sums, k_mean, v_mean, k_scale, v_scale, rounded.bound, parts, length,
-        HEADS=heads, WIDTH=WIDTH, CHANNELS=WIDTH // 4, TURN=32, TURNS=triton.next_power_of_2(triton.cdiv(parts, 32)), num_warps=4,
+        HEADS=heads, WIDTH=WIDTH, CHANNELS=WIDTH // 4, TURN=32, TURNS=triton.next_power_of_2(triton.cdiv(parts, 32)),
+        num_warps=4,
     )  # fmt: skip
     _round_kernel[(quarters, 2 * batch)](
         q, k, q_weight, k_weight, *rope, k_mean, k_scale, rounded.q, rounded.k, rounded.factor, pooled,
         length, q.stride(0), q.stride(1), k.stride(0), k.stride(1), WIDTH**-0.5 * math.log2(math.e), eps,
-        HEADS=heads, BLOCK_H=block_h, WIDTH=WIDTH, BLOCK=BLOCK, TOKENS=TOKENS, STAGES=3, MEANS=means, num_warps=4,
+        HEADS=heads, BLOCK_H=block_h, WIDTH=WIDTH, BLOCK=BLOCK, TOKENS=TOKENS, STAGES=STAGES, MEANS=means,
+        num_warps=WARPS,
     )  # fmt: skip
     _round_values_kernel[(blocks, heads, batch)](
         v, v_mean, v_scale, rounded.v, length, v.stride(0), v.stride(1), blocks * BLOCK,
