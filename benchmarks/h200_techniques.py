@@ -21,19 +21,23 @@ import time
 import traceback
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+import random_lora
 import torch
 from pocket_pairs import Loaded
+from safetensors.torch import load_file, save_file
 
 import swiftwan as sw
 from swiftwan.device import pick_device, versions
+from swiftwan.models.vae_tiny import TinyDecoder, TinySizes
 from swiftwan.pipelines.result import StepEvent
 from swiftwan.plan import parse
 from swiftwan.recipes import RECIPES
 from swiftwan.techniques.base import RELOAD
+from swiftwan.techniques.vae import channels_last
 from swiftwan.weights.check import cache_folder
 
 PROMPT = "A cat walks on the grass, realistic, its tail high, while the camera follows it slowly from behind"
@@ -51,7 +55,22 @@ class Case:
 
 
 SMALL, LARGE = "random:wan2.1-t2v-1.3b", "random:wan2.1-t2v-14b"
+MIDDLE, EXPERTS = "random:wan2.2-ti2v-5b", "random:wan2.2-t2v-a14b"
 EXACT = ("fused", "attention:flash4", "vae:fast")
+
+
+LORA, TINY = "random_lora.safetensors", "random_tiny.safetensors"
+"""Files of true size with random weights, made where they are missing."""
+
+
+def made(file: str) -> str:
+    """The file's name, with the file there."""
+    if not Path(file).exists():
+        if file == LORA:
+            random_lora.write(SMALL.removeprefix("random:"), file)
+        else:  # the shapes of taew2_1
+            save_file(TinyDecoder(TinySizes(16, (256, 128, 64, 64), 1)).state_dict(), file)
+    return file
 
 
 def alone(*specs: str) -> dict[str, Case]:
@@ -71,17 +90,43 @@ def group_offload(pipe: Any) -> None:
     )
 
 
+def group_offload_all(pipe: Any) -> None:
+    """Text encoder and transformers, as diffusers' page on Wan does."""
+    from diffusers.hooks import apply_group_offloading
+
+    devices = {"onload_device": torch.device("cuda"), "offload_device": torch.device("cpu")}
+    apply_group_offloading(pipe.text_encoder, **devices, offload_type="block_level", num_blocks_per_group=4)
+    group_offload(pipe)
+
+
+def float32_by_tf32(pipe: Any) -> None:
+    torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = True
+    pipe.to(torch.float32)
+
+
+def lora(pipe: Any) -> None:
+    pipe.load_lora_weights(load_file(made(LORA)))
+
+
 def first_block_cache(pipe: Any) -> None:
     from diffusers import FirstBlockCacheConfig
 
     pipe.transformer.enable_cache(FirstBlockCacheConfig(threshold=0.1))
 
 
-def int8_weights(pipe: Any) -> None:
+def by_torchao(config: str) -> Callable[[Any], None]:
     """What ``TorchAoConfig`` does to each linear layer as it loads."""
-    from torchao.quantization import Int8WeightOnlyConfig, quantize_
 
-    quantize_(pipe.transformer.blocks, Int8WeightOnlyConfig())
+    def change(pipe: Any) -> None:
+        from torchao import quantization as ao
+
+        options: dict[str, Any] = {
+            "Float8DynamicActivationFloat8Weight": {"granularity": ao.PerRow()},
+            "Int4WeightOnly": {"int4_packing_format": "tile_packed_to_4d"},  # torch's own kernel; others need packages
+        }.get(config, {})
+        ao.quantize_(pipe.transformer.blocks, getattr(ao, f"{config}Config")(**options))
+
+    return change
 
 
 def nf4_weights(pipe: Any) -> None:
@@ -108,13 +153,37 @@ PEERS: dict[str, Callable[[Any], None]] = {
     "enable_layerwise_casting float8_e4m3fn": lambda pipe: pipe.transformer.enable_layerwise_casting(
         storage_dtype=torch.float8_e4m3fn, compute_dtype=torch.bfloat16
     ),
-    "TorchAoConfig Int8WeightOnly": int8_weights,
+    **{
+        f"TorchAoConfig {config}": by_torchao(config)
+        for config in (
+            "Int4WeightOnly",
+            "Int8WeightOnly",
+            "Int8DynamicActivationInt8Weight",
+            "Float8DynamicActivationFloat8Weight",
+        )
+    },
     "BitsAndBytesConfig nf4": nf4_weights,
     "FirstBlockCache 0.1": first_block_cache,
+    "load_lora_weights": lora,
+    "vae channels_last_3d": lambda pipe: channels_last(pipe.vae),
+    "vae in float32": lambda pipe: pipe.vae.to(torch.float32),
+    "float16": lambda pipe: pipe.to(torch.float16),
+    "float32": lambda pipe: pipe.to(torch.float32),
     "compile_repeated_blocks": lambda pipe: pipe.transformer.compile_repeated_blocks(fullgraph=True),
-    # The last: diffusers keeps it for all later models of the process.
+    "float32, allow_tf32": float32_by_tf32,
+    # Each in a process of its own, as the one above: diffusers keeps it for all later models.
+    "set_attention_backend _native_flash": lambda pipe: pipe.transformer.set_attention_backend("_native_flash"),
     "set_attention_backend _native_cudnn": lambda pipe: pipe.transformer.set_attention_backend("_native_cudnn"),
 }
+
+RECIPE_PEERS: dict[str, Callable[[Any], None]] = {
+    "12gb": group_offload_all,
+    "16gb": group_offload_all,
+    "24gb": group_offload_all,
+    "48gb": PEERS["enable_model_cpu_offload"],
+    "141gb": PEERS["plain"],
+}
+"""What diffusers has of a recipe's techniques, without a cap; 8gb's are among the peers, 80gb's budget it has not."""
 
 GROUPS: dict[str, dict[str, Case]] = {
     "alone": {"plain": Case(SMALL, ()), "auto": Case(SMALL, "auto")}
@@ -133,7 +202,10 @@ GROUPS: dict[str, dict[str, Case]] = {
     | alone("sparse-attention:keep=0.25", "compile", "dtype:fp16", "attention:fp8", "progressive-resolution")
     | alone("quantize:int8", "quantize:int8:activations=dynamic", "quantize:fp8:activations=none")
     | alone("quantize:nf4:keep=1", "dtype:fp32", "vae:fp32", "channels-last", "attention-slicing")
-    | {"alone tf32": Case(SMALL, ("dtype:fp32", "tf32"))},
+    | alone("attention:flash2", "attention:sage", "prompt-cache:off", "vae:bf16")
+    | {"alone tf32": Case(SMALL, ("dtype:fp32", "tf32"))}
+    | {"alone lora": Case(SMALL, (f"lora:{LORA}",)), "alone vae:tiny": Case(SMALL, (f"vae:tiny={TINY}",))}
+    | {"alone offload:experts": Case(EXPERTS, ("offload:experts",))},
     "together": {
         "near": Case(SMALL, "auto:near"),
         "fast": Case(SMALL, "auto:fast"),
@@ -150,13 +222,17 @@ GROUPS: dict[str, dict[str, Case]] = {
         "14b 480p resident": Case(LARGE, EXACT),
         "14b 480p streamed": Case(LARGE, ("offload:blocks", *EXACT)),
         "5b in 12 GB, plain decoder": Case(
-            "random:wan2.2-ti2v-5b", ("offload:blocks", "text-encoder:blocks", *EXACT[:2]), (1280, 704, 121), cap=12
+            MIDDLE, ("offload:blocks", "text-encoder:blocks", *EXACT[:2]), (1280, 704, 121), cap=12
         ),
         "14b in 12 GB": Case(LARGE, ("offload:blocks", "text-encoder:blocks", *EXACT), cap=12),
         "14b 480p fp8": Case(LARGE, ("quantize:fp8", "text-encoder:unload", *EXACT)),
         "14b 480p int4": Case(LARGE, ("quantize:int4", "text-encoder:unload", *EXACT)),
     },
     "peers": {f"diffusers {name}": Case(SMALL, (), peer=change) for name, change in PEERS.items()},
+    "recipe peers": {
+        f"diffusers for {name}": replace(recipe(name), plan=(), cap=None, peer=change)
+        for name, change in RECIPE_PEERS.items()
+    },
     "recipes": {f"recipe {name}": recipe(name) for name in RECIPES},
 }
 CASES = {name: case for group in GROUPS.values() for name, case in group.items()}
@@ -213,6 +289,9 @@ def make(case: Case, specs: Sequence[str], loaded: Loaded) -> Any:
 
 def measure(case: Case, loaded: Loaded, watch: Watch, steps: int, once: bool, repeats: int = 1) -> dict[str, Any]:
     shutil.rmtree(cache_folder() / "prompts", ignore_errors=True)
+    for file in (LORA, TINY):
+        if any(spec.endswith(file) for spec in case.plan):
+            made(file)
     width, height, frames = case.size
     request = sw.TextToVideo(PROMPT, width=width, height=height, num_frames=frames, num_inference_steps=steps, seed=1)
     told = sw.explain(case.model, request, plan=case.plan)

@@ -26,18 +26,60 @@ MODELS = {
 }
 SAME = {
     "plain": "plain",
-    "alone offload:model": "enable_model_cpu_offload",
+    "alone attention:cudnn": "set_attention_backend _native_cudnn",
+    "alone attention:flash2": "set_attention_backend _native_flash",
+    "alone attention:flash4": "set_attention_backend flash_4_hub",
+    "alone attention:sage": "set_attention_backend sage",
+    "alone channels-last": "vae channels_last_3d",
+    "alone compile": "compile_repeated_blocks",
+    "alone dtype:fp16": "float16",
+    "alone dtype:fp32": "float32",
+    "alone lora": "load_lora_weights",
     "alone offload:blocks": "enable_group_offload, blocks, stream",
-    "alone vae:tiling": "vae.enable_tiling",
-    "alone quantize:fp8": "enable_layerwise_casting float8_e4m3fn",
+    "alone offload:model": "enable_model_cpu_offload",
+    "alone quantize:fp8": "TorchAoConfig Float8DynamicActivationFloat8Weight",
+    "alone quantize:fp8:activations=none": "enable_layerwise_casting float8_e4m3fn",
+    "alone quantize:int4": "TorchAoConfig Int4WeightOnly",
     "alone quantize:int8": "TorchAoConfig Int8WeightOnly",
+    "alone quantize:int8:activations=dynamic": "TorchAoConfig Int8DynamicActivationInt8Weight",
     "alone quantize:nf4:keep=1": "BitsAndBytesConfig nf4",
     "alone step-cache": "FirstBlockCache 0.1",
-    "alone compile": "compile_repeated_blocks",
-    "alone attention:cudnn": "set_attention_backend _native_cudnn",
-    "auto": "",
+    "alone tf32": "float32, allow_tf32",
+    "alone vae:fp32": "vae in float32",
+    "alone vae:tiling": "vae.enable_tiling",
 }
 """Our case, and what diffusers has of the same."""
+
+PLAIN = "is what `plain` does"
+NO_ROW = {
+    "attention:sdpa": PLAIN,
+    "attention:flash3": "its wheel is on PyTorch's index alone, which that machine does not reach",
+    "attention:fp8-plain": "a check of `attention:fp8`'s roundings, which forms the matrix of all tokens by all tokens",
+    "dtype:bf16": PLAIN,
+    "few-step": "a model of its own, timed in [few-step.md](few-step.md)",
+    "prompt-cache:disk": PLAIN,
+    "prompt-cache:memory": "as `prompt-cache:off` for a new prompt, as `plain` for a known one",
+    "text-encoder:cpu": "ran with `offload:model` under 8 GB, in the table above",
+    "text-encoder:gpu": PLAIN,
+    "vae:fp16": "as `vae:bf16`, the same size of number",
+    **dict.fromkeys(
+        ("attention:flash2", "attention:sage", "lora", "offload:auto", "offload:experts", "prompt-cache:off"),
+        "not run yet",
+    ),
+    **dict.fromkeys(("text-encoder:blocks", "vae:bf16", "vae:tiny"), "not run yet"),
+}
+"""What has no row of its own, and why."""
+
+
+RECIPE_PEERS = {
+    "8gb": "enable_model_cpu_offload",
+    "12gb": "group offload of text encoder and transformer",
+    "16gb": "group offload of text encoder and transformer",
+    "24gb": "group offload of text encoder and transformer",
+    "48gb": "enable_model_cpu_offload",
+    "141gb": "plain",
+}
+"""What diffusers has of each recipe's techniques."""
 
 
 def last_good(lines: Iterable[str]) -> dict[str, Row]:
@@ -106,16 +148,37 @@ def recipes(rows: dict[str, Row]) -> str:
     return "\n".join(lines)
 
 
-def peers(rows: dict[str, Row]) -> str:
-    """Ours and what diffusers has of the same, on the same weights."""
+def alone(rows: dict[str, Row]) -> str:
+    """Each technique alone, on the same weights as what diffusers has of the same; then those without a row."""
     lines = [
         "| ours | s a step | decode s | peak GB | diffusers | s a step | decode s | peak GB |",
         "|--|--|--|--|--|--|--|--|",
     ]
-    for ours, theirs in SAME.items():
-        cells = [f"`{ours.removeprefix('alone ')}`", *_numbers(rows.get(ours))]
+    for ours in ["plain", "auto", *sorted(case for case in rows if case.startswith("alone "))]:
+        model = rows[ours]["model"].removeprefix("random:")
+        of = "" if model == "wan2.1-t2v-1.3b" else f", of {MODELS[model]}"
+        cells = [f"`{ours.removeprefix('alone ')}`{of}", *_numbers(rows[ours])]
+        theirs = SAME.get(ours)
         cells += [theirs, *_numbers(rows.get(f"diffusers {theirs}"))] if theirs else ["none", "", "", ""]
         lines.append(f"| {' | '.join(cells)} |")
+    without: dict[str, list[str]] = {}
+    for spec, why in NO_ROW.items():
+        without.setdefault(why, []).append(f"`{spec}`")
+    return "\n".join(
+        [*lines, "", "No row of its own:", "", *(f"- {', '.join(them)}: {why}" for why, them in without.items())]
+    )
+
+
+def recipe_peers(rows: dict[str, Row]) -> str:
+    """Each recipe, and diffusers with what it has of its techniques."""
+    lines = [
+        "| plan | s a step | decode s | peak GB | diffusers | s a step | decode s | peak GB |",
+        "|--|--|--|--|--|--|--|--|",
+    ]
+    for name, theirs in RECIPE_PEERS.items():
+        cells = [f"`{name}`", *_numbers(rows.get(f"recipe {name}"))]
+        case = "diffusers enable_model_cpu_offload" if name == "8gb" else f"diffusers for {name}"
+        lines.append(f"| {' | '.join([*cells, theirs, *_numbers(rows.get(case))])} |")
     return "\n".join(lines)
 
 
@@ -130,7 +193,7 @@ def _numbers(row: Row | None) -> list[str]:
 def page_of(text: str, lines: Iterable[str]) -> str:
     """The page with its tables made anew."""
     rows = last_good(lines)
-    for mark, table in (("recipes", recipes), ("measured", measured), ("peers", peers)):
+    for mark, table in (("recipes", recipes), ("measured", measured), ("alone", alone), ("recipe peers", recipe_peers)):
         text = between(text, mark, table(rows))
     return text
 

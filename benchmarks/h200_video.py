@@ -9,12 +9,14 @@
 before, but in float32, where a step takes a minute. Timed: text, denoising, decoding, and the mp4, which
 ours encodes while it decodes and swiftwan's writer makes of the peers' frames. With ``--measured`` so many steps run, a
 float32 peer's one, and the row's ``seconds`` counts the others at their median; it says so.
-No prompt cache, unless the plan names it. ``error`` is the distance of the last latents to those of diffusers eager;
-with random weights and many steps it says how far rounding carries, not how good the video is.
+No prompt cache, unless the plan names it. A plan's rung is the least exact kind of its techniques. ``error`` is the
+distance of the last latents to those of diffusers eager; with random weights and many steps it says how far rounding
+carries, not how good the video is.
 
-``cold``: the random weights are written as a folder in diffusers' layout first. Then each process is timed from its
-start to its first denoising step done; ``seconds`` leaves the first process out, which fills caches and page cache.
-The row ``bound`` is a process that imports torch and the attention kernel's package and does nothing else.
+``cold``: the random weights are written as a folder in diffusers' layout first. Then processes take turns, each timed
+from its start to its first denoising step done; ``seconds`` leaves the first of each out, which fills caches and page
+cache. Ours begins as a user's program does, by ``swiftwan.Engine``, which imports torch; a peer's imports torch itself.
+The row ``bound`` is a process that imports torch, makes a CUDA context and does nothing else.
 """
 
 from __future__ import annotations
@@ -49,23 +51,29 @@ PEERS = {
     "diffusers eager, fp32": (False, "fp32"),
 }
 """Whether by torch.compile, and in which numbers."""
-IMPORTS = "imports of torch and FlashAttention-4, and a CUDA context, alone"
+IMPORTS = "import of torch and a CUDA context, alone"
 ALONE = """
 import gc, json, sys, time
 gc.disable()
 import torch
-import flash_attn.cute.interface
 marks = {"imports": time.time() - float(sys.argv[1])}
 torch.zeros(1, device="cuda")
 torch.cuda.synchronize()
 print(json.dumps(marks | {"first step": time.time() - float(sys.argv[1])}))
 """
+START = "import sys; sys.path.insert(0, {folder!r}); {first}import h200_video; h200_video.main()"
+KINDS = ("retrained", "approximate", "near", "exact")
 
 
 def plan_of(text: str, device: Any) -> list[str]:
     """``auto`` among the words stands for its techniques."""
     specs = text.split()
     return [s for spec in specs for s in (make_plan("auto", device).specs if spec == "auto" else (spec,))]
+
+
+def rung_of(plan: list[str], device: Any) -> str:
+    kinds = {technique.kind for technique in make_plan(plan, device).techniques} | {"exact"}
+    return next(kind for kind in KINDS if kind in kinds)
 
 
 def peer(model: str, device: Any, name: str) -> Any:
@@ -199,10 +207,11 @@ def write_rows(arguments: argparse.Namespace, request: Any, taken: Any, seen: An
     eager = next((seen[name]["latents"] for name in seen if name.startswith("diffusers eager")), None)
     best = min((name for name in seen if name in PEERS), key=lambda name: statistics.median(taken[name]), default=None)
     for name in (*taken, *failures):
+        plan = [] if name in PEERS else plan_of(name, device)
         row: dict[str, Any] = {
             "case": f"video-{arguments.case}-{arguments.width}x{arguments.height}x{arguments.frames}",
-            "rung": "exact" if name in PEERS else arguments.rung,
-            "plan": [] if name in PEERS else plan_of(name, device),
+            "rung": rung_of(plan, device),
+            "plan": plan,
             "steps": request.num_inference_steps,
         }
         if name in PEERS:
@@ -222,7 +231,7 @@ def write_rows(arguments: argparse.Namespace, request: Any, taken: Any, seen: An
             "peak_bytes": seen[name]["peak"],
             "mp4_bytes": seen[name]["mp4_bytes"],
         }
-        if arguments.rung == "approximate":
+        if row["rung"] == "approximate":
             row["forwards"] = round(seen[name]["forwards"], 1)  # whole ones' worth of blocks
         if arguments.measured:
             row |= {"measured_steps": seen[name]["measured_steps"], "variant": "extrapolated from measured steps"}
@@ -286,8 +295,8 @@ def cold(arguments: argparse.Namespace) -> None:
             torch.cuda.empty_cache()
         told: dict[str, list[dict[str, Any]]] = {}
         alone = (IMPORTS,) if device.capability else ()
-        for runner in (*arguments.plans, *alone, *(name for name in PEERS if name in arguments.peers)):
-            for _ in range(arguments.repeats + 1):
+        for _ in range(arguments.repeats + 1):
+            for runner in (*arguments.plans, *alone, *(name for name in PEERS if name in arguments.peers)):
                 told.setdefault(runner, []).append(once(arguments, path, runner))
                 write(cold_rows(arguments, device, told), arguments.out)
 
@@ -323,17 +332,9 @@ def cold_rows(
 
 
 def once(arguments: argparse.Namespace, model: str, runner: str) -> dict[str, Any]:
-    command = [
-        sys.executable,
-        __file__,
-        "first-step",
-        "--model",
-        model,
-        "--runner",
-        runner,
-        "--since",
-        repr(time.time()),
-    ]
+    first = "" if runner in PEERS else "import swiftwan; swiftwan.Engine; "
+    command = [sys.executable, "-c", START.format(folder=str(Path(__file__).parent), first=first), "first-step"]
+    command += ["--model", model, "--runner", runner, "--since", repr(time.time())]
     command += ["--width", str(arguments.width), "--height", str(arguments.height), "--frames", str(arguments.frames)]
     command += ["--steps", str(arguments.steps)] + (["--device", arguments.device] if arguments.device else [])
     if runner == IMPORTS:
@@ -363,7 +364,6 @@ def main() -> None:
     parser.add_argument("--repeats", type=int, default=1)
     parser.add_argument("--plans", nargs="+", default=["auto"])
     parser.add_argument("--peers", nargs="*", default=list(PEERS)[:2])
-    parser.add_argument("--rung", default="exact", help="of the plans")
     parser.add_argument("--device")
     parser.add_argument("--out", default="-")
     parser.add_argument("--limit", type=float, default=180, help="seconds a cold process may take")

@@ -9,13 +9,15 @@ import pytest
 SOURCE = Path(__file__).parents[1] / "src" / "swiftwan"
 
 LAYERS = (
-    ("errors", "quiet"),
-    ("device", "ops", "pocket", "prompt_cache", "unipc", "whole_file"),
+    ("collector", "errors", "quiet"),
+    ("whole_file",),
+    ("device", "ops", "pocket", "prompt_cache", "unipc"),
     ("ceilings", "models"),
     ("sampling", "guidance", "progressive", "pipelines.request"),
     ("inputs", "media", "weights"),
     ("facts", "techniques"),
     ("composition",),
+    ("work",),
     ("estimate",),
     ("recipes",),
     ("plan",),

@@ -158,3 +158,16 @@ def test_the_gpu_shows_the_prompt_too(tmp_path):
     assert (tmp_path / "beside.mp4").read_bytes() == result.save(tmp_path / "after.mp4").read_bytes()
     assert result.dtype == "bf16"
     assert judge(result.frames, parse_prompt(PROMPT)).background
+
+
+def test_techniques_begin_before_weights_load_and_install_after(monkeypatch):
+    from swiftwan import engine
+    from swiftwan.techniques.caches import StepCache
+
+    order = []
+    build, install = engine.build, StepCache.install
+    monkeypatch.setattr(StepCache, "begin", lambda self, device: order.append(f"begin on {device}"))
+    monkeypatch.setattr(StepCache, "install", lambda self, parts: order.append("install") or install(self, parts))
+    monkeypatch.setattr(engine, "build", lambda *given, **more: order.append("build") or build(*given, **more))
+    sw.Engine.load("pocket", device="cpu", plan=["step-cache"])
+    assert order == ["begin on cpu", "build", "install"]

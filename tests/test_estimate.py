@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import save_file
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import FlopCounterMode
@@ -16,7 +17,7 @@ from transformers import UMT5Config, UMT5EncoderModel
 import swiftwan as sw
 from swiftwan.ceilings import H200
 from swiftwan.device import Device
-from swiftwan.estimate import decoder_flop, estimate
+from swiftwan.estimate import estimate
 from swiftwan.facts import complete, describe
 from swiftwan.models import vae_fast
 from swiftwan.models.config import KNOWN_MODELS, POCKET, WAN21_VAE, WAN22_VAE
@@ -24,9 +25,11 @@ from swiftwan.models.dit import WanTransformer
 from swiftwan.models.vae import WanVAE
 from swiftwan.models.vae_fast import latent_frames_at_once
 from swiftwan.models.vae_tiles import Tiling
+from swiftwan.models.vae_tiny import TinyDecoder, TinySizes
 from swiftwan.ops.vae_between import Entered
 from swiftwan.plan import make_plan, parse
 from swiftwan.weights.build import UMT5_XXL, text_parameter_count, transformer_bytes
+from swiftwan.work import decoder_flop
 
 GPU = Device("cuda:0", "NVIDIA H200", 141 * 10**9, 140 * 10**9, (9, 0), 132, torch.bfloat16, "for the test")
 SIZES = [("wan2.1-t2v-1.3b", 832, 480, 81), ("wan2.1-t2v-14b", 1280, 720, 81), ("wan2.2-ti2v-5b", 1280, 704, 121)]
@@ -296,8 +299,19 @@ ROWS = [
 ]
 
 
+@pytest.fixture(scope="module")
+def files(tmp_path_factory):
+    """A folder with the files that rows name, of any size."""
+    folder = tmp_path_factory.mktemp("files")
+    name = "transformer.blocks.0.attn1.to_q.lora_"
+    low = {f"{name}A.weight": torch.zeros(1, 1536), f"{name}B.weight": torch.zeros(1536, 1)}
+    save_file(low, folder / "random_lora.safetensors")
+    save_file(TinyDecoder(TinySizes(16, (8, 6, 4, 4), 1)).state_dict(), folder / "random_tiny.safetensors")
+    return folder
+
+
 @pytest.mark.parametrize("row", ROWS, ids=[row["case"] for row in ROWS])
-def test_the_estimate_is_near_what_an_h200_measured(row, monkeypatch):
+def test_the_estimate_is_near_what_an_h200_measured(row, monkeypatch, files):
     """Memory of each phase within 10 %, the peak within 6 %, the time of a step within 25 %.
 
     Rows that were not alone in memory, or on the GPU, count for the other.
@@ -305,6 +319,7 @@ def test_the_estimate_is_near_what_an_h200_measured(row, monkeypatch):
     for module in ("fused", "vae"):
         monkeypatch.setattr(f"swiftwan.techniques.{module}.find_spec", lambda name: object())
     monkeypatch.setattr("swiftwan.ops.attention._installed", lambda package: True)
+    monkeypatch.chdir(files)
     device = replace(GPU, total_bytes=int((row["cap_gb"] or 150.1) * 1e9))
     width, height, num_frames = row["size"]
     load = load_of(row["model"].removeprefix("random:"), width, height, num_frames, row["plan"], device=device)

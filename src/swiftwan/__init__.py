@@ -5,6 +5,8 @@ from __future__ import annotations
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
+from swiftwan.collector import uncollected
+
 if TYPE_CHECKING:
     from swiftwan.engine import Engine
     from swiftwan.pipelines.request import (
@@ -57,7 +59,9 @@ def __getattr__(name: str) -> Any:
         return import_module("swiftwan.errors")
     if name not in _HOME:
         raise AttributeError(f"module 'swiftwan' has no attribute '{name}'")
-    return getattr(import_module(_HOME[name]), name)
+    with uncollected():
+        home = import_module(_HOME[name])
+    return getattr(home, name)
 
 
 def __dir__() -> list[str]:

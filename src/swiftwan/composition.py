@@ -103,9 +103,18 @@ def compose(specs: Sequence[str], device: Device, dtype: str | None = None, mode
         except RequestError as problem:
             problems.append(str(problem))
     if problems:
-        told = "; ".join(problem.rstrip(".") for problem in problems)
-        raise PlanError(told if told.endswith("?") else f"{told}.")
+        raise PlanError(_all_told(problems))
     return Plan(tuple(techniques), settings)
+
+
+def _all_told(problems: Sequence[str]) -> str:
+    """On one line: a single one as it is, more of them numbered."""
+    told = [problem.rstrip(".") for problem in problems]
+    if len(told) > 1:
+        told = [f"({number}) {problem}" for number, problem in enumerate(told, 1)]
+        told[0] = f"{len(told)} problems: {told[0]}"
+    line = "; ".join(told)
+    return line if line.endswith("?") else f"{line}."
 
 
 def _available(technique: Technique, device: Device) -> str:

@@ -79,7 +79,7 @@ class Explanation:
             + (f", {request.num_frames} frames at {request.fps} fps" if request.num_frames != 1 else ""),
             f"sampling   {request.scheduler}, {_steps(request)}, guidance {scale}, shift {request.flow_shift:g}"
             + self._asked_above_the_plan(),
-            f"work       {load.forwards} forwards of {load.tokens} tokens, {load.tflop_per_forward:.3g} TFLOP each",
+            f"work       {load.forwards} forwards of {load.tokens} tokens, {_count(load.tflop_per_forward)} TFLOP each",
             *_times(load),
             f"memory     peak {_gb(load.peak_bytes)} GB in {load.fullest.name}; {_gb(self.device.free_bytes)} GB free: "
             f"{'fits' if self.fits else 'does not fit'}",
@@ -180,9 +180,13 @@ def _time(seconds: float) -> str:
     """Three digits, in the largest unit of which there are ten or more."""
     for unit, size in (("days", 86400), ("hours", 3600), ("minutes", 60)):
         if seconds >= 10 * size:
-            count = seconds / size
-            return f"{count:.3g} {unit}" if count < 1000 else f"{count:,.0f} {unit}"
+            return f"{_count(seconds / size)} {unit}"
     return f"{seconds:.3g} s"
+
+
+def _count(number: float) -> str:
+    """Three digits, or all before the point."""
+    return f"{number:.3g}" if number < 1000 else f"{number:,.0f}"
 
 
 def _gb(count: int) -> str:

@@ -4,7 +4,10 @@ from dataclasses import replace
 
 import torch
 
+import swiftwan as sw
 from swiftwan.bench import peers
+from swiftwan.device import pick_device
+from swiftwan.facts import complete, describe
 from swiftwan.models.config import POCKET, TransformerConfig
 from swiftwan.weights import build
 from swiftwan.weights.find import RandomModel
@@ -38,3 +41,20 @@ def test_the_peer_has_our_random_weights_and_predicts_the_same(monkeypatch) -> N
         found = ours.transformer(latents, torch.tensor([500.0]), ours.transformer.condition(text, latents.shape))
     torch.testing.assert_close(found, wanted, rtol=1e-3, atol=1e-4)
     assert pipe.config.boundary_ratio == 0.9
+
+
+def test_the_peer_keeps_nothing_for_gradients():
+    peer = peers.DiffusersPeer("pocket", pick_device("cpu"), "fp32", compile=False)
+    asked = sw.TextToVideo("a red circle", width=64, height=64, num_frames=1, num_inference_steps=1, seed=1)
+    encode, seen = peer.pipe.encode_prompt, []
+
+    def watched(*args, **options):
+        texts = encode(*args, **options)
+        seen.extend(texts)
+        return texts
+
+    peer.pipe.encode_prompt = watched
+    run = peer.run(complete(asked, describe("pocket")))
+    assert run.frames.shape == (1, 64, 64, 3)
+    assert len(seen) >= 2
+    assert not any(text.requires_grad for text in seen)

@@ -1,10 +1,11 @@
-import gc
 import math
+import sys
+from types import SimpleNamespace
 
 import pytest
 import torch
 
-from swiftwan.ops.attention import KERNELS, _uncollected, kernel, norm_attend, opaque, sdpa
+from swiftwan.ops.attention import KERNELS, kernel, norm_attend, opaque, sdpa
 
 
 def by_definition(q, k, v, bias=0.0):
@@ -40,6 +41,51 @@ def test_the_reference_runs_everywhere_and_each_refusal_says_why(capability):
     assert all(k.missing_on(capability) for k in KERNELS if k.capability and (capability or (0, 0)) < k.capability)
 
 
+def test_sage_gets_smoothed_keys_in_its_layout_and_the_caller_keeps_his(monkeypatch):
+    given = {}
+
+    def sageattn(q, k, v, tensor_layout="HND", is_causal=False, smooth_k=True):
+        given.update(k=k.clone(), layout=tensor_layout)
+        if smooth_k:
+            k -= k.mean(dim=1, keepdim=True)  # as 1.0.6 does
+        return sdpa(q, k, v)
+
+    monkeypatch.setitem(sys.modules, "sageattention", SimpleNamespace(sageattn=sageattn))
+    monkeypatch.setattr("swiftwan.ops.attention.opaque", lambda name, function: function)
+    q, k, v = (torch.randn(2, 6, 3, 8) for _ in range(3))
+    k += 3
+    before = k.clone()
+    got = kernel("sage").load.__wrapped__()(q, k, v)
+    assert torch.equal(k, before)
+    assert given["layout"] == "NHD"
+    assert given["k"].mean(dim=1).abs().max() < 1e-5
+    assert (got.double() - by_definition(q, k, v)).abs().max() < 1e-5
+
+
+@pytest.mark.parametrize("told", ["0.0.0", "3.0.0"])
+def test_a_name_that_a_registry_holds_for_nothing_is_no_installation(monkeypatch, told):
+    monkeypatch.setattr("swiftwan.ops.attention.version", lambda package: told)
+    missing = kernel("flash3").missing_on((9, 0))
+    if told == "3.0.0":
+        assert missing == ""
+    else:
+        assert "pip install --no-deps --index-url https://download.pytorch.org/whl/cu130 flash-attn-3" in missing
+
+
+def test_flash2_is_torch_s_own_and_never_another():
+    assert kernel("flash2").package is None
+    assert "compute capability 8.0" in kernel("flash2").missing_on((7, 5))
+    assert kernel("flash2").missing_on((8, 0)) == ""
+    q, k, v = (torch.randn(1, 6, 2, 8) for _ in range(3))
+    assert (kernel("flash2").load()(q, k, v).double() - by_definition(q, k, v)).abs().max() < 1e-5
+    # Values as wide as no query are: what FlashAttention does not take, and another backend would.
+    with (
+        pytest.warns(UserWarning, match="[Ff]lash attention"),
+        pytest.raises(RuntimeError, match="No available kernel"),
+    ):
+        kernel("flash2").load()(q, k, v[..., :4])
+
+
 def test_text_attention_norms_the_whole_width_and_repeats_a_video_for_each_prompt():
     q, weight = torch.randn(1, 6, 24), torch.randn(24)
     key, value = torch.randn(2, 5, 3, 8), torch.randn(2, 5, 3, 8)
@@ -49,12 +95,3 @@ def test_text_attention_norms_the_whole_width_and_repeats_a_video_for_each_promp
     expected = torch.einsum("bhls,bshe->blhe", scores.softmax(-1), value).flatten(2)
     assert got.shape == (2, 6, 24)
     assert torch.allclose(got, expected, atol=1e-5)
-
-
-def test_an_import_leaves_the_collector_as_it_was():
-    with _uncollected():
-        assert not gc.isenabled()
-    assert gc.isenabled()
-    with pytest.raises(ImportError), _uncollected():
-        raise ImportError
-    assert gc.isenabled()

@@ -1,8 +1,8 @@
 import pytest
 import torch
 
-from swiftwan.ops.attention import kernel as load
 from swiftwan.ops.attention import sdpa
+from swiftwan.ops.flash4 import package
 from swiftwan.ops.sparse import block_means, select_blocks, sparse_flash4, sparse_flex, sparse_reference, tile_order
 
 on_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
@@ -69,7 +69,7 @@ def test_a_block_sees_its_keys_only():
 def test_fast_kernels_agree_with_the_reference(kernel, tokens):
     if kernel is sparse_flash4:
         pytest.importorskip("flash_attn.cute")
-        load("flash4").load()
+        package()
     q, k, v = qkv(tokens, 3, 128, device="cuda", dtype=torch.bfloat16)
     blocks = select_blocks(q, k, 0.3)
     fast = (kernel if kernel is sparse_flash4 else kernel())(q, k, v, blocks, 128)

@@ -86,13 +86,14 @@ class DiffusersPeer:
             if on_step is not None:
                 on_step(_event(phase, told[phase], units))
 
-        prompt, negative = self.pipe.encode_prompt(
-            request.prompt,
-            request.negative_prompt,
-            do_classifier_free_guidance=request.guidance_scale > 1,
-            max_sequence_length=TEXT_LENGTH,  # encode_prompt's own default is less than what the pipeline asks of it
-            device=self.torch_device,
-        )
+        with torch.no_grad():  # as the pipeline's own call has it; else 10 GB stay for gradients that nobody asks for
+            prompt, negative = self.pipe.encode_prompt(
+                request.prompt,
+                request.negative_prompt,
+                do_classifier_free_guidance=request.guidance_scale > 1,
+                max_sequence_length=TEXT_LENGTH,  # its own default is less than what the pipeline asks of it
+                device=self.torch_device,
+            )
         done("text", 1)
         self.pipe.scheduler = diffusers_scheduler(
             request.scheduler,

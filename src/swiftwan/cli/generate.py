@@ -15,6 +15,7 @@ from swiftwan.cli.many import generate_many
 from swiftwan.cli.options import takes
 from swiftwan.cli.progress import Display, cancellable, shown
 from swiftwan.cli.understand import Run, understand
+from swiftwan.collector import uncollected
 from swiftwan.errors import Cancelled, RequestError
 from swiftwan.memory import refuse_what_cannot_fit
 
@@ -81,9 +82,9 @@ def _run(run: Run, display: Display, *, quality: int) -> Result:
     try:
         with cancellable(display):
             display.begin("load")
+            with uncollected():
+                from swiftwan.engine import Engine
             _check(run)
-            from swiftwan.engine import Engine
-
             engine = Engine.load(run.model, plan=run.plan, device=run.device, dtype=run.dtype, request=run.request)
             display.begin("image" if run.request.brings_pixels else "text")
             result = engine.run(run.request, on_step=display.on_step, out=run.out, quality=quality)

@@ -57,8 +57,8 @@ FRAMES, POSITIONS = 4, 64
 """What the last convolution sees for each latent frame and position."""
 MOST_ELEMENTS = 2**30
 """Of the last level at once, 2 GiB in bfloat16; cuDNN counts to 2**31. Longer chunks are cut."""
-PEAK = 12
-"""Copies of the last level that a chunk holds at its peak; measured, benchmarks/h200_vae.jsonl."""
+COPIES = 12
+"""Of the last level, that a latent frame of a chunk may hold; chunks are made by it (benchmarks/h200_vae.jsonl)."""
 
 Layout = Callable[[int, int, int], Window]
 """(channels in, channels out, frames) -> the window of a 3x3x3 convolution."""
@@ -85,7 +85,7 @@ def latent_frames_at_once(in_dim: int, height: int, width: int, element_size: in
         in_dim: channels that the last convolution reads.
     """
     each = FRAMES * POSITIONS * height * width * in_dim
-    return max(1, min(MOST_ELEMENTS // each, total_bytes // (4 * PEAK * element_size * each)))
+    return max(1, min(MOST_ELEMENTS // each, total_bytes // (4 * COPIES * element_size * each)))
 
 
 @dataclass(frozen=True)

@@ -6,16 +6,11 @@ FlashAttention-4 708. ``fp8`` is ours (:mod:`swiftwan.ops.attention_fp8`), ``fp8
 
 from __future__ import annotations
 
-import gc
 import importlib
-import os
-import warnings
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cache
 from importlib.metadata import PackageNotFoundError, version
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -86,11 +81,11 @@ class Kernel:
         load: imports what it needs and returns the function, always the same one.
         load_for_bytes: the same, of a function whose result an 8-bit layer reads as it is; None where there is none.
         package: distribution that brings it, if it is not torch's own.
-        install: what to hand to pip for it; None is the package.
+        install: what to hand to pip for it, where a plain name in quotes does not do.
         capability: least CUDA compute capability; None runs on any device.
         until: the first that has other tensor cores, which it cannot use; None if there is none.
         half: whether it takes bf16 and fp16 only.
-        widths: of a head, that it takes; () takes any.
+        widths: of a head, that it takes; empty takes any.
     """
 
     name: str
@@ -101,7 +96,7 @@ class Kernel:
     capability: Capability = None
     until: Capability = None
     half: bool = True
-    widths: tuple[int, ...] = ()
+    widths: tuple[int, ...] | range = ()
     load_for_bytes: Callable[[], AttendForLinear] | None = None
 
     def missing_on(self, capability: Capability) -> str:
@@ -113,8 +108,15 @@ class Kernel:
                 f"it is written for the tensor cores of GPUs before compute capability {self.until[0]}.{self.until[1]}"
             )
         if self.package is not None and not _installed(self.package):
-            return f"the package is missing: pip install '{self.install or self.package}'"
+            return f"the package is missing: pip install {self.install or repr(self.package)}"
         return ""
+
+    @property
+    def widths_told(self) -> str:
+        """The widths in words."""
+        if isinstance(self.widths, range):
+            return f"{self.widths[0]} to {self.widths[-1]}"
+        return " or ".join(map(str, self.widths))
 
 
 def kernel(name: str) -> Kernel:
@@ -128,7 +130,7 @@ def kernel(name: str) -> Kernel:
 
 def _installed(package: str) -> bool:
     try:
-        return bool(version(package))
+        return version(package) != "0.0.0"  # what PyPI has by the name of flash-attn-3: nothing
     except PackageNotFoundError:
         return False
 
@@ -140,47 +142,11 @@ def _cudnn(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         return sdpa(q, k, v)
 
 
-@contextmanager
-def _uncollected() -> Iterator[None]:
-    """No garbage collections: an import makes many objects and no garbage, and each pass looks through all that live.
-
-    They are half of what importing torch's compiler takes, 1.2 s of CPU and 0.6 without.
-    """
-    collects = gc.isenabled()
-    gc.disable()
-    try:
-        yield
-    finally:
-        if collects:
-            gc.enable()
-
-
 @cache
 def _load_flash4() -> Attend:
-    # It compiles a kernel in some seconds; kept on disk, a second process need not.
-    os.environ.setdefault("FLASH_ATTENTION_CUTE_DSL_CACHE_ENABLED", "1")
-    cache_home = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
-    os.environ.setdefault("FLASH_ATTENTION_CUTE_DSL_CACHE_DIR", str(cache_home / "swiftwan" / "flash4"))
-    # Said once a compilation, about an argument that we do not pass (flash-attn-4 4.0.0b36, cutlass-dsl 4.8.1).
-    warnings.filterwarnings("ignore", message="Argument aux_data .* cannot be converted", category=UserWarning)
-    with _uncollected():
-        interface = importlib.import_module("flash_attn.cute.interface")
-    if torch.cuda.get_device_capability()[0] != 9:
-        return opaque("flash4", interface.flash_attn_func)
-    attend, forward = interface.flash_attn_func, interface._flash_attn_fwd
+    from swiftwan.ops import flash4
 
-    def hopper(q: Tensor, k: Tensor, v: Tensor) -> Any:
-        return forward(q, k, v, **FLASH4_HOPPER) if q.shape[-1] == 128 else attend(q, k, v)
-
-    return opaque("flash4", hopper)
-
-
-FLASH4_HOPPER: dict[str, Any] = {"tile_mn": (192, 128), "mma_pv_is_rs": False}
-"""Options of FlashAttention-4's forward pass for heads of 128 on Hopper.
-
-The package would take 128 x 128, and a forward longer: TI2V-5B at 1280x704x121 796 instead of 784 ms, 1.3B at
-832x480x81 441 instead of 438 (H200, at its limit of 700 W).
-"""
+    return opaque("flash4", flash4.load())
 
 
 @cache
@@ -200,20 +166,39 @@ def _load_fp8_plain() -> Attend:
     return plain_fp8
 
 
+FLASH3_WHEEL = "--no-deps --index-url https://download.pytorch.org/whl/cu130 flash-attn-3"
+"""Built by PyTorch for torch 2.9 and later, for Hopper alone (its CI installs the same one); cu126 to cu130."""
+
+
 @cache
 def _load_flash3() -> Attend:
     return opaque("flash3", importlib.import_module("flash_attn_interface").flash_attn_func)
 
 
-@cache
-def _load_flash2() -> Attend:
-    return opaque("flash2", importlib.import_module("flash_attn").flash_attn_func)
+def _flash2(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    """torch's own build of FlashAttention-2, and nothing else: what it does not take is an error."""
+    from torch.nn.attention import SDPBackend, sdpa_kernel
+
+    with sdpa_kernel(SDPBackend.FLASH_ATTENTION):
+        return sdpa(q, k, v)
 
 
 @cache
 def _load_sage() -> Attend:
+    """SageAttention of any version; 2.x smooths keys whatever it is told, and a second time that changes nothing.
+
+    1.0.6 counts the keys that it pads to a multiple of 64 as keys of score 0, the mean of a row's scores: of L tokens'
+    weight they take at most their share in L, 0.02 % for the 8 of 832x480x81.
+    """
     sageattn = importlib.import_module("sageattention").sageattn
-    return opaque("sage", lambda q, k, v: sageattn(q, k, v, tensor_layout="NHD"))
+
+    def sage(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        # The same constant of all keys changes no weight, and leaves less to round. 1.0.6 would subtract it in place.
+        smooth = k - k.mean(dim=1, keepdim=True)
+        attended: Tensor = sageattn(q, smooth, v, tensor_layout="NHD", smooth_k=False)
+        return attended
+
+    return opaque("sage", sage)
 
 
 def opaque(name: str, function: Callable[..., Any], options: str = "") -> Callable[..., Tensor]:
@@ -257,10 +242,10 @@ def opaque_for_bytes(name: str, function: Callable[..., Rounded], options: str =
 KERNELS = (
     Kernel("sdpa", "exact", lambda: sdpa, half=False),
     Kernel("cudnn", "exact", lambda: _cudnn, capability=(8, 0)),
-    Kernel("flash4", "exact", _load_flash4, "flash-attn-4", "swiftwan[flash4]", capability=(9, 0)),
-    Kernel("flash3", "exact", _load_flash3, "flash-attn-3", capability=(9, 0)),
-    Kernel("flash2", "exact", _load_flash2, "flash-attn", capability=(8, 0)),
-    Kernel("sage", "near", _load_sage, "sageattention", capability=(8, 0)),
+    Kernel("flash4", "exact", _load_flash4, "flash-attn-4", "'swiftwan[flash4]'", capability=(9, 0)),
+    Kernel("flash3", "exact", _load_flash3, "flash-attn-3", FLASH3_WHEEL, capability=(9, 0), until=(10, 0)),
+    Kernel("flash2", "exact", lambda: _flash2, capability=(8, 0), widths=range(1, 257)),
+    Kernel("sage", "near", _load_sage, "sageattention", capability=(8, 0), widths=(64, 96, 128)),
     Kernel(
         "fp8",
         "near",

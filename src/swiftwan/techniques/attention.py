@@ -77,11 +77,9 @@ class Attention(Technique):
         return kernel(self.value).missing_on(device.capability)
 
     def fit(self, model: KnownModel) -> list[str]:
-        width, widths = model.transformer.attention_head_dim, kernel(self.value).widths
-        if widths and width not in widths:
-            raise PlanError(
-                f"'{self.value}' takes heads of {' or '.join(map(str, widths))}, those of '{model.name}' are {width}"
-            )
+        width, chosen = model.transformer.attention_head_dim, kernel(self.value)
+        if chosen.widths and width not in chosen.widths:
+            raise PlanError(f"'{self.value}' takes heads of {chosen.widths_told}, those of '{model.name}' are {width}")
         return []
 
     def apply(self, settings: Settings) -> Settings:

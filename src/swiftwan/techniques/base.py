@@ -136,6 +136,9 @@ class Technique:
         """What it changes of a run's memory and work, told before anything loads."""
         return costs
 
+    def begin(self, device: torch.device) -> None:
+        """Begin, before anything loads, what the first run would wait for and needs no weights."""
+
     def install(self, parts: Parts) -> None:
         """Change what was loaded, before the first run; techniques install in the order of their slots."""
 
@@ -171,6 +174,7 @@ class Technique:
     def spec(self) -> str:
         """The text that :meth:`read` takes back, its name before it."""
         said = {f.name: getattr(self, f.name) for f in fields(self) if getattr(self, f.name) != f.default}
+        said |= {key: int(item) for key, item in said.items() if isinstance(item, float) and item.is_integer()}
         value = said.pop("value", None)
         options = ",".join(f"{_word(key)}={item}" for key, item in said.items())
         return ":".join(part for part in (self.name, value, options) if part)

@@ -47,6 +47,11 @@ class Fused(Technique):
     def cost(self, costs: Costs) -> Costs:
         return replace(costs, fused=True)
 
+    def begin(self, device: torch.device) -> None:
+        from swiftwan.ops import ahead
+
+        ahead.begin(device)
+
     def install(self, parts: Parts) -> None:
         from swiftwan.ops.fused import FUSED, linear_gelu
 

@@ -17,7 +17,13 @@ if TYPE_CHECKING:
     from swiftwan.techniques.costs import Costs
     from swiftwan.weights.build import Parts
 
-KINDS = ("auto", "blocks", "experts", "model")
+_REASONS = {
+    "auto": "as many blocks stay on the device as the budget holds; the rest streams from host memory",
+    "blocks": "blocks stream from host memory, each while the one before computes",
+    "experts": "of two experts the one at work is on the device, the other in host memory",
+    "model": "each model is on the device only while it is at work, else in host memory",
+}
+KINDS = tuple(_REASONS)
 
 
 @dataclass(frozen=True)
@@ -46,6 +52,7 @@ class Offload(Technique):
     def __post_init__(self) -> None:
         if self.value not in KINDS:
             raise PlanError(f"offload is '{self.value}'." + did_you_mean(self.value, KINDS))
+        object.__setattr__(self, "reason", _REASONS[self.value])
         if self.resident < 0:
             raise PlanError(f"offload: resident is {self.resident}; it is a number of blocks, 0 or more.")
         if self.resident and self.value != "blocks":

@@ -45,7 +45,13 @@ class PromptCaching(Technique):
         return replace(settings, prompt_cache=self.value)
 
 
-HOMES = ("gpu", "cpu", "blocks", "unload")
+_HOMES = {
+    "gpu": "it stays on the device, ready for the next prompt",
+    "cpu": "it waits and computes in host memory, which rounds differently",
+    "blocks": "it waits in host memory and computes on the device a block at a time: the same bits",
+    "unload": "it leaves the device once the prompts are encoded",
+}
+HOMES = tuple(_HOMES)
 
 
 @dataclass(frozen=True)
@@ -58,7 +64,7 @@ class TextEncoderHome(Technique):
 
     name = "text-encoder"
     kind = "exact"
-    reason = "the same encoder in another place; a CPU rounds differently"
+    reason = "the same encoder in another place"
     slot = Slot.RESIDENCY
     claims = ("text",)
 
@@ -70,6 +76,7 @@ class TextEncoderHome(Technique):
     def __post_init__(self) -> None:
         if self.value not in HOMES:
             raise PlanError(f"text-encoder is '{self.value}'." + did_you_mean(self.value, HOMES))
+        object.__setattr__(self, "reason", _HOMES[self.value])
 
     def cost(self, costs: Costs) -> Costs:
         return replace(costs, text_home=cast("Home", self.value))

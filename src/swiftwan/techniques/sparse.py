@@ -12,6 +12,7 @@ from torch import Tensor
 
 from swiftwan.errors import PlanError
 from swiftwan.models.dit import each_block
+from swiftwan.ops import flash4
 from swiftwan.ops.attention import Attend, AttendForLinear, kernel, opaque, opaque_for_bytes
 from swiftwan.ops.fp8 import Rounded
 from swiftwan.ops.sparse import (
@@ -156,8 +157,7 @@ def best_kernel(device: torch.device, block: int) -> SparseKernel:
     for blocks of another size."""
     if device.type != "cuda" or block != BLOCK:
         return sparse_reference
-    flash4 = kernel("flash4")
-    if flash4.missing_on(torch.cuda.get_device_capability(device)):
+    if kernel("flash4").missing_on(torch.cuda.get_device_capability(device)):
         return sparse_flex()
-    flash4.load()  # its settings hold for the sparse form too
+    flash4.package()  # told where it keeps what it compiles
     return sparse_flash4

@@ -15,6 +15,7 @@ from swiftwan.models.dit import Block, WanTransformer, each_block
 from swiftwan.ops.attention import Attend, kernel, sdpa
 from swiftwan.ops.attention_fp8_training import attention_fp8
 from swiftwan.ops.few_keys_training import to_prompt
+from swiftwan.ops.flash4 import package
 from swiftwan.ops.flash4_training import flash4
 from swiftwan.train import adapter, flow
 from swiftwan.train.settings import Settings
@@ -82,12 +83,12 @@ def attention(device: Device, dtype: torch.dtype, base: str = "bf16") -> Attend:
     cuDNN 41, torch's own choice 71 (benchmarks/h200_train_attention.jsonl)."""
     capability = device.capability
     if base == "fp8-attention":
-        kernel("flash4").load()
+        package()  # told where it keeps what it compiles
         return attention_fp8
     if dtype.itemsize > 2:
         return sdpa
     if not kernel("flash4").missing_on(capability):
-        kernel("flash4").load()  # sets where it keeps what it compiles
+        package()
         return flash4
     return kernel("cudnn").load() if capability and capability >= (9, 0) else sdpa
 

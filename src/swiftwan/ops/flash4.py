@@ -1,0 +1,200 @@
+"""FlashAttention-4 for inference; on Hopper without its compiler, once that has done its work.
+
+``import flash_attn.cute`` takes 4 s of a cold start beside an H200, 3 of them CuTe DSL, which only compiling needs. So
+the first process compiles, links what it got as NVIDIA documents it (docs.nvidia.com/cutlass, "Exporting Compiled
+Module") and keeps that library, 60 KB, in the user's cache. Later ones load it by apache-tvm-ffi alone, in hundredths
+of a second. It is the same kernel with the same options: the same bits. Without a C compiler, or without a folder in
+the cache that is this user's alone (what lies there is executed), every process imports.
+
+Shapes as in :mod:`swiftwan.ops.attention`.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import importlib
+import os
+import platform
+import shutil
+import subprocess
+import warnings
+from collections.abc import Callable
+from functools import cache
+from importlib.metadata import version
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from swiftwan.collector import uncollected
+from swiftwan.whole_file import replacing
+
+Attend = Callable[[Tensor, Tensor, Tensor], Any]
+
+HOPPER: dict[str, Any] = {"tile_mn": (192, 128), "mma_pv_is_rs": False}
+"""Options of FlashAttention-4's forward pass for heads of 128 on Hopper.
+
+The package would take 128 x 128, and a forward longer: TI2V-5B at 1280x704x121 796 instead of 784 ms, 1.3B at
+832x480x81 441 instead of 438 (H200, at its limit of 700 W).
+"""
+WIDTH = 128
+TYPES = (torch.bfloat16, torch.float16)
+PACKAGES = ("flash-attn-4", "nvidia-cutlass-dsl", "apache-tvm-ffi")
+
+
+@cache
+def package() -> Any:
+    """``flash_attn.cute.interface``, told to keep what it compiles on disk."""
+    os.environ.setdefault("FLASH_ATTENTION_CUTE_DSL_CACHE_ENABLED", "1")
+    os.environ.setdefault("FLASH_ATTENTION_CUTE_DSL_CACHE_DIR", str(_cache() / "flash4"))
+    # Said once a compilation, about an argument that we do not pass (flash-attn-4 4.0.0b36, cutlass-dsl 4.8.1).
+    warnings.filterwarnings("ignore", message="Argument aux_data .* cannot be converted", category=UserWarning)
+    with uncollected():
+        return importlib.import_module("flash_attn.cute.interface")
+
+
+def load() -> Attend:
+    """The function for this GPU. Imports the package now unless a kernel is kept: that takes seconds.
+
+    Raises:
+        ImportError, AttributeError, OSError: the package cannot be imported.
+    """
+    if torch.cuda.get_device_capability()[0] != 9:
+        attend: Attend = package().flash_attn_func
+        return attend
+    kernels = {dtype: kernel for dtype in TYPES if (kernel := kept(dtype))}
+    if not kernels:
+        package()
+
+    def hopper(q: Tensor, k: Tensor, v: Tensor) -> Any:
+        if not _is_ordinary(q, k, v):
+            return package().flash_attn_func(q, k, v)
+        if q.dtype not in kernels:
+            kernels[q.dtype] = keep(q.dtype) or imported
+        return kernels[q.dtype](q, k, v)
+
+    return hopper
+
+
+def imported(q: Tensor, k: Tensor, v: Tensor) -> Any:
+    """What :func:`kept` stands for: the package's own function with :data:`HOPPER`."""
+    return package()._flash_attn_fwd(q, k, v, **HOPPER)
+
+
+def _is_ordinary(q: Tensor, k: Tensor, v: Tensor) -> bool:
+    """Whether the one kernel that we keep is for this; for all else the package chooses, or says what is wrong."""
+    return (
+        q.ndim == k.ndim == 4
+        and q.shape[-1] == WIDTH
+        and (q.shape[0], *q.shape[2:]) == (k.shape[0], *k.shape[2:])
+        and v.shape == k.shape
+        and q.dtype in TYPES
+        and q.dtype == k.dtype == v.dtype
+        and q.numel() > 0
+        and k.numel() > 0
+    )
+
+
+# A kernel in the cache
+
+
+def kept(dtype: torch.dtype) -> Attend | None:
+    """The kernel that an earlier process left; None if none did. One that does not load is thrown away."""
+    if (file := _file(dtype)) is None or not file.is_file():
+        return None
+    try:
+        _check(file)
+        # It needs libcute_dsl_runtime.so, whose place it knows, and libtvm_ffi.so, which this import makes global.
+        return _calling(importlib.import_module("tvm_ffi").load_module(str(file))["attend"])
+    except Exception:  # of the loader; it names no kind
+        file.unlink(missing_ok=True)
+        return None
+
+
+def keep(dtype: torch.dtype) -> Attend | None:
+    """Compile the kernel, leave it for later processes, and load it; None where that cannot be done."""
+    file, compiler = _file(dtype), os.environ.get("CC") or shutil.which("gcc") or shutil.which("clang")
+    if file is None or compiler is None:  # Triton looks for its compiler in the same places
+        return None
+    compiled = _compile(dtype)
+    (runtime,) = importlib.import_module("cutlass.cute.runtime").find_runtime_libraries(enable_tvm_ffi=False)
+    try:
+        with TemporaryDirectory(dir=file.parent) as folder:
+            made, linked = Path(folder, "attend.o"), Path(folder, "attend.so")
+            compiled.export_to_c(object_file_path=str(made), function_name="attend")
+            where = f"-Wl,-rpath,{Path(runtime).parent}"
+            command = [compiler, "-shared", "-o", str(linked), str(made), runtime, where]
+            subprocess.run(command, check=True, capture_output=True)
+            content = linked.read_bytes()
+        with replacing(file) as half:
+            half.write_bytes(content + hashlib.sha256(content).digest())
+        file.chmod(0o600)
+    except (OSError, subprocess.CalledProcessError):
+        return None
+    return kept(dtype)
+
+
+def _compile(dtype: torch.dtype) -> Any:
+    """What the package compiles in its first call, by such a call on a few tokens."""
+    forward = package()._flash_attn_fwd
+    theirs, ours = forward.compile_cache, {}  # type: ignore[var-annotated]
+    sample = torch.zeros(1, 128, 1, WIDTH, dtype=dtype, device="cuda")
+    forward.compile_cache = ours
+    try:
+        forward(sample, sample, sample, **HOPPER)
+    finally:
+        forward.compile_cache = theirs
+    (compiled,) = ours.values()
+    return compiled
+
+
+def _calling(kernel: Callable[..., None]) -> Attend:
+    """A kernel with the arguments of FlashAttention-4's forward pass on Hopper (flash_attn/cute/interface.py)."""
+    scale = WIDTH**-0.5
+    none = (None,) * 9  # lengths, pages, windows, sinks, sparse blocks: nothing of that
+
+    def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
+        kernel(_laid_out(q), _laid_out(k), _laid_out(v), out, None, scale, *none, (None, None), None, None)
+        return out
+
+    return attend
+
+
+def _laid_out(x: Tensor) -> Tensor:
+    """As the kernel reads it: the width contiguous, and every other stride and the address multiples of 16 bytes."""
+    *strides, last = x.stride()
+    fits = last == 1 and all(stride and stride % 8 == 0 for stride in strides) and x.data_ptr() % 16 == 0
+    return x.detach() if fits else x.detach().clone(memory_format=torch.contiguous_format)
+
+
+def _file(dtype: torch.dtype) -> Path | None:
+    """Where the kernel of this dtype, GPU and installation lies; None where that folder is not this user's alone."""
+    decides = [*map(version, PACKAGES), platform.python_version(), platform.machine(), WIDTH, sorted(HOPPER.items())]
+    key = hashlib.sha256(repr((decides, torch.cuda.get_device_capability(), dtype)).encode()).hexdigest()[:32]
+    folder = _cache() / "flash4-linked"
+    try:
+        folder.mkdir(parents=True, exist_ok=True, mode=0o700)
+        return folder / f"{key}.so" if _is_ours_alone(folder) else None
+    except OSError:
+        return None
+
+
+def _check(file: Path) -> None:
+    """Raises:
+    ValueError: another user may have written it, or it is not what was written. A damaged library ends the process.
+    """
+    content = file.read_bytes()
+    if not _is_ours_alone(file) or hashlib.sha256(content[:-32]).digest() != content[-32:]:
+        raise ValueError(f"{file} is not what was written")
+
+
+def _is_ours_alone(path: Path) -> bool:
+    status = path.stat()
+    return status.st_uid == os.geteuid() and not status.st_mode & 0o022
+
+
+def _cache() -> Path:
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "swiftwan"
