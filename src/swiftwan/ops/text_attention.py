@@ -32,6 +32,10 @@ TOKENS = 64
 rounded, take 0.124 ms on an H200; twice 0.134, once 0.167; 128 tokens at once 0.161 to 0.171. One kernel for all heads
 of 64 tokens took 0.153; the norm, cuDNN and rounding one by one take 0.205."""
 
+AT_ONCE = 264
+"""Programs that an H200 runs at a time where keys and values of 131 tokens fill half of a processor's shared memory.
+One that goes through several times 64 tokens reads them once: as often, up to four times, as leaves no second round."""
+
 PARTS = 128
 """Programs that look for the largest value."""
 
@@ -200,7 +204,7 @@ def _attend_into(
         PARTS=PARTS, SPAN=1024, TURNS=triton.next_power_of_2(triton.cdiv(value.numel(), PARTS * 1024)), num_warps=4,
     )  # fmt: skip
     keys, more = _key_parts(count)
-    turns = 4 if length > 8192 else 1
+    turns = min(4, triton.cdiv(heads * triton.cdiv(length, TOKENS) * batch, AT_ONCE))
     _text_attend_kernel[(heads, triton.cdiv(length, TOKENS * turns), batch)](
         q, inverse, weight, key, value, largest if bias is None else bias.flatten(), largest, out,
         largest if scale is None else scale, length, count, length if len(q) == batch else 0,
