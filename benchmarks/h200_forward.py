@@ -38,6 +38,7 @@ from swiftwan.measure.missing import Missing
 from swiftwan.models.config import KNOWN_MODELS, KnownModel
 from swiftwan.models.dit import KEEP_FP32, WanTransformer
 from swiftwan.ops.attention import kernel
+from swiftwan.ops.products import without_workspace
 from swiftwan.plan import make_plan
 from swiftwan.weights.load import randomize
 
@@ -100,6 +101,7 @@ class Bench:
 
     def __init__(self, case: Case, device: str) -> None:
         self.case = case
+        without_workspace()
         self.where = pick_device(device)
         self.device = torch.device(self.where.torch_device)
         self.weights = self.empty()

@@ -117,7 +117,7 @@ def rounding(size: str) -> None:
 
 
 def attention(size: str) -> None:
-    from swiftwan.ops.attention_fp8_gluon import attend_rounded
+    from swiftwan.ops.attention_fp8_gluon import attend_rounded, attend_to_bytes
     from swiftwan.ops.round_attention import round_attention
 
     heads, _, _, tokens, _ = sizes(size)
@@ -135,6 +135,7 @@ def attention(size: str) -> None:
             traceback.print_exc()
     rounded = round_attention(q, k, v)
     tell(size, "attention fp8, rounded before", lambda: attend_rounded(rounded, q.dtype), 871, flop)
+    tell(size, "the same, handed on as bytes", lambda: attend_to_bytes(rounded), 871, flop)
 
 
 def sparse(size: str) -> None:

@@ -73,8 +73,12 @@ class Bench(exact.Bench):
         condition = model.condition(self.text.prompt, self.case.latent_shape)
         seen: list[Tensor] = []
 
-        def keep(block: torch.nn.Module, inputs: Any, x: Tensor) -> None:
+        from swiftwan.ops.modulate import Tokens, whole
+
+        def keep(block: torch.nn.Module, inputs: Any, out: Tokens) -> Tensor:
+            x = whole(out)
             seen.append(x if condition.order is None else torch.empty_like(x).index_copy_(1, condition.order, x))
+            return x
 
         for depth in DEPTHS:
             model.blocks[depth - 1].register_forward_hook(keep)

@@ -14,6 +14,7 @@ from swiftwan.device import Device, pick_device
 from swiftwan.errors import MemoryLimitError
 from swiftwan.memory import SLACK, WillNotFitError, refuse_what_cannot_fit, what_would_fit
 from swiftwan.models.text import TextEncoder
+from swiftwan.ops.products import without_workspace
 from swiftwan.pipelines.generate import OnStep, generate
 from swiftwan.pipelines.request import Request
 from swiftwan.pipelines.result import Out, Result
@@ -72,6 +73,7 @@ class Engine:
         _allow_tf32(chosen)
         if where.torch_device.startswith("cuda"):
             torch.cuda.set_device(where.torch_device)  # Triton launches on the current device
+            without_workspace()
             if chosen.settings.transformers_on_host:
                 _grow_by_pages()
 

@@ -2,7 +2,7 @@ import pytest
 import torch
 
 from swiftwan.ops.attention import sdpa
-from swiftwan.ops.attention_fp8 import exp2_by_lines, kernel_order, plain_fp8, round_attention
+from swiftwan.ops.attention_fp8 import channel_order, exp2_by_lines, kernel_order, plain_fp8, round_attention
 
 
 def draw(batch, tokens, heads, width, **options):
@@ -21,6 +21,15 @@ def test_each_token_has_one_place():
     assert order[16:20].tolist() == [16, 17, 24, 25]
 
 
+def test_each_channel_has_one_row():
+    order = channel_order(128)
+    assert torch.equal(order.sort().values, torch.arange(128))
+    # The first thread of four holds rows 0, 1, 8, 9, ... of the result.
+    rows = [row for start in range(0, 64, 8) for row in (start, start + 1)]
+    assert order[rows].tolist() == list(range(16))
+    assert torch.equal(channel_order(64), torch.arange(64))  # no width of the kernel's
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_what_is_rounded_comes_back_near(dtype):
     q, k, v = (x.to(dtype) for x in draw(2, 70, 3, 128))
@@ -31,9 +40,13 @@ def test_what_is_rounded_comes_back_near(dtype):
     exact = torch.einsum("blhe,bmhe->bhlm", q.float(), centred) * 128**-0.5 * 1.442695
     assert error(scores, exact) < 0.02
     values = torch.empty(2, 3, 128, 128).index_copy_(-1, kernel_order(128), rounded.v.float())
+    values = torch.empty(2, 3, 128, 128).index_copy_(2, channel_order(128), values)
     values_again = values[..., :70] * rounded.v_scale[..., None] + rounded.v_mean[..., None]
     assert error(values_again, v.permute(0, 2, 3, 1)) < 0.03
     assert not values[..., 70:].any()
+    largest = v.float().abs().amax((1, 2, 3))
+    assert (rounded.bound > 0.9999 * largest).all()  # a float's rounding below
+    assert (rounded.bound < 3 * largest).all()
 
 
 def test_an_exponential_by_lines_is_two_percent_above_to_four_below():
@@ -110,3 +123,20 @@ def test_the_sparse_kernel_sees_the_blocks_it_is_given(tokens):
     assert error(attend_rounded(fast(q, k, v), q.dtype, blocks), expected) < 0.08
     assert error(attend_sparse(q, k, v, 0.3), expected) < 0.08
     assert error(attend_sparse(q, k, v, 1.0), sdpa(q.float(), k.float(), v.float())) < 0.08
+
+
+@pytest.mark.gpu
+@on_gpu
+@pytest.mark.parametrize(("batch", "tokens", "heads"), [(1, 128, 1), (2, 300, 3), (1, 4096, 6)])
+def test_bytes_for_an_8_bit_layer_are_the_result(batch, tokens, heads):
+    from swiftwan.ops.attention_fp8_gluon import attend, attend_for_bytes, attend_sparse, attend_sparse_for_bytes
+
+    q, k, v = (x.to("cuda", torch.bfloat16) for x in draw(batch, tokens, heads, 128))
+    v = v + torch.randn(heads, 128, device="cuda", dtype=torch.bfloat16)
+    for expected, got in (
+        (attend(q, k, v), attend_for_bytes(q, k, v)),
+        (attend_sparse(q, k, v, 0.5), attend_sparse_for_bytes(q, k, v, 0.5)),
+    ):
+        assert got.scale.shape == (batch, tokens, 1, 1)
+        assert (got.scale == got.scale[:, :1]).all()
+        assert error(got.values.float() * got.scale, expected) < 0.03

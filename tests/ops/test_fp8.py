@@ -2,7 +2,7 @@ import pytest
 import torch
 from torch import nn
 
-from swiftwan.ops.fp8 import Fp8Linear, quantize_rows
+from swiftwan.ops.fp8 import Fp8Linear, Rounded, quantize_rows
 
 on_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 
@@ -73,3 +73,11 @@ def test_a_merged_layer_computes_what_its_parts_do():
     expected = torch.cat([layer(x) for layer in layers], dim=-1)
     got = Fp8Linear.merged(layers)(x)
     assert ((got.float() - expected.float()).norm() / expected.float().norm()).item() < 1e-2
+
+
+def test_bytes_with_one_scale_for_all_heads_flatten_as_a_tensor_does():
+    x = torch.randn(2, 5, 3, 16)
+    flat = quantize_rows(x.flatten(2))
+    heads = Rounded(flat.values.unflatten(-1, (3, 16)), flat.scale[..., None]).flatten(2)
+    assert torch.equal(heads.values.float(), flat.values.float())
+    assert torch.equal(heads.scale, flat.scale)

@@ -12,6 +12,7 @@ if not torch.cuda.is_available() and not INTERPRETED:
 
 from swiftwan.ops.block import PLAIN  # noqa: E402
 from swiftwan.ops.fused import FUSED, linear_gelu  # noqa: E402
+from swiftwan.ops.modulate import whole  # noqa: E402
 from swiftwan.ops.rope import rope_tables  # noqa: E402
 
 DEVICE = torch.device("cpu" if INTERPRETED else "cuda")
@@ -29,8 +30,8 @@ def compare(name, worst, *args):
     """The fused function on these arguments against the plain one on the same in float32."""
     got = getattr(FUSED, name)(*args)
     expected = getattr(PLAIN, name)(*(a.float() if isinstance(a, torch.Tensor) else a for a in args))
-    if isinstance(got, torch.Tensor):
-        got, expected = (got,), (expected,)
+    if isinstance(expected, torch.Tensor):
+        got, expected = (whole(got),), (expected,)
     for one, other in zip(got, expected, strict=True):
         assert one.shape == other.shape
         assert one.dtype == args[0].dtype
@@ -65,8 +66,20 @@ def test_the_norm_is_that_of_the_rounded_sum():
     shift, scale = draw(1, 1, 64), draw(1, 1, 64)
     summed, normed = FUSED.add_norm_modulate(x, update, shift, scale, [15], EPS)
     assert torch.equal(summed, x + update)
-    again = FUSED.norm_modulate(summed, shift, scale, [15], EPS)
+    _, again = FUSED.norm_modulate(summed, shift, scale, [15], EPS)
     assert torch.equal(normed, again)
+
+
+@pytest.mark.parametrize("spans", [[15], [4, 11]], ids=str)
+@pytest.mark.parametrize("batch", [1, 2])
+def test_a_sum_left_to_the_norm_is_the_sum_and_its_norm(spans, batch):
+    x, update = draw(2, 15, 64, dtype=torch.float16), draw(2, 15, 64, dtype=torch.float16)
+    shift, scale, gate = draw(batch, len(spans), 6, 64).unbind(2)[:3]
+    left = FUSED.gated_add(x, update, gate, spans)
+    summed, normed = FUSED.norm_modulate(left, shift, scale, spans, EPS)
+    assert torch.equal(summed, whole(FUSED.gated_add(x, update, gate, spans)))
+    assert torch.equal(normed, FUSED.norm_modulate(summed, shift, scale, spans, EPS)[1])
+    assert (summed.float() - PLAIN.gated_add(x, update, gate, spans).float()).abs().max() < 0.01
 
 
 @pytest.mark.parametrize(("dtype", "worst"), DTYPES)

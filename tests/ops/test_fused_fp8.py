@@ -15,6 +15,7 @@ from swiftwan.ops.fp8 import Fp8Linear, quantize_rows  # noqa: E402
 from swiftwan.ops.fused import FUSED  # noqa: E402
 from swiftwan.ops.fused_fp8 import FUSED_FP8, linear_gelu  # noqa: E402
 from swiftwan.ops.fused_fp8 import quantize_rows as fast_rows  # noqa: E402
+from swiftwan.ops.modulate import whole  # noqa: E402
 
 DEVICE = torch.device("cpu" if INTERPRETED else "cuda")
 DTYPES = [torch.float32, torch.float16] + ([] if INTERPRETED else [torch.bfloat16])
@@ -50,18 +51,25 @@ def test_norms_end_rounded(dtype, spans, width):
         ("gated_add_norm", (x, update, gate, spans, weight, bias, EPS)),
         ("add_norm_modulate", (x, update, shift, scale, spans, EPS)),
     ):
-        got, fused = getattr(FUSED_FP8, name)(*args), getattr(FUSED, name)(*args)
-        if name != "norm_modulate":
-            (total, got), (fused_total, _) = got, fused
-            assert torch.equal(total, fused_total)
-            # The exact norm of the sum as it is stored: what rounding to 8 bits should begin with.
-            if name == "gated_add_norm":
-                expected = torch.nn.functional.layer_norm(total.float(), (width,), weight, bias, EPS)
-            else:
-                expected = PLAIN.norm_modulate(total.float(), shift, scale, spans, EPS)
+        (total, got), (fused_total, _) = getattr(FUSED_FP8, name)(*args), getattr(FUSED, name)(*args)
+        assert torch.equal(total, fused_total)
+        # The exact norm of the sum as it is stored: what rounding to 8 bits should begin with.
+        if name == "gated_add_norm":
+            expected = torch.nn.functional.layer_norm(total.float(), (width,), weight, bias, EPS)
         else:
-            expected = PLAIN.norm_modulate(x.float(), shift, scale, spans, EPS)
+            _, expected = PLAIN.norm_modulate(total.float(), shift, scale, spans, EPS)
         agree(got, expected)
+
+
+@pytest.mark.parametrize("spans", [[15], [4, 11]], ids=str)
+def test_a_sum_left_to_the_norm_is_the_sum_and_its_norm(spans):
+    x, update = draw(2, 15, 80, dtype=torch.float16), draw(2, 15, 80, dtype=torch.float16)
+    shift, scale, gate = draw(2, len(spans), 6, 80).unbind(2)[:3]
+    summed, normed = FUSED_FP8.norm_modulate(FUSED_FP8.gated_add(x, update, gate, spans), shift, scale, spans, EPS)
+    assert torch.equal(summed, whole(FUSED.gated_add(x, update, gate, spans)))
+    _, expected = FUSED_FP8.norm_modulate(summed, shift, scale, spans, EPS)
+    assert torch.equal(normed.values.float(), expected.values.float())
+    assert torch.equal(normed.scale, expected.scale)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)

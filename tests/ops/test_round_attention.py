@@ -29,7 +29,7 @@ def test_all_is_rounded_as_the_plain_way_does(dtype, tokens):
     q, k, v = (x.unflatten(-1, (2, 128)) for x in merged.chunk(3, dim=-1))
     k, v = k + 1, v + 1
     ours, theirs = round_attention(q.contiguous(), k, v), plain(q, k, v)
-    for name in ("factor", "v_scale", "v_mean"):
+    for name in ("factor", "v_scale", "v_mean", "bound"):
         assert torch.allclose(getattr(ours, name), getattr(theirs, name), rtol=1e-4, atol=1e-6), name
     for name in ("q", "k", "v"):
         one, other = getattr(ours, name), getattr(theirs, name)

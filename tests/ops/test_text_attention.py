@@ -10,6 +10,7 @@ INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 if not torch.cuda.is_available() and not INTERPRETED:
     pytest.skip("needs a CUDA device, or TRITON_INTERPRET=1", allow_module_level=True)
 
+from swiftwan.ops import text_attention  # noqa: E402
 from swiftwan.ops.attention import norm_attend as plain  # noqa: E402
 from swiftwan.ops.fp8 import LARGEST  # noqa: E402
 from swiftwan.ops.text_attention import MOST_KEYS, norm_attend, norm_attend_round  # noqa: E402
@@ -65,8 +66,10 @@ def test_it_is_the_plain_function_rounded(dtype, size):
     assert far(got.values.float() * got.scale, expected) < WORST
 
 
-def test_many_tokens_take_several_turns():
-    found = inputs(torch.float16, 1, 1, 8200, 1, 32, 20, True)
+@pytest.mark.parametrize(("tokens", "at_once"), [(200, 1), (330, 2), (150, 2)])
+def test_many_tokens_take_several_turns(monkeypatch, tokens, at_once):
+    monkeypatch.setattr(text_attention, "AT_ONCE", at_once)
+    found = inputs(torch.float16, 1, 1, tokens, 1, 32, 20, True)
     assert far(norm_attend(*found, 1e-6), exact(found)) < 2e-3
 
 

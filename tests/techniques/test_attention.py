@@ -7,6 +7,7 @@ import swiftwan as sw
 from swiftwan.device import pick_device
 from swiftwan.errors import PlanError, UnavailableError
 from swiftwan.ops import attention as kernels
+from swiftwan.ops.fp8 import Fp8Linear, quantize_rows
 from swiftwan.plan import describe, make_plan, parse
 from swiftwan.techniques.attention import Attention
 
@@ -177,6 +178,19 @@ def test_kernels_agree_with_the_reference(name):
     got, expected = chosen.load()(q, k, v), kernels.sdpa(q.float(), k.float(), v.float())
     assert got.shape == q.shape
     assert ((got.float() - expected).norm() / expected.norm()).item() < (5e-2 if chosen.kind == "near" else 5e-3)
+
+
+def test_a_kernel_hands_bytes_to_the_blocks_whose_next_layer_reads_them(parts, monkeypatch):
+    def to_bytes(q, k, v):
+        return quantize_rows(kernels.sdpa(q, k, v))
+
+    mine = kernels.Kernel("sdpa", "near", lambda: kernels.sdpa, load_for_bytes=lambda: to_bytes)
+    monkeypatch.setattr(kernels, "KERNELS", (mine,))
+    first, second = parts.transformer.blocks
+    first.attn1.to_out[0] = Fp8Linear.of(first.attn1.to_out[0])
+    Attention("sdpa").install(parts)
+    assert first.attn1.attend is to_bytes
+    assert second.attn1.attend is kernels.sdpa
 
 
 @pytest.mark.parametrize("value", ["fp8", "fp8-plain"])

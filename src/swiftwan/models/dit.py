@@ -21,9 +21,10 @@ from torch import Tensor, nn
 
 from swiftwan.errors import WeightsError
 from swiftwan.models.config import TransformerConfig
-from swiftwan.models.dit_layers import ConditionEmbedder, FeedForward, LayerNorm32
-from swiftwan.ops.attention import Attend, sdpa
+from swiftwan.models.dit_layers import ConditionEmbedder, FeedForward, LayerNorm32, PatchEmbedding
+from swiftwan.ops.attention import Attend, AttendForLinear, sdpa
 from swiftwan.ops.block import PLAIN, BlockOps
+from swiftwan.ops.modulate import Tokens
 from swiftwan.ops.rope import Rope, rope_tables
 
 TEXT_LENGTH = 512
@@ -89,7 +90,7 @@ class Attention(nn.Module):
 class SelfAttention(Attention):
     def __init__(self, config: TransformerConfig, attend: Attend) -> None:
         super().__init__(config)
-        self.attend = attend
+        self.attend: AttendForLinear = attend
         self.project: Callable[[SelfAttention, Tensor], tuple[Tensor, Tensor, Tensor]] = project
 
     def forward(self, x: Tensor, rope: Rope, ops: BlockOps) -> Tensor:
@@ -165,17 +166,18 @@ class Block(nn.Module):
 
     def forward(
         self,
-        x: Tensor,
+        x: Tokens,
         time: Tensor,
         spans: Sequence[int],
         memory: Memory,
         text_bias: Tensor | None,
         rope: Rope,
-    ) -> Tensor:
+    ) -> Tokens:
         """x (B, L, D) and time (B, K, 6, D) to x. Either may come with a batch of 1, for B prompts of one video."""
         shift, scale, gate, ffn_shift, ffn_scale, ffn_gate = (self.scale_shift_table + time).unbind(2)
         norm2, ops, eps = self.norm2, self.ops, self.eps
-        update = self.attn1(ops.norm_modulate(x, shift, scale, spans, eps), rope, ops)
+        x, normed = ops.norm_modulate(x, shift, scale, spans, eps)
+        update = self.attn1(normed, rope, ops)
         x, normed = ops.gated_add_norm(x, update, gate, spans, norm2.weight, norm2.bias, eps)
         update = self.attn2(normed, memory, text_bias, ops)
         x, normed = ops.add_norm_modulate(x, update, ffn_shift, ffn_scale, spans, eps)
@@ -201,15 +203,23 @@ def log_counts(count: int, dtype: torch.dtype) -> list[float]:
 
 # The model
 
-Walk = Callable[[Callable[[int, Tensor], Tensor], int, Tensor, Condition], Tensor]
-"""(run a block by its number, how many there are, tokens (B, L, D), condition) to tokens: which blocks run."""
+Run = Callable[[int, Tokens], Tokens]
+"""A block by its number, on tokens (B, L, D)."""
+
+Walk = Callable[[Run, int, Tensor, Condition], Tokens]
+"""(run a block, how many there are, tokens (B, L, D), condition) to tokens: which blocks run."""
 
 
-def all_blocks(run: Callable[[int, Tensor], Tensor], count: int, x: Tensor, condition: Condition) -> Tensor:
-    """Each block once, in order."""
-    for number in range(count):
+def run_blocks(run: Run, numbers: range, x: Tokens) -> Tokens:
+    """These blocks, one after the other."""
+    for number in numbers:
         x = run(number, x)
     return x
+
+
+def all_blocks(run: Run, count: int, x: Tensor, condition: Condition) -> Tokens:
+    """Each block once, in order."""
+    return run_blocks(run, range(count), x)
 
 
 class WanTransformer(nn.Module):
@@ -232,9 +242,7 @@ class WanTransformer(nn.Module):
             )
         self.config = config
         self.ops = PLAIN
-        self.patch_embedding = nn.Conv3d(
-            config.in_channels, config.dim, kernel_size=config.patch_size, stride=config.patch_size
-        )
+        self.patch_embedding = PatchEmbedding(config.in_channels, config.dim, config.patch_size)
         self.condition_embedder = ConditionEmbedder(config)
         self.blocks = nn.ModuleList([Block(config, attend) for _ in range(config.num_layers)])
         self.proj_out = nn.Linear(config.dim, config.out_channels * math.prod(config.patch_size))
@@ -317,18 +325,19 @@ class WanTransformer(nn.Module):
             spans = [tokens // grid[0], tokens - tokens // grid[0]]
         vector, time = self.condition_embedder.time(timestep, self.dtype)
         time = time.float()
-        x = self.patch_embedding(latents.to(self.dtype)).flatten(2).transpose(1, 2).contiguous()
+        x = self.patch_embedding(latents.to(self.dtype))
         if condition.order is not None:
             x = x[:, condition.order]
 
-        def run(number: int, x: Tensor) -> Tensor:
+        def run(number: int, x: Tokens) -> Tokens:
             memory = condition.memories[number]
-            out: Tensor = self.blocks[number](x, time, spans, memory, condition.text_bias, condition.rope)
+            out: Tokens = self.blocks[number](x, time, spans, memory, condition.text_bias, condition.rope)
             return out
 
-        x = self.walk(run, len(self.blocks), x, condition)
+        walked = self.walk(run, len(self.blocks), x, condition)
         shift, scale = (self.scale_shift_table + vector[:, :, None]).unbind(2)
-        x = self.proj_out(self.ops.norm_modulate(x, shift, scale, spans, self.config.eps))
+        x, normed = self.ops.norm_modulate(walked, shift, scale, spans, self.config.eps)
+        x = self.proj_out(normed)
         if condition.order is not None:
             x = torch.empty_like(x).index_copy_(1, condition.order, x)
         return self.unpatchify(x, grid).to(latents.dtype)

@@ -56,6 +56,21 @@ class FeedForward(nn.Module):
         return self.net[2](self.net[0](x))
 
 
+class PatchEmbedding(nn.Conv3d):
+    """A convolution whose patches do not overlap, as one matrix product: it leaves tokens where the convolution leaves
+    channels, which took a transposition, 0.6 ms of a 1.3B forward at 832x480x81 (H200)."""
+
+    def __init__(self, in_channels: int, dim: int, patch_size: tuple[int, int, int]) -> None:
+        super().__init__(in_channels, dim, kernel_size=patch_size, stride=patch_size)
+
+    def forward(self, latents: Tensor) -> Tensor:
+        """(B, C, f p, h q, w r) to (B, f h w, D), for patches of (p, q, r)."""
+        p, q, r = self.kernel_size
+        patches = latents.unflatten(4, (-1, r)).unflatten(3, (-1, q)).unflatten(2, (-1, p))
+        patches = patches.permute(0, 2, 4, 6, 1, 3, 5, 7).flatten(4).flatten(1, 3)
+        return F.linear(patches, self.weight.flatten(1), self.bias)
+
+
 class LayerNorm32(nn.LayerNorm):
     """Layer norm in float32, returned in the input's dtype."""
 

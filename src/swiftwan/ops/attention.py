@@ -17,8 +17,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from swiftwan.ops.fp8 import Rounded
+
 Attend = Callable[[Tensor, Tensor, Tensor], Tensor]
 """(q, k, v), each (B, L, H, E), to (B, L, H, E)."""
+
+AttendForLinear = Callable[[Tensor, Tensor, Tensor], Tensor | Rounded]
+"""The same or, where an 8-bit layer reads it, its bytes: values (B, L, H, E), scale (B, L, 1, 1)."""
 
 Capability = tuple[int, int] | None
 """CUDA compute capability of a device; None where it has none."""
@@ -74,6 +79,7 @@ class Kernel:
     Attributes:
         kind: exact, or near for 8-bit arithmetic.
         load: imports what it needs and returns the function, always the same one.
+        load_for_bytes: the same, of a function whose result an 8-bit layer reads as it is; None where there is none.
         package: distribution that brings it, if it is not torch's own.
         install: what to hand to pip for it, where a plain name in quotes does not do.
         capability: least CUDA compute capability; None runs on any device.
@@ -91,6 +97,7 @@ class Kernel:
     until: Capability = None
     half: bool = True
     widths: tuple[int, ...] | range = ()
+    load_for_bytes: Callable[[], AttendForLinear] | None = None
 
     def missing_on(self, capability: Capability) -> str:
         """What a device of this compute capability, or this installation, lacks to run it; empty if nothing."""
@@ -145,6 +152,12 @@ def _load_flash4() -> Attend:
 @cache
 def _load_fp8() -> Attend:
     return opaque("fp8", importlib.import_module("swiftwan.ops.attention_fp8_gluon").attend)
+
+
+@cache
+def _load_fp8_for_bytes() -> AttendForLinear:
+    function = importlib.import_module("swiftwan.ops.attention_fp8_gluon").attend_for_bytes
+    return opaque_for_bytes("fp8_for_bytes", function)
 
 
 def _load_fp8_plain() -> Attend:
@@ -210,6 +223,22 @@ def opaque(name: str, function: Callable[..., Any], options: str = "") -> Callab
     return op
 
 
+def opaque_for_bytes(name: str, function: Callable[..., Rounded], options: str = "") -> Callable[..., Rounded]:
+    """:func:`opaque` for a function whose result an 8-bit layer reads."""
+    qualname = f"swiftwan::{name}"
+    torch.library.define(qualname, f"(Tensor q, Tensor k, Tensor v{options}) -> (Tensor, Tensor)")
+    torch.library.impl(qualname, "CompositeExplicitAutograd", lambda *given: tuple(function(*given)))
+    torch.library.register_fake(
+        qualname,
+        lambda q, *rest: (
+            torch.empty(q.shape, dtype=torch.float8_e4m3fn, device=q.device),
+            torch.empty(*q.shape[:2], 1, 1, dtype=torch.float32, device=q.device),
+        ),
+    )
+    op = getattr(torch.ops.swiftwan, name).default
+    return lambda *given: Rounded(*op(*given))
+
+
 KERNELS = (
     Kernel("sdpa", "exact", lambda: sdpa, half=False),
     Kernel("cudnn", "exact", lambda: _cudnn, capability=(8, 0)),
@@ -217,7 +246,16 @@ KERNELS = (
     Kernel("flash3", "exact", _load_flash3, "flash-attn-3", FLASH3_WHEEL, capability=(9, 0), until=(10, 0)),
     Kernel("flash2", "exact", lambda: _flash2, capability=(8, 0), widths=range(1, 257)),
     Kernel("sage", "near", _load_sage, "sageattention", capability=(8, 0), widths=(64, 96, 128)),
-    Kernel("fp8", "near", _load_fp8, "triton", capability=(9, 0), until=(10, 0), widths=(128,)),
+    Kernel(
+        "fp8",
+        "near",
+        _load_fp8,
+        "triton",
+        capability=(9, 0),
+        until=(10, 0),
+        widths=(128,),
+        load_for_bytes=_load_fp8_for_bytes,
+    ),
     Kernel("fp8-plain", "near", _load_fp8_plain, half=False),
 )
 """Every kernel that ``attention:NAME`` takes."""

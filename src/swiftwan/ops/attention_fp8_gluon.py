@@ -27,6 +27,7 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
 from swiftwan.ops.attention_fp8 import BLOCK, WIDTH, RoundedAttention
+from swiftwan.ops.fp8 import Rounded
 from swiftwan.ops.fp8_gluon import to_e4m3
 from swiftwan.ops.round_attention import round_and_pool, round_attention
 from swiftwan.ops.sparse import choose_blocks
@@ -39,6 +40,17 @@ STAGES = 4
 
 TURN = 2
 """Blocks of one turn of the loop."""
+
+# What a thread has of 64 queries once channels are in order: 16 in a row of two groups of 64, of two queries.
+_ROWS = gl.constexpr(
+    gl.DistributedLinearLayout(
+        reg_bases=[[0, 1], [0, 2], [0, 4], [0, 8], [0, 64], [8, 0]],
+        lane_bases=[[0, 16], [0, 32], [1, 0], [2, 0], [4, 0]],
+        warp_bases=[[16, 0], [32, 0]],
+        block_bases=[],
+        shape=[HALF, WIDTH],
+    )
+)
 
 
 @gluon.jit
@@ -110,6 +122,30 @@ def _begin_result(weights, v_ring, v_ready, step, result, MMA: gl.constexpr, STA
 
 
 @gluon.jit
+def _write(result, v_scale, v_mean, written, first_row, out_row, length):
+    """Half a tile's result, in 16 bits or, scaled by what no number of it exceeds, in 8."""
+    out, out_scale, bound, is_first_head = written
+    HALF: gl.constexpr = result.shape[0]
+    WIDTH: gl.constexpr = result.shape[1]
+    MMA: gl.constexpr = result.type.layout
+    # See channel_order: what the second product leaves.
+    place = gl.arange(0, WIDTH, gl.SliceLayout(0, MMA))
+    channel = place // 64 * 64 + place // 2 % 4 * 16 + place // 8 % 8 * 2 + place % 2
+    result = result * gl.load(v_scale + channel)[None, :] + gl.load(v_mean + channel)[None, :]
+    result = gl.permute(gl.reshape(result, [HALF, 2, 8, 4, 2]), [0, 1, 3, 2, 4])
+    result = gl.convert_layout(gl.reshape(result, [HALF, WIDTH]), _ROWS, assert_trivial=True)
+    row = first_row + gl.arange(0, HALF, gl.SliceLayout(1, _ROWS))
+    target = out + row.to(gl.int64)[:, None] * out_row + gl.arange(0, WIDTH, gl.SliceLayout(0, _ROWS))[None, :]
+    if out.dtype.element_ty == gl.float8e4nv:
+        step = gl.load(bound) / 448.0
+        gl.store(target, to_e4m3(result * (1.0 / step)), (row < length)[:, None])
+        if is_first_head:
+            gl.store(out_scale + row, gl.full([HALF], 0.0, gl.float32, gl.SliceLayout(1, _ROWS)) + step, row < length)
+    else:
+        gl.store(target, result.to(out.dtype.element_ty), (row < length)[:, None])
+
+
+@gluon.jit
 def _multiply(
     PART: gl.constexpr, memory, ready, free, tensors, sizes,
     STAGES: gl.constexpr, TURN: gl.constexpr, LSE: gl.constexpr,
@@ -120,7 +156,7 @@ def _multiply(
     turn, the values of the one before. Nothing may be on its way over a loop's edge: ptxas would wait for each product.
     """
     q, k_ring, v_ring = memory
-    factor, v_scale, v_mean, out, lse = tensors
+    factor, v_scale, v_mean, written, lse = tensors
     last, first_row, out_row, length, count = sizes
     q_ready, k_ready, v_ready = ready
     k_free, v_free = free
@@ -170,10 +206,8 @@ def _multiply(
     weights, shrink, largest, total = _soften(scores, factor, largest, total)
     behind = _begin_result(weights, v_ring, v_ready, count - 1, result * shrink[:, None], MMA, STAGES)
     result = warpgroup_mma_wait(0, deps=(behind,))
-    channel = gl.arange(0, WIDTH, gl.SliceLayout(0, MMA))
-    result = result * (1.0 / total)[:, None] * gl.load(v_scale + channel)[None, :] + gl.load(v_mean + channel)[None, :]
-    place = row.to(gl.int64)[:, None] * out_row + channel[None, :]
-    gl.store(out + place, result.to(out.dtype.element_ty), (row < length)[:, None])
+    result = result * (1.0 / total)[:, None]
+    _write(result, v_scale, v_mean, written, first_row + PART * HALF, out_row, length)
     if LSE:
         gl.store(lse + row, 0.6931471805599453 * (largest + gl.log2(total) - 8.0), row < length)
 
@@ -209,7 +243,7 @@ def _fetch(maps, memory, ready, free, blocks, sizes, STAGES: gl.constexpr, SPARS
 
 @gluon.jit
 def _attend_kernel(
-    q_map, k_map, v_map, out, lse, factor, v_scale, v_mean, blocks, length, count, heads,
+    q_map, k_map, v_map, out, out_scale, bound, lse, factor, v_scale, v_mean, blocks, length, count, heads,
     STAGES: gl.constexpr, TURN: gl.constexpr, SPARSE: gl.constexpr, LSE: gl.constexpr,
 ):  # fmt: skip
     HALF: gl.constexpr = q_map.block_shape[0]
@@ -220,6 +254,7 @@ def _attend_kernel(
     batch = gl.program_id(2)
     line = batch * heads + head
     out += batch.to(gl.int64) * length * (heads * WIDTH) + head * WIDTH
+    out_scale += batch * length
     factor += line.to(gl.int64) * length
     if LSE:
         lse += line.to(gl.int64) * length
@@ -248,7 +283,7 @@ def _attend_kernel(
     ready = (q_ready, k_ready, v_ready)
     free = (k_free, v_free)
     memory = (q, k_ring, v_ring)
-    tensors = (factor, v_scale, v_mean, out, lse)
+    tensors = (factor, v_scale, v_mean, (out, out_scale, bound + batch, head == 0), lse)
     sizes = (last, row, heads * WIDTH, length, count)
     maps = (q_map, k_map, v_map)
     places = (row, head * WIDTH, batch * length, line * WIDTH, count)
@@ -273,8 +308,25 @@ def attend_rounded(
         blocks: the blocks of keys that each block of queries sees, int32 (B, H, N, M), ascending; None for all.
         lse: float32 (B, H, L), to be filled with the log-sum-exp of scores with the keys less their mean.
     """
-    batch, length, heads, width = x.q.shape
     out = torch.empty(x.q.shape, dtype=dtype, device=x.q.device)
+    _attend_into(out, x.factor, x, blocks, lse)
+    return out
+
+
+def attend_to_bytes(x: RoundedAttention, blocks: Tensor | None = None) -> Rounded:
+    """The same for an 8-bit layer behind it: values (B, L, H, E), scale (B, L, 1, 1)."""
+    batch, length, _, _ = x.q.shape
+    values = torch.empty(x.q.shape, dtype=torch.float8_e4m3fn, device=x.q.device)
+    scale = torch.empty(batch, length, 1, 1, dtype=torch.float32, device=x.q.device)
+    _attend_into(values, scale, x, blocks, None)
+    return Rounded(values, scale)
+
+
+def _attend_into(
+    out: Tensor, out_scale: Tensor, x: RoundedAttention, blocks: Tensor | None, lse: Tensor | None
+) -> None:
+    """``out_scale`` is written where ``out`` is of 8 bits."""
+    batch, length, heads, width = x.q.shape
     q = _tiles(x.q.view(batch * length, heads * width), HALF)
     k = _tiles(x.k.view(batch * length, heads * width), BLOCK)
     v = _tiles(x.v.view(batch * heads * width, -1), WIDTH)
@@ -282,11 +334,10 @@ def attend_rounded(
     read = count if blocks is None else blocks.shape[-1]
     with torch.cuda.device_of(out):
         _attend_kernel[(count, heads, batch)](
-            q, k, v, out, x.factor if lse is None else lse, x.factor, x.v_scale, x.v_mean,
+            q, k, v, out, out_scale, x.bound, x.factor if lse is None else lse, x.factor, x.v_scale, x.v_mean,
             x.factor if blocks is None else blocks, length, read, heads,
             STAGES=STAGES, TURN=TURN, SPARSE=blocks is not None, LSE=lse is not None, num_warps=4,
         )  # fmt: skip
-    return out
 
 
 def _tiles(x: Tensor, rows: int) -> TensorDescriptor:
@@ -304,3 +355,14 @@ def attend_sparse(q: Tensor, k: Tensor, v: Tensor, keep: float) -> Tensor:
     """The same over a share ``keep`` of the blocks (:mod:`swiftwan.ops.sparse`), pooled where they are rounded."""
     rounded, q_means, k_means = round_and_pool(q, k, v)
     return attend_rounded(rounded, q.dtype, choose_blocks(q_means, k_means, keep))
+
+
+def attend_for_bytes(q: Tensor, k: Tensor, v: Tensor) -> Rounded:
+    """:func:`attend` for an 8-bit layer behind it."""
+    return attend_to_bytes(round_attention(q, k, v))
+
+
+def attend_sparse_for_bytes(q: Tensor, k: Tensor, v: Tensor, keep: float) -> Rounded:
+    """:func:`attend_sparse` for an 8-bit layer behind it."""
+    rounded, q_means, k_means = round_and_pool(q, k, v)
+    return attend_to_bytes(rounded, choose_blocks(q_means, k_means, keep))

@@ -17,11 +17,11 @@ class BlockOps:
     """Each field has the signature and the meaning of the plain function that :data:`PLAIN` holds in it.
 
     What a norm, or the text's attention, returns goes to linear layers and nowhere else: so it is whatever those take,
-    a Tensor or, for 8-bit layers, :class:`swiftwan.ops.fp8.Rounded`.
+    a Tensor or, for 8-bit layers, :class:`swiftwan.ops.fp8.Rounded`. A gated sum may be left to the norm behind it.
     """
 
-    norm_modulate: Callable[..., Any]
-    gated_add: Callable[..., Tensor]
+    norm_modulate: Callable[..., tuple[Tensor, Any]]
+    gated_add: Callable[..., modulate.Tokens]
     gated_add_norm: Callable[..., tuple[Tensor, Any]]
     add_norm_modulate: Callable[..., tuple[Tensor, Any]]
     norm_rope: Callable[..., tuple[Tensor, Tensor]]

@@ -29,6 +29,10 @@ class Rounded(NamedTuple):
     values: Tensor
     scale: Tensor
 
+    def flatten(self, start: int) -> Rounded:
+        """Dimensions from this one on as one, for what is scaled by all of them."""
+        return Rounded(self.values.flatten(start), self.scale.flatten(start))
+
 
 def quantize_rows(x: Tensor) -> Rounded:
     """The plain way, for x (..., I)."""

@@ -19,7 +19,8 @@ from torch import Tensor
 
 from swiftwan.ops.block import BlockOps, refuse_gradient
 from swiftwan.ops.fp8 import Fp8Linear, Rounded
-from swiftwan.ops.fused import FUSED
+from swiftwan.ops.fused import FUSED, sum_of
+from swiftwan.ops.modulate import Tokens
 from swiftwan.ops.text_attention import norm_attend_round
 
 
@@ -166,8 +167,8 @@ def _warps(lanes: int, rows: int = 1) -> int:
     return max(1, min(8, lanes // (256 if rows == 1 else 512)))
 
 
-def norm_modulate(x: Tensor, shift: Tensor, scale: Tensor, spans: Sequence[int], eps: float) -> Rounded:
-    return _add_norm_round(x, None, None, (scale, shift), spans, eps)[1]
+def norm_modulate(x: Tokens, shift: Tensor, scale: Tensor, spans: Sequence[int], eps: float) -> tuple[Tensor, Rounded]:
+    return _add_norm_round(*sum_of(x), (scale, shift), spans, eps)
 
 
 def gated_add_norm(

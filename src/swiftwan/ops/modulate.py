@@ -9,18 +9,55 @@ the K vectors serves, and sums to L; weight and bias (D,). All compute in float3
 may come with a batch of 1, and in :func:`add_norm_modulate` x too, for the whole batch of the update.
 """
 
-from collections.abc import Sequence
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 
-def norm_modulate(x: Tensor, shift: Tensor, scale: Tensor, spans: Sequence[int], eps: float) -> Tensor:
-    """``layer_norm(x) * (1 + scale) + shift``."""
+class GatedSum:
+    """What :func:`gated_add` is to compute, before it is: the norm that reads it next adds in its own pass.
+
+    It can be taken once, and holds nothing from then on: a caller that still has it keeps no tokens alive.
+    """
+
+    def __init__(
+        self,
+        x: Tensor,
+        update: Tensor,
+        gate: Tensor,
+        spans: Sequence[int],
+        add: Callable[[Tensor, Tensor, Tensor, Sequence[int]], Tensor],
+    ) -> None:
+        self._terms = [(x, update, gate)]
+        self._spans, self._add = spans, add
+
+    def take(self) -> tuple[Tensor, Tensor, Tensor]:
+        """x, update and gate."""
+        return self._terms.pop()
+
+    def whole(self) -> Tensor:
+        return self._add(*self.take(), self._spans)
+
+
+Tokens = Tensor | GatedSum
+"""Between two blocks."""
+
+
+def whole(x: Tokens) -> Tensor:
+    """For whoever reads tokens and is not a norm."""
+    return x.whole() if isinstance(x, GatedSum) else x
+
+
+def norm_modulate(x: Tokens, shift: Tensor, scale: Tensor, spans: Sequence[int], eps: float) -> tuple[Tensor, Tensor]:
+    """x, whole, and ``layer_norm(x) * (1 + scale) + shift``."""
+    x = whole(x)
     normed = F.layer_norm(x.float(), x.shape[-1:], eps=eps)
     parts = [part * (1 + scale[:, k, None]) + shift[:, k, None] for k, part in enumerate(normed.split(spans, dim=1))]
-    return _join(parts).type_as(x)
+    return x, _join(parts).type_as(x)
 
 
 def gated_add(x: Tensor, update: Tensor, gate: Tensor, spans: Sequence[int]) -> Tensor:
@@ -41,8 +78,7 @@ def add_norm_modulate(
     x: Tensor, update: Tensor, shift: Tensor, scale: Tensor, spans: Sequence[int], eps: float
 ) -> tuple[Tensor, Tensor]:
     """``x + update``, and :func:`norm_modulate` of it."""
-    x = x + update
-    return x, norm_modulate(x, shift, scale, spans, eps)
+    return norm_modulate(x + update, shift, scale, spans, eps)
 
 
 def _join(parts: list[Tensor]) -> Tensor:

@@ -23,7 +23,7 @@ PART = 1024
 
 @triton.jit
 def _statistics_kernel(
-    k, v, parts, length, k_batch, k_row, v_batch, v_row,
+    k, v, parts, bound, length, k_batch, k_row, v_batch, v_row,
     PART: tl.constexpr, ROWS: tl.constexpr, WIDTH: tl.constexpr,
 ):  # fmt: skip
     """Sum, least and largest of each channel of k, or of v, over one part of the tokens."""
@@ -34,6 +34,8 @@ def _statistics_kernel(
         k += batch.to(tl.int64) * k_batch + head * WIDTH
         _statistics(k, parts, part * PART, length, k_row, PART, ROWS, WIDTH)
     else:
+        if part + head == 0:
+            tl.store(bound + batch, 0.0)  # for _finish_kernel
         v += batch.to(tl.int64) * v_batch + head * WIDTH
         _statistics(v, parts + 3 * WIDTH, part * PART, length, v_row, PART, ROWS, WIDTH)
 
@@ -59,7 +61,7 @@ def _statistics(x, parts, start, length, stride, PART: tl.constexpr, ROWS: tl.co
 
 @triton.jit
 def _finish_kernel(
-    parts, k_mean, v_mean, k_scale, v_scale, count, length, PARTS: tl.constexpr, WIDTH: tl.constexpr
+    parts, k_mean, v_mean, k_scale, v_scale, bound, count, length, heads, PARTS: tl.constexpr, WIDTH: tl.constexpr
 ):  # fmt: skip
     line = tl.program_id(0)
     channel = tl.arange(0, WIDTH)
@@ -71,7 +73,9 @@ def _finish_kernel(
     else:
         mean, furthest = _finish(parts + 3 * WIDTH, count, length, PARTS, WIDTH)
         tl.store(v_mean + line * WIDTH + channel, mean)
-        tl.store(v_scale + line * WIDTH + channel, tl.maximum(furthest, 1e-12) / 448.0)
+        furthest = tl.maximum(furthest, 1e-12)
+        tl.store(v_scale + line * WIDTH + channel, furthest / 448.0)
+        tl.atomic_max(bound + line // heads, tl.max(furthest + tl.abs(mean), 0))
 
 
 @triton.jit
@@ -119,7 +123,9 @@ def _round_kernel(
         _round_keys(start, k_out + out, k_pooled + pooled, token, column, length, k_row, mean, head_scale, MEANS)
     else:
         start = v + batch.to(tl.int64) * v_batch
-        target = v_out + vector.to(tl.int64)[:, None] * v_out_row + token[None, :]
+        # See channel_order.
+        place = channel // 64 * 64 + channel // 2 % 8 * 8 + channel // 16 % 4 * 2 + channel % 2
+        target = v_out + (line * WIDTH + place).to(tl.int64)[:, None] * v_out_row + token[None, :]
         mean = tl.load(v_mean + vector)
         scale = tl.load(v_scale + vector)
         _round_values(start, target, block * BLOCK, column, length, v_row, mean, scale, BLOCK)
@@ -191,14 +197,15 @@ def _round_attention(q: Tensor, k: Tensor, v: Tensor, means: bool) -> tuple[Roun
         empty(batch, heads, WIDTH, blocks * BLOCK, dtype=torch.float8_e4m3fn),
         v_scale,
         v_mean,
+        empty(batch),
     )
     pooled = [empty(batch, heads, blocks if means else 0, WIDTH) for _ in range(2)]
     _statistics_kernel[(parts, heads, 2 * batch)](
-        k, v, sums, length, k.stride(0), k.stride(1), v.stride(0), v.stride(1),
+        k, v, sums, rounded.bound, length, k.stride(0), k.stride(1), v.stride(0), v.stride(1),
         PART=PART, ROWS=16, WIDTH=WIDTH, num_warps=4,
     )  # fmt: skip
     _finish_kernel[(batch * heads, 2)](
-        sums, k_mean, v_mean, k_scale, v_scale, parts, length,
+        sums, k_mean, v_mean, k_scale, v_scale, rounded.bound, parts, length, heads,
         PARTS=triton.next_power_of_2(parts), WIDTH=WIDTH, num_warps=8,
     )  # fmt: skip
     _round_kernel[(blocks, heads, 3 * batch)](

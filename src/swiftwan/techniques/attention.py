@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 
 from swiftwan.errors import PlanError, UnavailableError, did_you_mean
-from swiftwan.models.dit import each_block
-from swiftwan.ops.attention import KERNELS, Attend, Kernel, kernel
+from swiftwan.models.dit import Block, each_block
+from swiftwan.ops.attention import KERNELS, Kernel, kernel
+from swiftwan.ops.fp8 import Fp8Linear
 from swiftwan.techniques.base import Settings, Slot, Technique
 from swiftwan.techniques.ends import Ends, OtherAtEnds
 
@@ -94,28 +96,34 @@ class Attention(Technique):
         """Raises:
         UnavailableError: the package is there but cannot be imported.
         """
-        attend = self._load(kernel(self.value))
+        chosen = kernel(self.value)
+        attend, for_bytes = self._load(chosen.load), self._load(chosen.load_for_bytes or chosen.load)
+        for block in each_block(parts.transformer, parts.transformer_2):
+            block.attn1.attend = for_bytes if hands_to_bytes(block) else attend
         if not self.keep_steps and not self.keep_layers:
-            for block in each_block(parts.transformer, parts.transformer_2):
-                block.attn1.attend = attend
             return
-        exact = self._load(fastest_exact(parts.device))
+        exact = self._load(fastest_exact(parts.device).load)
         for transformer in filter(None, (parts.transformer, parts.transformer_2)):
             steps = Ends(self.keep_steps, self.keep_steps)
             transformer.register_forward_pre_hook(steps)
             blocks = list(each_block(transformer))
             for number, block in enumerate(blocks):
                 inside = self.keep_layers <= number < len(blocks) - self.keep_layers
-                block.attn1.attend = OtherAtEnds(attend, exact, steps) if inside else exact
+                block.attn1.attend = OtherAtEnds(block.attn1.attend, exact, steps) if inside else exact
 
-    def _load(self, chosen: Kernel) -> Attend:
+    def _load(self, load: Callable[[], Any]) -> Any:
         try:
-            return chosen.load()
+            return load()
         except (ImportError, AttributeError, OSError) as problem:
             told = str(problem).partition("\n")[0]
             raise UnavailableError(
                 f"'{self.spec}' is installed but cannot be loaded: {told}; take attention:cudnn or attention:sdpa."
             ) from None
+
+
+def hands_to_bytes(block: Block) -> bool:
+    """Whether what reads self-attention's result is an 8-bit layer."""
+    return type(block.attn1.to_out[0]) is Fp8Linear
 
 
 def fastest_exact(device: torch.device) -> Kernel:

@@ -6,7 +6,6 @@ mix, and a new run begins afresh.
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 from weakref import WeakKeyDictionary
@@ -14,6 +13,8 @@ from weakref import WeakKeyDictionary
 from torch import Tensor
 
 from swiftwan.errors import PlanError
+from swiftwan.models.dit import Run, run_blocks
+from swiftwan.ops.modulate import Tokens, whole
 from swiftwan.techniques.base import Slot, Technique
 
 if TYPE_CHECKING:
@@ -21,8 +22,6 @@ if TYPE_CHECKING:
     from swiftwan.models.dit import Condition
     from swiftwan.techniques.costs import Costs
     from swiftwan.weights.build import Parts
-
-Run = Callable[[int, Tensor], Tensor]
 
 
 @dataclass(frozen=True)
@@ -77,19 +76,15 @@ class EarlyBlocksCached:
         self.interval, self.block_num = interval, block_num
         self.added: WeakKeyDictionary[Condition, tuple[int, Tensor]] = WeakKeyDictionary()
 
-    def __call__(self, run: Run, count: int, x: Tensor, condition: Condition) -> Tensor:
+    def __call__(self, run: Run, count: int, x: Tensor, condition: Condition) -> Tokens:
         step, added = self.added.get(condition, (0, None))
         if added is None or step % self.interval == 0:
-            before = x
-            for number in range(self.block_num):
-                x = run(number, x)
+            before, x = x, whole(run_blocks(run, range(self.block_num), x))
             added = x - before
         else:
             x = x + added
         self.added[condition] = (step + 1, added)
-        for number in range(self.block_num, count):
-            x = run(number, x)
-        return x
+        return run_blocks(run, range(self.block_num, count), x)
 
 
 @dataclass(frozen=True)
@@ -150,17 +145,15 @@ class StepsCached:
         self.threshold, self.first, self.last = threshold, first, last
         self.seen: WeakKeyDictionary[Condition, _Seen] = WeakKeyDictionary()
 
-    def __call__(self, run: Run, count: int, x: Tensor, condition: Condition) -> Tensor:
+    def __call__(self, run: Run, count: int, x: Tensor, condition: Condition) -> Tokens:
         seen = self.seen.setdefault(condition, _Seen())
-        after_first = run(0, x)
+        after_first = whole(run(0, x))
         added = after_first - x
         if self._may_skip(seen, added, condition):
             assert seen.rest_added is not None
             seen.step += 1
             return after_first + seen.rest_added
-        x = after_first
-        for number in range(1, count):
-            x = run(number, x)
+        x = whole(run_blocks(run, range(1, count), after_first))
         self.seen[condition] = _Seen(seen.step + 1, 0.0, added, x - after_first)
         return x
 

@@ -9,7 +9,8 @@ from torch import Tensor, nn
 
 if TYPE_CHECKING:
     from swiftwan.models.dit import Condition, WanTransformer
-    from swiftwan.ops.attention import Attend
+    from swiftwan.ops.attention import AttendForLinear
+    from swiftwan.ops.fp8 import Rounded
 
 
 class Ends:
@@ -37,10 +38,10 @@ class Ends:
 class OtherAtEnds:
     """An attention kernel that gives way to another one in the first and last steps."""
 
-    def __init__(self, between: Attend, at_ends: Attend, ends: Ends) -> None:
+    def __init__(self, between: AttendForLinear, at_ends: AttendForLinear, ends: Ends) -> None:
         self.between, self.at_ends, self.ends = between, at_ends, ends
 
-    def __call__(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    def __call__(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor | Rounded:
         return (self.at_ends if self.ends.now else self.between)(q, k, v)
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from types import MappingProxyType
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, cast
 
 import torch
 from torch import Tensor
@@ -47,7 +47,7 @@ class AttentionSlicing(Technique):
 
     def install(self, parts: Parts) -> None:
         for block in each_block(parts.transformer, parts.transformer_2):
-            block.attn1.attend = Sliced(block.attn1.attend, self.size)
+            block.attn1.attend = Sliced(cast("Attend", block.attn1.attend), self.size)
 
 
 class Sliced:

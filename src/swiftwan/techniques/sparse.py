@@ -13,7 +13,8 @@ from torch import Tensor
 from swiftwan.errors import PlanError
 from swiftwan.models.dit import each_block
 from swiftwan.ops import flash4
-from swiftwan.ops.attention import Attend, kernel, opaque
+from swiftwan.ops.attention import Attend, AttendForLinear, kernel, opaque, opaque_for_bytes
+from swiftwan.ops.fp8 import Rounded
 from swiftwan.ops.sparse import (
     BLOCK,
     SparseKernel,
@@ -23,6 +24,7 @@ from swiftwan.ops.sparse import (
     sparse_reference,
     tile_order,
 )
+from swiftwan.techniques.attention import hands_to_bytes
 from swiftwan.techniques.base import Slot, Technique
 from swiftwan.techniques.ends import Ends, OtherAtEnds
 
@@ -92,18 +94,19 @@ class SparseAttention(Technique):
         return replace(costs, attention_share=costs.attention_share * (1 - sparse * (1 - self.keep)))
 
     def install(self, parts: Parts) -> None:
-        attend = self.attend(parts.device)
+        attend, for_bytes = self.attend(parts.device), self.attend_for_bytes(parts.device)
         for transformer in filter(None, (parts.transformer, parts.transformer_2)):
             transformer.token_order = tile_order
             blocks = list(each_block(transformer))[self.dense_layers :]
             if not self.dense_steps:
                 for block in blocks:
-                    block.attn1.attend = attend
+                    block.attn1.attend = for_bytes if hands_to_bytes(block) else attend
                 continue
             ends = Ends(first=self.dense_steps)
             transformer.register_forward_pre_hook(ends)
             for block in blocks:
-                block.attn1.attend = OtherAtEnds(attend, block.attn1.attend, ends)
+                sparse = for_bytes if hands_to_bytes(block) else attend
+                block.attn1.attend = OtherAtEnds(sparse, block.attn1.attend, ends)
 
     def attend(self, device: torch.device) -> Attend:
         """Choose blocks, and attend to them: on a GPU as one operator, since the compiler cannot look inside."""
@@ -114,6 +117,13 @@ class SparseAttention(Technique):
             return lambda q, k, v: rounded(q, k, v, self.keep)
         operator = _operator()
         return lambda q, k, v: operator(q, k, v, self.keep, self.block)
+
+    def attend_for_bytes(self, device: torch.device) -> AttendForLinear:
+        """The same for an 8-bit layer behind it."""
+        if self.bits == 8:
+            for_bytes = _operator_for_bytes()
+            return lambda q, k, v: for_bytes(q, k, v, self.keep)
+        return self.attend(device)
 
 
 def attend_to_best(q: Tensor, k: Tensor, v: Tensor, keep: float, block: int) -> Tensor:
@@ -132,6 +142,13 @@ def _rounded_operator() -> Callable[..., Tensor]:
     from swiftwan.ops.attention_fp8_gluon import attend_sparse
 
     return opaque("sparse_attention_fp8", attend_sparse, ", float keep")
+
+
+@cache
+def _operator_for_bytes() -> Callable[..., Rounded]:
+    from swiftwan.ops.attention_fp8_gluon import attend_sparse_for_bytes
+
+    return opaque_for_bytes("sparse_attention_for_bytes", attend_sparse_for_bytes, ", float keep")
 
 
 @cache

@@ -10,7 +10,7 @@ from __future__ import annotations
 import hashlib
 import json
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -23,8 +23,9 @@ from torch.utils.checkpoint import checkpoint
 
 from swiftwan.errors import OutputError, RequestError, reason
 from swiftwan.models.config import TransformerConfig
-from swiftwan.models.dit import Condition
+from swiftwan.models.dit import Condition, Run
 from swiftwan.models.text import TextEncoder, clean_prompt
+from swiftwan.ops.modulate import Tokens
 from swiftwan.techniques.few_step import METADATA_KEY, to_metadata
 from swiftwan.train import distill
 from swiftwan.train.distill import Expert, Roles
@@ -144,7 +145,7 @@ def digest(prompts: Sequence[str]) -> str:
     return hashlib.sha256("\n".join(prompts).encode()).hexdigest()[:16]
 
 
-def _checkpointed(run: Callable[[int, Tensor], Tensor], count: int, x: Tensor, condition: Condition) -> Tensor:
+def _checkpointed(run: Run, count: int, x: Tokens, condition: Condition) -> Tokens:
     """Each block in order, computed again in the backward pass."""
     for number in range(count):
         x = checkpoint(run, number, x, use_reentrant=False) if torch.is_grad_enabled() else run(number, x)
