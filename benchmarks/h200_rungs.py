@@ -75,9 +75,10 @@ class Bench(exact.Bench):
 
         from swiftwan.ops.modulate import Tokens, whole
 
-        def keep(block: torch.nn.Module, inputs: Any, out: Tokens) -> None:
+        def keep(block: torch.nn.Module, inputs: Any, out: Tokens) -> Tensor:
             x = whole(out)
             seen.append(x if condition.order is None else torch.empty_like(x).index_copy_(1, condition.order, x))
+            return x
 
         for depth in DEPTHS:
             model.blocks[depth - 1].register_forward_hook(keep)

@@ -1,6 +1,8 @@
 """Our transformer against diffusers', on the same random weights and fresh random inputs."""
 
 import math
+import weakref
+from dataclasses import replace
 
 import pytest
 import torch
@@ -9,6 +11,8 @@ from diffusers import WanTransformer3DModel
 from swiftwan.errors import WeightsError
 from swiftwan.models.config import TransformerConfig
 from swiftwan.models.dit import WanTransformer, log_counts
+from swiftwan.ops.block import PLAIN
+from swiftwan.ops.modulate import GatedSum, gated_add
 
 TINY = {
     "num_attention_heads": 2,
@@ -143,3 +147,27 @@ def test_lora_by_peft_finds_the_modules():
     latents, text = torch.randn(1, 16, 1, 4, 4), torch.randn(1, 3, 20)
     condition = wrapped.condition(text, latents.shape)
     wrapped(latents, torch.tensor([1.0]), condition).sum().backward()
+
+
+@torch.no_grad()
+def test_a_sum_left_to_the_next_block_outlives_nothing():
+    """Same flow; and in the second block the first one's terms are gone, though the caller still holds its result."""
+    ours, _ = pair()
+    latents, timestep = torch.randn(1, 16, 1, 4, 6), torch.tensor([500.0])
+    condition = ours.condition(torch.randn(1, 7, ours.config.text_dim), latents.shape)
+    expected = ours(latents, timestep, condition)
+    left, alive = [], []
+
+    def leave(x, update, gate, spans):
+        left.append((weakref.ref(x), weakref.ref(update)))
+        return GatedSum(x, update, gate, spans, gated_add)
+
+    ours.ops = replace(PLAIN, gated_add=leave)
+    for block in ours.blocks:
+        block.ops = ours.ops
+        block.attn1.register_forward_pre_hook(
+            lambda *_: alive.append(sum(term() is not None for terms in left for term in terms))
+        )
+    assert torch.equal(ours(latents, timestep, condition), expected)
+    assert len(left) == len(alive) == ours.config.num_layers
+    assert not any(alive)

@@ -15,6 +15,7 @@ from swiftwan.ops.fp8 import Fp8Linear, quantize_rows  # noqa: E402
 from swiftwan.ops.fused import FUSED  # noqa: E402
 from swiftwan.ops.fused_fp8 import FUSED_FP8, linear_gelu  # noqa: E402
 from swiftwan.ops.fused_fp8 import quantize_rows as fast_rows  # noqa: E402
+from swiftwan.ops.modulate import whole  # noqa: E402
 
 DEVICE = torch.device("cpu" if INTERPRETED else "cuda")
 DTYPES = [torch.float32, torch.float16] + ([] if INTERPRETED else [torch.bfloat16])
@@ -45,10 +46,8 @@ def test_norms_end_rounded(dtype, spans, width):
     x, update = draw(2, 15, width, dtype=dtype), draw(2, 15, width, dtype=dtype)
     shift, scale, gate = draw(2, len(spans), 6, width).unbind(2)[:3]
     weight, bias = draw(width), draw(width)
-    left = FUSED.gated_add(x, update, gate, spans)
     for name, args in (
         ("norm_modulate", (x, shift, scale, spans, EPS)),
-        ("norm_modulate", (left, shift, scale, spans, EPS)),
         ("gated_add_norm", (x, update, gate, spans, weight, bias, EPS)),
         ("add_norm_modulate", (x, update, shift, scale, spans, EPS)),
     ):
@@ -60,6 +59,17 @@ def test_norms_end_rounded(dtype, spans, width):
         else:
             _, expected = PLAIN.norm_modulate(total.float(), shift, scale, spans, EPS)
         agree(got, expected)
+
+
+@pytest.mark.parametrize("spans", [[15], [4, 11]], ids=str)
+def test_a_sum_left_to_the_norm_is_the_sum_and_its_norm(spans):
+    x, update = draw(2, 15, 80, dtype=torch.float16), draw(2, 15, 80, dtype=torch.float16)
+    shift, scale, gate = draw(2, len(spans), 6, 80).unbind(2)[:3]
+    summed, normed = FUSED_FP8.norm_modulate(FUSED_FP8.gated_add(x, update, gate, spans), shift, scale, spans, EPS)
+    assert torch.equal(summed, whole(FUSED.gated_add(x, update, gate, spans)))
+    _, expected = FUSED_FP8.norm_modulate(summed, shift, scale, spans, EPS)
+    assert torch.equal(normed.values.float(), expected.values.float())
+    assert torch.equal(normed.scale, expected.scale)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)

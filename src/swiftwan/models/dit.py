@@ -336,7 +336,7 @@ class WanTransformer(nn.Module):
 
         walked = self.walk(run, len(self.blocks), x, condition)
         shift, scale = (self.scale_shift_table + vector[:, :, None]).unbind(2)
-        _, normed = self.ops.norm_modulate(walked, shift, scale, spans, self.config.eps)
+        x, normed = self.ops.norm_modulate(walked, shift, scale, spans, self.config.eps)
         x = self.proj_out(normed)
         if condition.order is not None:
             x = torch.empty_like(x).index_copy_(1, condition.order, x)

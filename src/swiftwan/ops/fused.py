@@ -187,7 +187,7 @@ def norm_modulate(x: Tokens, shift: Tensor, scale: Tensor, spans: Sequence[int],
 
 def sum_of(x: Tokens) -> tuple[Tensor, Tensor | None, Tensor | None]:
     """Tokens, what is still to be added to them, and by which gate."""
-    return (x.x, x.update, x.gate) if isinstance(x, GatedSum) else (x, None, None)
+    return x.take() if isinstance(x, GatedSum) else (x, None, None)
 
 
 def gated_add(x: Tensor, update: Tensor, gate: Tensor, spans: Sequence[int]) -> GatedSum:
@@ -216,35 +216,16 @@ def add_norm_modulate(
 
 
 @triton.jit
-def angles(cos, sin, token, WIDTH: tl.constexpr, BLOCK_E: tl.constexpr):
-    """Cosines and sines of a token's rotation, one a pair of channels."""
-    pair = tl.arange(0, BLOCK_E // 2)[None, :]
-    place = token * (WIDTH // 2) + pair
-    return (
-        tl.load(cos + place, pair < WIDTH // 2, other=0.0),
-        tl.load(sin + place, pair < WIDTH // 2, other=0.0),
-    )
-
-
-@triton.jit
-def norm_turn(value, weight, cosine, sine, eps, DIM: tl.constexpr, BLOCK_H: tl.constexpr, BLOCK_E: tl.constexpr):
-    """RMS norm of a token, heads by channels in float32, and its rotation."""
-    mean = tl.sum(tl.sum(value * value, axis=1), axis=0) / DIM
-    value *= tl.rsqrt(mean + eps) * weight
-    even, odd = tl.split(tl.reshape(value, [BLOCK_H, BLOCK_E // 2, 2]))
-    turned = tl.join(even * cosine - odd * sine, even * sine + odd * cosine)
-    return tl.reshape(turned, [BLOCK_H, BLOCK_E])
-
-
-@triton.jit
 def _norm_turn(
     source, weight, out, start, place, column, inside, cosine, sine, eps,
     DIM: tl.constexpr, BLOCK_H: tl.constexpr, BLOCK_E: tl.constexpr,
 ):  # fmt: skip
     value = tl.load(source + start + column, inside, other=0.0).to(tl.float32)
-    weights = tl.load(weight + column, inside, other=0.0).to(tl.float32)
-    turned = norm_turn(value, weights, cosine, sine, eps, DIM, BLOCK_H, BLOCK_E)
-    tl.store(out + place + column, turned.to(out.dtype.element_ty), inside)
+    mean = tl.sum(tl.sum(value * value, axis=1), axis=0) / DIM
+    value *= tl.rsqrt(mean + eps) * tl.load(weight + column, inside, other=0.0).to(tl.float32)
+    even, odd = tl.split(tl.reshape(value, [BLOCK_H, BLOCK_E // 2, 2]))
+    turned = tl.join(even * cosine - odd * sine, even * sine + odd * cosine)
+    tl.store(out + place + column, tl.reshape(turned, [BLOCK_H, BLOCK_E]).to(out.dtype.element_ty), inside)
 
 
 @triton.jit
@@ -258,7 +239,10 @@ def _norm_rope_kernel(
     channel = tl.arange(0, BLOCK_E)[None, :]
     inside = (head < HEADS) & (channel < WIDTH)
     column = head * WIDTH + channel
-    cosine, sine = angles(cos, sin, token, WIDTH, BLOCK_E)
+    pair = tl.arange(0, BLOCK_E // 2)[None, :]
+    angle = token * (WIDTH // 2) + pair
+    cosine = tl.load(cos + angle, pair < WIDTH // 2, other=0.0)
+    sine = tl.load(sin + angle, pair < WIDTH // 2, other=0.0)
     dim: tl.constexpr = HEADS * WIDTH
     _norm_turn(q, q_weight, q_out, line * row, line * dim, column, inside, cosine, sine, eps, dim, BLOCK_H, BLOCK_E)
     _norm_turn(k, k_weight, k_out, line * row, line * dim, column, inside, cosine, sine, eps, dim, BLOCK_H, BLOCK_E)

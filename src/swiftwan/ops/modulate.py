@@ -12,21 +12,35 @@ may come with a batch of 1, and in :func:`add_norm_modulate` x too, for the whol
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 
-class GatedSum(NamedTuple):
-    """What :func:`gated_add` is to compute, before it is: the norm that reads it next adds in its own pass."""
+class GatedSum:
+    """What :func:`gated_add` is to compute, before it is: the norm that reads it next adds in its own pass.
 
-    x: Tensor
-    update: Tensor
-    gate: Tensor
-    spans: Sequence[int]
-    add: Callable[[Tensor, Tensor, Tensor, Sequence[int]], Tensor]
+    It can be taken once, and holds nothing from then on: a caller that still has it keeps no tokens alive.
+    """
+
+    def __init__(
+        self,
+        x: Tensor,
+        update: Tensor,
+        gate: Tensor,
+        spans: Sequence[int],
+        add: Callable[[Tensor, Tensor, Tensor, Sequence[int]], Tensor],
+    ) -> None:
+        self._terms = [(x, update, gate)]
+        self._spans, self._add = spans, add
+
+    def take(self) -> tuple[Tensor, Tensor, Tensor]:
+        """x, update and gate."""
+        return self._terms.pop()
+
+    def whole(self) -> Tensor:
+        return self._add(*self.take(), self._spans)
 
 
 Tokens = Tensor | GatedSum
@@ -35,7 +49,7 @@ Tokens = Tensor | GatedSum
 
 def whole(x: Tokens) -> Tensor:
     """For whoever reads tokens and is not a norm."""
-    return x.add(x.x, x.update, x.gate, x.spans) if isinstance(x, GatedSum) else x
+    return x.whole() if isinstance(x, GatedSum) else x
 
 
 def norm_modulate(x: Tokens, shift: Tensor, scale: Tensor, spans: Sequence[int], eps: float) -> tuple[Tensor, Tensor]:

@@ -90,7 +90,7 @@ def _finish(parts, count, length, PARTS: tl.constexpr, WIDTH: tl.constexpr):
 
 
 @triton.jit
-def to_int8(x):
+def _to_int8(x):
     """The nearest integer: adding 1.5 * 2**23 leaves it in the last bits of a float32."""
     return ((x + 12582912.0).to(tl.int32, bitcast=True) - 0x4B400000).to(tl.int8)
 
@@ -123,7 +123,12 @@ def _round_kernel(
         _round_keys(start, k_out + out, k_pooled + pooled, token, column, length, k_row, mean, head_scale, MEANS)
     else:
         start = v + batch.to(tl.int64) * v_batch
-        round_values(start, v_mean, v_scale, v_out, line, head, block, length, v_row, v_out_row, BLOCK, WIDTH)
+        # See channel_order.
+        place = channel // 64 * 64 + channel // 2 % 8 * 8 + channel // 16 % 4 * 2 + channel % 2
+        target = v_out + (line * WIDTH + place).to(tl.int64)[:, None] * v_out_row + token[None, :]
+        mean = tl.load(v_mean + vector)
+        scale = tl.load(v_scale + vector)
+        _round_values(start, target, block * BLOCK, column, length, v_row, mean, scale, BLOCK)
 
 
 @triton.jit
@@ -142,7 +147,7 @@ def _pool(value, pooled, token, length):
 def _round_queries(q, out, factor, pooled, token, column, length, row, per_scale, MEANS: tl.constexpr):
     query = _load(q, token, column, length, row)
     scale = tl.maximum(tl.max(tl.abs(query), 1), 1e-12) / 127.0
-    tl.store(out, to_int8(query * (1.0 / scale)[:, None]), (token < length)[:, None])
+    tl.store(out, _to_int8(query * (1.0 / scale)[:, None]), (token < length)[:, None])
     tl.store(factor + token, scale * per_scale, token < length)
     if MEANS:
         _pool(query, pooled, token, length)
@@ -151,28 +156,19 @@ def _round_queries(q, out, factor, pooled, token, column, length, row, per_scale
 @triton.jit
 def _round_keys(k, out, pooled, token, column, length, row, mean, scale, MEANS: tl.constexpr):
     key = _load(k, token, column, length, row)
-    tl.store(out, to_int8((key - mean[None, :]) * (1.0 / scale)), (token < length)[:, None])
+    tl.store(out, _to_int8((key - mean[None, :]) * (1.0 / scale)), (token < length)[:, None])
     if MEANS:
         _pool(key, pooled, token, length)
 
 
 @triton.jit
-def round_values(
-    v, v_mean, v_scale, out, line, head, block, length, row, out_row, BLOCK: tl.constexpr, WIDTH: tl.constexpr
-):  # fmt: skip
-    """One block of a head's values; ``line`` is the head's number in the batch."""
-    # See kernel_order: which token stands at each place; and channel_order.
+def _round_values(v, out, start, column, length, row, mean, scale, BLOCK: tl.constexpr):
+    # See kernel_order: which token stands at each place.
     place = tl.arange(0, BLOCK)
-    token = block * BLOCK + (place // 16) * 16 + ((place >> 1) & 1) * 8 + ((place >> 2) & 3) * 2 + (place & 1)
-    channel = tl.arange(0, WIDTH)
-    mean = tl.load(v_mean + line * WIDTH + channel)
-    scale = tl.load(v_scale + line * WIDTH + channel)
-    value = _load(v, token, head * WIDTH + channel[None, :], length, row)
-    value = (value - mean[None, :]) * (1.0 / scale)[None, :]
+    token = start + (place // 16) * 16 + ((place >> 1) & 1) * 8 + ((place >> 2) & 3) * 2 + (place & 1)
+    value = (_load(v, token, column, length, row) - mean[None, :]) * (1.0 / scale)[None, :]
     value = tl.where((token < length)[:, None], value, 0.0)
-    channel_place = channel // 64 * 64 + channel // 2 % 8 * 8 + channel // 16 % 4 * 2 + channel % 2
-    target = out + (line * WIDTH + channel_place).to(tl.int64)[:, None] * out_row + (block * BLOCK + place)[None, :]
-    tl.store(target, tl.trans(value.to(tl.float8e4nv)))
+    tl.store(out, tl.trans(value.to(tl.float8e4nv)))
 
 
 def round_attention(q: Tensor, k: Tensor, v: Tensor) -> RoundedAttention:

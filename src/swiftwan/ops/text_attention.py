@@ -28,13 +28,15 @@ MOST_KEYS = 144
 """Above these scores would not fit into registers, and the plain way runs. Wan's negative prompt has about 130."""
 
 TOKENS = 64
-"""That a program of the second kernel takes at once, four times in a long video: 32,760 tokens of 12 heads to 67 keys,
-rounded, take 0.124 ms on an H200; twice 0.134, once 0.167; 128 tokens at once 0.161 to 0.171. One kernel for all heads
-of 64 tokens took 0.153; the norm, cuDNN and rounding one by one take 0.205."""
+"""That a program of the second kernel takes at once, eight times in a long video, the next ones on their way: 32,760
+tokens of 12 heads to 67 keys, rounded, take 0.096 ms on an H200, 0.115 without loads ahead; four times 0.105 and 0.121,
+twice 0.134, once 0.167; 128 tokens at once 0.161 to 0.171. One kernel for all heads of 64 tokens took 0.153; the norm,
+cuDNN and rounding one by one take 0.205."""
 
 AT_ONCE = 264
 """Programs that an H200 runs at a time where keys and values of 131 tokens fill half of a processor's shared memory.
-One that goes through several times 64 tokens reads them once: as often, up to four times, as leaves no second round."""
+One that goes through several times 64 tokens reads them once: as often, at most eight times, as leaves no second
+round. A picture's 2 x 1560 tokens take 20 us, 23 in one turn, 26 in two, 25 in four."""
 
 PARTS = 128
 """Programs that look for the largest value."""
@@ -83,7 +85,7 @@ def _keys(key, value, bias, start, count, row, BIASED: tl.constexpr, KEYS: tl.co
 def _text_attend_kernel(
     q, inverse, weight, key, value, bias, largest, out, scale, length, count, q_rows, softmax_scale,
     HEADS: tl.constexpr, WIDTH: tl.constexpr, TOKENS: tl.constexpr, TURNS: tl.constexpr, PARTS: tl.constexpr,
-    KEYS: tl.constexpr, MORE: tl.constexpr, BIASED: tl.constexpr, ROUNDED: tl.constexpr,
+    KEYS: tl.constexpr, MORE: tl.constexpr, STAGES: tl.constexpr, BIASED: tl.constexpr, ROUNDED: tl.constexpr,
 ):  # fmt: skip
     """One head. Its keys come as two powers of two: 67 as 64 and 16, not as 128."""
     head, group, batch = tl.program_id(0), tl.program_id(1), tl.program_id(2)
@@ -101,7 +103,7 @@ def _text_attend_kernel(
     step = 1.0
     if ROUNDED:
         step = tl.maximum(tl.max(tl.load(largest + tl.arange(0, PARTS)), 0), 1e-12) / 448.0
-    for turn in tl.range(TURNS, num_stages=1):
+    for turn in tl.range(TURNS, num_stages=STAGES):
         token = (group * TURNS + turn) * TOKENS + tl.arange(0, TOKENS)
         inside = (token < length)[:, None]
         place = token.to(tl.int64)[:, None] * row + channel[None, :]
@@ -204,11 +206,12 @@ def _attend_into(
         PARTS=PARTS, SPAN=1024, TURNS=triton.next_power_of_2(triton.cdiv(value.numel(), PARTS * 1024)), num_warps=4,
     )  # fmt: skip
     keys, more = _key_parts(count)
-    turns = min(4, triton.cdiv(heads * triton.cdiv(length, TOKENS) * batch, AT_ONCE))
+    turns = min(8, triton.cdiv(heads * triton.cdiv(length, TOKENS) * batch, AT_ONCE))
     _text_attend_kernel[(heads, triton.cdiv(length, TOKENS * turns), batch)](
         q, inverse, weight, key, value, largest if bias is None else bias.flatten(), largest, out,
         largest if scale is None else scale, length, count, length if len(q) == batch else 0,
         width**-0.5 * math.log2(math.e),
         HEADS=heads, WIDTH=width, TOKENS=TOKENS, TURNS=turns, PARTS=PARTS, KEYS=keys, MORE=more,
+        STAGES=3 if keys + more <= 80 else 1,  # of more keys shared memory would not hold the next queries too
         BIASED=bias is not None, ROUNDED=scale is not None, num_warps=4,
     )  # fmt: skip
