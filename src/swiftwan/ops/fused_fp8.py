@@ -103,14 +103,7 @@ def _round_rows(x: Tensor, gelu: bool) -> Rounded:
     _round_rows_kernel[(rows.shape[0],)](
         rows, *rounded, rows.stride(0), WIDTH=rows.shape[1], FIRST=first, REST=rest, GELU=gelu,
         num_warps=warps_of(first),
-        *rounded,
-        rows.stride(0),
-        WIDTH=rows.shape[1],
-        FIRST=first,
-        REST=rest,
-        GELU=gelu,
-        num_warps=warps_of(first),
-    )
+    )  # fmt: skip
     return rounded
 
 
