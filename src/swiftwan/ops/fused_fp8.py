@@ -1,11 +1,8 @@
 # mypy: disable-error-code="no-untyped-def"
 """Triton kernels that end in :class:`swiftwan.ops.fp8.Rounded`: what an 8-bit layer reads, made in the pass before it.
 
-Each is one of :mod:`swiftwan.ops.fused` with a last step more, on numbers that are in registers still: the largest of
-a row, and a division. So the rounding reads nothing, and the pass writes one byte a number instead of two.
-
-A row comes in two parts: the largest power of two below its width, and the rest. Whole, a row of 1536 would take 2048
-lanes and one of 8960 would take 16,384.
+Norms are those of :mod:`swiftwan.ops.fused` with a last step more, on numbers that are in registers still: the largest
+of a row, and a division. So the rounding reads nothing, and the pass writes one byte a number instead of two.
 """
 
 from __future__ import annotations
