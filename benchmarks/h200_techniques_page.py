@@ -62,7 +62,6 @@ NO_ROW = {
     "text-encoder:cpu": "ran with `offload:model` under 8 GB, in the table above",
     "text-encoder:gpu": PLAIN,
     "vae:fp16": "as `vae:bf16`, the same size of number",
-    "offload:experts": "not run yet",
 }
 """What has no row of its own, and why."""
 
