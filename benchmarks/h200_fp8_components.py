@@ -92,6 +92,13 @@ def rounding(size: str) -> None:
     tell(size, "norm_modulate", lambda: FUSED_FP8.norm_modulate(x, shift, scale, spans, 1e-6), MEMORY, count=3 * count)
     tell(
         size,
+        "norm_modulate with the sum that is left to it",
+        lambda: FUSED_FP8.norm_modulate(FUSED_FP8.gated_add(x, update, gate, spans), shift, scale, spans, 1e-6),
+        MEMORY,
+        count=7 * count,
+    )
+    tell(
+        size,
         "gated_add_norm",
         lambda: FUSED_FP8.gated_add_norm(x, update, gate, spans, weight, bias, 1e-6),
         MEMORY,

@@ -64,7 +64,9 @@ it passes 100 % where work is left out or done with fewer multiplications. *Erro
 that the row names.
 *Bound* is the matrix products and self-attention of a forward alone, back to back on inputs that stand ready.
 *Sustained* is a run repeated for seconds without a pause: at the chip's limit of 700 W clocks fall from 1980 MHz until
-the power fits, so that time follows energy.
+the power fits, so that time follows energy. *Peak* is not shown for diffusers' whole videos: both stand in one process
+there, and until commit 64c422e the peer's prompt was encoded with gradients, which kept 10 GB that are none of its own;
+[plans.md](plans.md) has its memory alone.
 """
 
 GROWTH = """Wan2.1-T2V-1.3B on one H200: the exact plan, diffusers eager, and the FLOP line, the same products and
@@ -227,7 +229,7 @@ def table(rows: Sequence[Row]) -> str:
             "" if is_peer(row) or not row.get("peer_seconds") else f"{row['peer']}: {seconds(row['peer_seconds'])}",
             "" if is_peer(row) or not row.get("ratio") else f"{row['ratio']:.2f}x",
             f"{100 * row['ceiling_fraction']:.0f} %" if row.get("ceiling_fraction") else "",
-            f"{row['peak_bytes'] / 1e9:.1f} GB" if row.get("peak_bytes") else "",
+            "" if is_peer(row) and row["case"].startswith("video-") else peak(row.get("peak_bytes")),
             f"{row['error']:.2g}" if isinstance(row.get("error"), float) else "",
             sustained(row.get("steady") or {}),
         )
@@ -248,6 +250,10 @@ def sustained(steady: Row) -> str:
         return ""
     watts, clock = steady["power_mean_watts"], steady["sm_clock_mean_mhz"]
     return f"{seconds(steady['seconds'])}, {watts:.0f} W, {clock:.0f} MHz, {joules(steady['joules_a_run'])}"
+
+
+def peak(count: int | None) -> str:
+    return f"{count / 1e9:.1f} GB" if count else ""
 
 
 def joules(value: float) -> str:
