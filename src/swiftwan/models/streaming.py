@@ -121,7 +121,7 @@ class StreamedBlock(nn.Module):
             self.copied = torch.cuda.Event()
         _move(inner, self.bytes, slots.memory[slot])
 
-    def forward(self, *args: Any) -> Tensor:
+    def forward(self, *args: Any) -> Any:
         return self._with_weights(self.inner, *args)
 
     def remember(self, *args: Any) -> Any:
