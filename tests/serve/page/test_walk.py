@@ -285,7 +285,7 @@ def test_an_image_begins_a_video(open_page: Open, tmp_path: Path) -> None:
     # Not any input for files: that of settings is there before the server has turned the page to the task.
     image = page.locator(".drop", has=page.get_by_text("Image", exact=True))
     image.locator("input[type=file]").set_input_files(tmp_path / "first.png")
-    page.get_by_text("first.png").first.wait_for()
+    image.get_by_role("link").wait_for()  # to the file, once it is uploaded; its whole name is there only meanwhile
     page.get_by_label("Prompt", exact=True).fill("a red circle over a blue background")
     page.get_by_label("number input for Steps").fill("12")
     page.get_by_label("Seed", exact=True).fill("41")
