@@ -117,7 +117,7 @@ def _fetch(x_map, w_map, memory, sizes, STAGES: gl.constexpr, TURN: gl.constexpr
             tma.async_copy_global_to_shared(x_map, [row, inner], bar, x_ring.index(BOXES * slot + box))
 
 
-@gluon.jit(do_not_specialize=["turns"])
+@gluon.jit(do_not_specialize=["rows", "turns"])
 def _product_kernel(
     x_map, w_map, x_scale, w_scale, bias, out, rows, width, turns,
     BOXES: gl.constexpr, COLUMNS: gl.constexpr, STAGES: gl.constexpr, TURN: gl.constexpr,
