@@ -31,6 +31,7 @@ from torch import Tensor
 from swiftwan.device import versions
 from swiftwan.ops.attention import kernel
 from swiftwan.ops.fp8 import Fp8Linear, quantize_rows
+from swiftwan.ops.modulate import Tokens, whole
 from swiftwan.ops.sparse import choose_blocks
 from swiftwan.plan import make_plan
 
@@ -72,8 +73,6 @@ class Bench(exact.Bench):
         model = self.model(specs)
         condition = model.condition(self.text.prompt, self.case.latent_shape)
         seen: list[Tensor] = []
-
-        from swiftwan.ops.modulate import Tokens, whole
 
         def keep(block: torch.nn.Module, inputs: Any, out: Tokens) -> Tensor:
             x = whole(out)

@@ -34,11 +34,11 @@ import swiftwan as sw
 from swiftwan.device import pick_device, versions
 from swiftwan.models.vae_tiny import TinyDecoder, TinySizes
 from swiftwan.pipelines.result import StepEvent
+from swiftwan.places import cache_folder
 from swiftwan.plan import parse
 from swiftwan.recipes import RECIPES
 from swiftwan.techniques.base import RELOAD
 from swiftwan.techniques.vae import channels_last
-from swiftwan.weights.check import cache_folder
 
 PROMPT = "A cat walks on the grass, realistic, its tail high, while the camera follows it slowly from behind"
 

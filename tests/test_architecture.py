@@ -9,7 +9,7 @@ import pytest
 SOURCE = Path(__file__).parents[1] / "src" / "swiftwan"
 
 LAYERS = (
-    ("collector", "errors", "quiet"),
+    ("collector", "errors", "places", "quiet"),
     ("whole_file",),
     ("device", "ops", "pocket", "prompt_cache", "unipc"),
     ("ceilings", "models"),

@@ -19,12 +19,12 @@ from swiftwan.pipelines.generate import OnStep, generate
 from swiftwan.pipelines.request import Request
 from swiftwan.pipelines.result import Out, Result
 from swiftwan.pipelines.stages import words
+from swiftwan.places import cache_folder
 from swiftwan.plan import Explanation, Facts, Plan, complete, describe, estimate, make_plan
 from swiftwan.prompt_cache import PromptCache
 from swiftwan.techniques.lora import find_loras, labels
 from swiftwan.techniques.switching import switch
 from swiftwan.weights.build import Parts, build
-from swiftwan.weights.check import cache_folder
 from swiftwan.weights.find import locate
 
 

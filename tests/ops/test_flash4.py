@@ -246,11 +246,14 @@ def test_strides_that_the_kernel_cannot_read_are_laid_out_anew(pretended):
 # With it
 
 
-def on_hopper():
+@pytest.fixture
+def hopper(monkeypatch, tmp_path):
+    """A true one, with an empty cache."""
     if missing := kernel("flash4").missing_on(torch.cuda.get_device_capability()):
         pytest.skip(missing)
     if torch.cuda.get_device_capability()[0] != 9:
         pytest.skip("a kernel is kept for Hopper alone")
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
 
 
 KEPT_ALONE = """
@@ -268,9 +271,7 @@ assert not {"cutlass", "flash_attn"} & sys.modules.keys()
 @pytest.mark.filterwarnings("default")  # importing FlashAttention-4 warns of what its own packages deprecate
 @pytest.mark.parametrize("dtype", flash4.TYPES)
 @pytest.mark.parametrize(("queries", "keys"), [(1000, 1000), (257, 1), (640, 4090)])
-def test_a_kept_kernel_has_the_bits_of_the_imported_function(monkeypatch, tmp_path, dtype, queries, keys):
-    on_hopper()
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+def test_a_kept_kernel_has_the_bits_of_the_imported_function(hopper, dtype, queries, keys):
     kept = flash4.keep(dtype)
     assert kept is not None
     q, k, v = (torch.randn(2, n, 3, 128, device="cuda", dtype=dtype) for n in (queries, keys, keys))
@@ -283,9 +284,7 @@ def test_a_kept_kernel_has_the_bits_of_the_imported_function(monkeypatch, tmp_pa
 @gpu
 @needs_cuda
 @pytest.mark.filterwarnings("default")
-def test_a_kept_kernel_keeps_to_the_current_stream_and_goes_into_a_graph(monkeypatch, tmp_path):
-    on_hopper()
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+def test_a_kept_kernel_keeps_to_the_current_stream_and_goes_into_a_graph(hopper):
     kept = flash4.keep(torch.bfloat16)
     q, k, v = (torch.randn(1, 4096, 4, 128, device="cuda", dtype=torch.bfloat16) for _ in range(3))
     expected = kept(q, k, v)
@@ -307,9 +306,7 @@ def test_a_kept_kernel_keeps_to_the_current_stream_and_goes_into_a_graph(monkeyp
 @gpu
 @needs_cuda
 @pytest.mark.filterwarnings("default")
-def test_a_second_process_imports_neither_the_package_nor_its_compiler(monkeypatch, tmp_path):
-    on_hopper()
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+def test_a_second_process_imports_neither_the_package_nor_its_compiler(hopper, tmp_path):
     kept = flash4.keep(torch.bfloat16)
     inputs = [torch.randn(1, 300, 2, 128, dtype=torch.bfloat16) for _ in range(3)]
     torch.save(inputs, given := tmp_path / "given.pt")

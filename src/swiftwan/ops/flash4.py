@@ -31,6 +31,7 @@ import torch
 from torch import Tensor
 
 from swiftwan.collector import uncollected
+from swiftwan.places import cache_folder
 from swiftwan.whole_file import replacing
 
 log = logging.getLogger(__name__)
@@ -52,7 +53,7 @@ PACKAGES = ("flash-attn-4", "nvidia-cutlass-dsl", "apache-tvm-ffi")
 def package() -> Any:
     """``flash_attn.cute.interface``, told to keep what it compiles on disk."""
     os.environ.setdefault("FLASH_ATTENTION_CUTE_DSL_CACHE_ENABLED", "1")
-    os.environ.setdefault("FLASH_ATTENTION_CUTE_DSL_CACHE_DIR", str(_cache() / "flash4"))
+    os.environ.setdefault("FLASH_ATTENTION_CUTE_DSL_CACHE_DIR", str(cache_folder() / "flash4"))
     # Said once a compilation, about an argument that we do not pass (flash-attn-4 4.0.0b36, cutlass-dsl 4.8.1).
     warnings.filterwarnings("ignore", message="Argument aux_data .* cannot be converted", category=UserWarning)
     with uncollected():
@@ -189,7 +190,7 @@ def _laid_out(x: Tensor) -> Tensor:
 
 def _file(dtype: torch.dtype) -> Path | None:
     """Where the kernel of this dtype, GPU and installation lies; None where that folder is not this user's alone."""
-    folder = _cache() / "flash4-linked"
+    folder = cache_folder() / "flash4-linked"
     try:
         versions = [*map(version, PACKAGES), platform.python_version(), platform.machine()]
         folder.mkdir(parents=True, exist_ok=True, mode=0o700)
@@ -212,7 +213,3 @@ def _check(file: Path) -> None:
 def _is_ours_alone(path: Path) -> bool:
     status = path.stat()
     return status.st_uid == os.geteuid() and not status.st_mode & 0o022
-
-
-def _cache() -> Path:
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "swiftwan"

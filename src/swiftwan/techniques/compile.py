@@ -12,8 +12,8 @@ import torch
 
 from swiftwan.errors import PlanError, did_you_mean
 from swiftwan.models.dit import each_block
+from swiftwan.places import cache_folder
 from swiftwan.techniques.base import Slot, Technique
-from swiftwan.weights.check import cache_folder
 
 if TYPE_CHECKING:
     from swiftwan.device import Device

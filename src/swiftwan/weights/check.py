@@ -21,6 +21,7 @@ from typing import Any
 
 from swiftwan.errors import WeightsError
 from swiftwan.models.config import KNOWN_MODELS, TransformerConfig
+from swiftwan.places import cache_folder
 from swiftwan.whole_file import replacing
 
 log = logging.getLogger(__name__)
@@ -289,11 +290,6 @@ def _shape_sizes(config: TransformerConfig) -> tuple[int | bool, ...]:
         config.added_kv_proj_dim is not None,
         config.pos_embed_seq_len is not None,
     )
-
-
-def cache_folder() -> Path:
-    """swiftwan's folder in the user's cache (``$XDG_CACHE_HOME`` or ``~/.cache``)."""
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "swiftwan"
 
 
 def read_json(path: Path) -> dict[str, Any] | None:

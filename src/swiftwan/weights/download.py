@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 from swiftwan.errors import OutputError, WeightsError
 from swiftwan.models.config import KNOWN_MODELS
+from swiftwan.places import cache_folder
 from swiftwan.weights import check
 
 if TYPE_CHECKING:
@@ -91,7 +92,7 @@ def _download(hub_id: str, revision: str | None, components: Sequence[str]) -> P
 def _record(hub_id: str, revision: str | None, components: Sequence[str]) -> Path:
     """Where we note that a model, or these components of it, is complete, with what its files should be."""
     name = "+".join((f"{hub_id}@{revision or 'main'}".replace("/", "--"), *sorted(components)))
-    return check.cache_folder() / "models" / f"{name}.json"
+    return cache_folder() / "models" / f"{name}.json"
 
 
 def _complete_here(hub_id: str, revision: str | None, components: Sequence[str]) -> Path | None:
