@@ -106,7 +106,7 @@ def _multiply_tall(block: Block) -> None:
 
     for layer in block.modules():
         if isinstance(layer, nn.Linear) and _is_plain(layer) and fits(layer):
-            layer.forward = partial(linear, layer)  # type: ignore[method-assign]
+            layer.forward = partial(linear, layer)
 
 
 # Blocks of 8-bit layers
