@@ -89,22 +89,6 @@ def test_a_layer_takes_tall_tiles_where_they_fill_one_round_and_cublas_elsewhere
     assert taken == [3120]
 
 
-def test_a_layer_of_16_bits_likewise(monkeypatch):
-    from swiftwan.ops import tall_product
-
-    layer = torch.nn.Linear(1536, 1536, device="cuda", dtype=torch.bfloat16)
-    taken = []
-    inner = tall_product.product
-    monkeypatch.setattr(tall_product, "product", lambda x, *rest: taken.append(x.shape[0]) or inner(x, *rest))
-    monkeypatch.setattr(tall_product, "_processors", lambda _: 132)
-    for tokens in (100, 1560, 5000):
-        x = draw(2, tokens, 1536, dtype=torch.bfloat16)
-        got = tall_product.linear(layer, x)
-        assert got.shape == (2, tokens, 1536)
-        assert far(got, layer(x).float()) < 4e-3
-    assert taken == [3120]
-
-
 def test_layers_that_do_not_divide_are_told():
     from swiftwan.ops.tall_product import fits
 

@@ -14,7 +14,6 @@ from __future__ import annotations
 from functools import cache
 
 import torch
-import torch.nn.functional as F
 import triton
 from torch import Tensor, nn
 from triton.experimental import gluon
@@ -161,14 +160,6 @@ def scaled_product(linear: Fp8Linear, values: Tensor, scale: Tensor) -> Tensor:
         return by_cublas(linear, values, scale)
     assert linear.bias is not None
     return product(values, linear.weight, linear.bias, (scale, linear.scale), linear.dtype)
-
-
-def linear(layer: nn.Linear, x: Tensor) -> Tensor:
-    """:func:`torch.nn.functional.linear` likewise, in 16 bits."""
-    rows = x.flatten(0, -2)
-    if not fills_one_round(rows.shape[0], layer.out_features, _processors(x.device)):
-        return F.linear(x, layer.weight, layer.bias)
-    return product(rows, layer.weight, layer.bias, None, x.dtype).unflatten(0, x.shape[:-1])
 
 
 @cache

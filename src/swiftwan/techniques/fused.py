@@ -67,8 +67,6 @@ class Fused(Technique):
                 gelu.linear_gelu = linear_gelu
             if not parts.weights_move and all(map(_is_plain, (block.attn1.to_q, block.attn1.to_k, block.attn1.to_v))):
                 block.attn1.project = MergedProjection(block.attn1)
-            if _is_hopper(parts.device):
-                _multiply_tall(block)
 
 
 class MergedProjection:
@@ -96,19 +94,6 @@ def _is_plain(layer: nn.Module) -> bool:
     return type(layer) is nn.Linear and type(layer.weight) is nn.Parameter
 
 
-def _is_hopper(device: torch.device) -> bool:
-    """Whether products run that are written for its tensor cores, as 8-bit attention is."""
-    return not kernel("fp8").missing_on(torch.cuda.get_device_capability(device))
-
-
-def _multiply_tall(block: Block) -> None:
-    from swiftwan.ops.tall_product import fits, linear
-
-    for layer in block.modules():
-        if isinstance(layer, nn.Linear) and _is_plain(layer) and fits(layer):
-            layer.forward = partial(linear, layer)
-
-
 # Blocks of 8-bit layers
 
 
@@ -126,7 +111,7 @@ def _round_in_passing(block: Block, parts: Parts) -> None:
     block.ops = FUSED_FP8
     gelu = cast(GELU, block.ffn.net[0])
     gelu.linear_gelu = linear_gelu
-    if _is_hopper(parts.device):
+    if not kernel("fp8").missing_on(torch.cuda.get_device_capability(parts.device)):
         _multiply_on_hopper(block)
     if parts.weights_move:
         return
@@ -137,7 +122,7 @@ def _round_in_passing(block: Block, parts: Parts) -> None:
 
 
 def _multiply_on_hopper(block: Block) -> None:
-    """One product with GELU and rounding in it, and one for what two pictures leave idle."""
+    """Products that are written for its tensor cores: one with GELU and rounding in it, and one for two pictures."""
     from swiftwan.ops import gelu_fp8_gluon, tall_product
 
     gelu = cast(GELU, block.ffn.net[0])
