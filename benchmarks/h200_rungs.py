@@ -14,6 +14,7 @@ from __future__ import annotations
 import argparse
 import datetime
 import functools
+import itertools
 import json
 import math
 import statistics
@@ -105,6 +106,7 @@ class Bench(exact.Bench):
         draw = functools.partial(torch.randn, device=self.device, dtype=torch.bfloat16)
         heads = (config.num_attention_heads, config.dim // config.num_attention_heads)
 
+        from swiftwan.ops import tall_product
         from swiftwan.ops.attention_fp8_gluon import attend_rounded
         from swiftwan.ops.round_attention import round_and_pool
 
@@ -129,6 +131,8 @@ class Bench(exact.Bench):
             merged = Fp8Linear.merged([Fp8Linear.of(layer) for layer in (one.to_q, one.to_k, one.to_v)])
             rest = (one.to_out[0], other.to_q, other.to_out[0], ffn[0].proj, ffn[2])
             layers.append((merged, *map(Fp8Linear.of, rest)))
+        for layer in filter(tall_product.fits, itertools.chain.from_iterable(layers)):
+            layer.product = tall_product.scaled_product
 
         def run() -> Tensor:
             for number, (qkv, out, text_q, text_out, up, down) in enumerate(layers):

@@ -28,10 +28,10 @@ def forward():
     latents, text = torch.randn(1, 16, 2, 8, 8), torch.randn(1, 9, 20)
 
     @torch.no_grad()
-    def run(model, timestep=300.0):
+    def run(model):
         where = model.scale_shift_table.device
         condition = model.condition(text.to(where), latents.shape)
-        return model(latents.to(where), torch.tensor([timestep], device=where), condition).cpu()
+        return model(latents.to(where), torch.tensor([300.0], device=where), condition).cpu()
 
     return run
 

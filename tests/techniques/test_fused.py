@@ -5,7 +5,7 @@ from swiftwan.device import pick_device
 from swiftwan.errors import PlanError
 from swiftwan.ops.block import PLAIN
 from swiftwan.plan import make_plan, parse
-from swiftwan.techniques.fused import Fused, MergedProjection, MergedTables
+from swiftwan.techniques.fused import Fused, MergedProjection
 
 
 def test_a_cpu_is_refused_with_the_reason():
@@ -33,19 +33,6 @@ def test_merged_projections_compute_what_their_layers_do(parts, forward):
     with torch.no_grad():  # as a LoRA is merged: in place
         parts.transformer.blocks[0].attn1.to_k.weight.add_(0.1)
     assert not torch.allclose(forward(parts.transformer), expected, atol=1e-3)
-
-
-def test_merged_tables_give_each_block_its_own_sum_in_each_forward(parts, forward):
-    first, second = (forward(parts.transformer, timestep=timestep) for timestep in (900.0, 300.0))
-    assert not torch.equal(first, second)
-    names = list(parts.transformer.state_dict())
-    MergedTables(list(parts.transformer.blocks))
-    assert torch.equal(forward(parts.transformer, timestep=900.0), first)
-    assert torch.equal(forward(parts.transformer, timestep=300.0), second)
-    assert list(parts.transformer.state_dict()) == names
-    with torch.no_grad():
-        parts.transformer.blocks[1].scale_shift_table.add_(0.1)
-    assert not torch.allclose(forward(parts.transformer, timestep=300.0), second, atol=1e-3)
 
 
 @pytest.mark.gpu

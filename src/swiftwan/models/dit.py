@@ -154,7 +154,6 @@ class Block(nn.Module):
         dim = config.dim
         self.eps = config.eps
         self.ops = PLAIN
-        self.modulation: Callable[[Block, Tensor], Tensor] = modulation
         self.attn1 = SelfAttention(config, attend)
         self.attn2 = CrossAttention(config)
         self.norm2 = LayerNorm32(dim, config.eps)
@@ -175,7 +174,7 @@ class Block(nn.Module):
         rope: Rope,
     ) -> Tokens:
         """x (B, L, D) and time (B, K, 6, D) to x. Either may come with a batch of 1, for B prompts of one video."""
-        shift, scale, gate, ffn_shift, ffn_scale, ffn_gate = self.modulation(self, time).unbind(2)
+        shift, scale, gate, ffn_shift, ffn_scale, ffn_gate = (self.scale_shift_table + time).unbind(2)
         norm2, ops, eps = self.norm2, self.ops, self.eps
         x, normed = ops.norm_modulate(x, shift, scale, spans, eps)
         update = self.attn1(normed, rope, ops)
@@ -183,11 +182,6 @@ class Block(nn.Module):
         update = self.attn2(normed, memory, text_bias, ops)
         x, normed = ops.add_norm_modulate(x, update, ffn_shift, ffn_scale, spans, eps)
         return ops.gated_add(x, self.ffn(normed), ffn_gate, spans)
-
-
-def modulation(block: Block, time: Tensor) -> Tensor:
-    """Shift, scale and gate of self-attention, then of the feed-forward, (B, K, 6, D), from the timestep's vectors."""
-    return block.scale_shift_table + time
 
 
 def log_counts(count: int, dtype: torch.dtype) -> list[float]:

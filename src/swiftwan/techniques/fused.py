@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from importlib.util import find_spec
@@ -57,8 +56,6 @@ class Fused(Technique):
 
         for transformer in filter(None, (parts.transformer, parts.transformer_2)):
             transformer.ops = FUSED
-            if not parts.weights_move:
-                MergedTables(list(each_block(transformer)))
         for block in each_block(parts.transformer, parts.transformer_2):
             if _is_fp8(block):
                 _round_in_passing(block, parts)
@@ -90,25 +87,6 @@ class MergedProjection:
     def __call__(self, attention: SelfAttention, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         q, k, v = F.linear(x, self.weight, self.bias).chunk(3, dim=-1)
         return q, k, v
-
-
-class MergedTables:
-    """Of all blocks: one sum with the timestep's vectors a forward instead of one a block, 3 us of a picture's 370.
-
-    The blocks' own tables become views of the merged one, as in :class:`MergedProjection`.
-    """
-
-    def __init__(self, blocks: Sequence[Block]) -> None:
-        self.tables = torch.cat([block.scale_shift_table.data for block in blocks])
-        self.time: Tensor | None = None
-        for number, block in enumerate(blocks):
-            block.scale_shift_table.data = self.tables[number : number + 1]
-            block.modulation = partial(self.modulation, number)
-
-    def modulation(self, number: int, block: Block, time: Tensor) -> Tensor:
-        if time is not self.time:  # a forward has vectors of its own
-            self.time, self.sums = time, self.tables[:, None, None] + time
-        return self.sums[number]
 
 
 def _is_plain(layer: nn.Module) -> bool:

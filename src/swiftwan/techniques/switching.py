@@ -7,7 +7,7 @@ from functools import partial
 from typing import TYPE_CHECKING, cast
 
 from swiftwan.errors import PlanError
-from swiftwan.models.dit import all_blocks, each_block, modulation, project
+from swiftwan.models.dit import all_blocks, each_block, project
 from swiftwan.models.dit_layers import GELU, linear_gelu
 from swiftwan.ops.attention import sdpa
 from swiftwan.ops.block import PLAIN
@@ -48,7 +48,7 @@ def make_plain(parts: Parts) -> None:
                 del transformer._forward_pre_hooks[key]
         transformer.__dict__.pop("forward", None)
     for block in each_block(parts.transformer, parts.transformer_2):
-        block.ops, block.modulation = PLAIN, modulation
+        block.ops = PLAIN
         block.attn1.attend, block.attn1.project = sdpa, project
         gelu = cast(GELU, block.ffn.net[0])
         gelu.linear_gelu = partial(linear_gelu, approximate="tanh")
