@@ -326,7 +326,7 @@ def test_a_kept_kernel_keeps_to_the_current_stream_and_goes_into_a_graph(hopper)
 @needs_cuda
 @pytest.mark.filterwarnings("default")
 def test_a_second_process_imports_neither_the_package_nor_its_compiler(hopper, tmp_path):
-    kept = flash4.keep(torch.bfloat16, flash4.WIDE)
+    kept = flash4.keep(torch.bfloat16, flash4.options_for(300))
     inputs = [torch.randn(1, 300, 2, 128, dtype=torch.bfloat16) for _ in range(3)]
     torch.save(inputs, given := tmp_path / "given.pt")
     command = [sys.executable, "-c", KEPT_ALONE, given]
