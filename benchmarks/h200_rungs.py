@@ -34,6 +34,7 @@ from swiftwan.ops.fp8 import Fp8Linear, quantize_rows
 from swiftwan.ops.modulate import Tokens, whole
 from swiftwan.ops.sparse import choose_blocks
 from swiftwan.plan import make_plan
+from swiftwan.techniques.fused import MergedProjection
 
 VIDEO, LARGE, IMAGE = "forward-1.3b-832x480x81", "forward-1.3b-1280x720x97", "image-1.3b-832x480x1"
 EXACT = "fused attention:flash4"
@@ -98,23 +99,26 @@ class Bench(exact.Bench):
             seen.append(latents)
         return seen
 
-    def products_in_8_bits(self, rung: str) -> Callable[[], Tensor]:
+    def products_alone(self, rung: str) -> Callable[[], Tensor]:
         """What no order of the rest can spare a rung: the blocks' products and its self-attention, back to back on
-        inputs that stand ready, rounded already. Pictures attend in 16 bits: rounding costs them more than it saves."""
+        inputs that stand ready, rounded already but for the exact one. Pictures attend in 16 bits: rounding costs them
+        more than it saves."""
         config, tokens = self.case.known.transformer, self.case.tokens
         draw = functools.partial(torch.randn, device=self.device, dtype=torch.bfloat16)
         heads = (config.num_attention_heads, config.dim // config.num_attention_heads)
 
+        from swiftwan.ops import tall_product
         from swiftwan.ops.attention_fp8_gluon import attend_rounded
         from swiftwan.ops.round_attention import round_and_pool
 
         flash4 = kernel("flash4").load()
+        ready: Callable[[Tensor], Any] = (lambda x: x) if rung == "exact" else quantize_rows
 
         def inputs(batch: int) -> tuple[Any, Any, Callable[[], Tensor]]:
             wide = torch.nn.functional.gelu(draw(batch, tokens, config.ffn_dim), approximate="tanh")
             q, k, v = (draw(batch, tokens, *heads) for _ in range(3))
-            if self.case.guided:
-                return quantize_rows(draw(batch, tokens, config.dim)), quantize_rows(wide), lambda: flash4(q, k, v)
+            if self.case.guided or rung == "exact":
+                return ready(draw(batch, tokens, config.dim)), ready(wide), lambda: flash4(q, k, v)
             rounded, q_means, k_means = round_and_pool(q, k, v)
             blocks = choose_blocks(q_means, k_means, KEPT[rung]) if rung in KEPT else None
             attend = functools.partial(attend_rounded, rounded, torch.bfloat16, blocks)
@@ -123,12 +127,20 @@ class Bench(exact.Bench):
         x, wide, attend = inputs(2 if self.case.guided else 1)
         # A guided step's two predictions part with the first text that they see.
         first_x, _, first_attend = inputs(1)
-        layers = []
+        layers: list[tuple[Callable[..., Tensor], ...]] = []
         for block in cast(list[Any], list(self.weights.blocks)):
             one, other, ffn = block.attn1, block.attn2, block.ffn.net
-            merged = Fp8Linear.merged([Fp8Linear.of(layer) for layer in (one.to_q, one.to_k, one.to_v)])
             rest = (one.to_out[0], other.to_q, other.to_out[0], ffn[0].proj, ffn[2])
-            layers.append((merged, *map(Fp8Linear.of, rest)))
+            if rung == "exact":
+                merged = MergedProjection(one)
+                qkv = functools.partial(torch.nn.functional.linear, weight=merged.weight, bias=merged.bias)
+                layers.append((qkv, *rest))
+                continue
+            in_8_bits = [Fp8Linear.merged([Fp8Linear.of(layer) for layer in (one.to_q, one.to_k, one.to_v)])]
+            in_8_bits += map(Fp8Linear.of, rest)
+            for layer in filter(tall_product.fits, in_8_bits):
+                layer.product = tall_product.scaled_product
+            layers.append(tuple(in_8_bits))
 
         def run() -> Tensor:
             for number, (qkv, out, text_q, text_out, up, down) in enumerate(layers):
@@ -177,8 +189,8 @@ def measure(case_name: str, names: list[str], arguments: argparse.Namespace) -> 
         f"diffusers {kind}": functools.partial(bench.peer, kind) for kind in arguments.peers
     }
     makers |= {name: functools.partial(bench.ours, CELLS[name][2].split()) for name in names}
-    rungs = sorted({CELLS[name][1] for name in names} - {"exact"}) if arguments.products else []
-    makers |= {f"{exact.PRODUCTS}, {rung}": functools.partial(bench.products_in_8_bits, rung) for rung in rungs}
+    rungs = sorted({CELLS[name][1] for name in names}) if arguments.products else []
+    makers |= {f"{exact.PRODUCTS}, {rung}": functools.partial(bench.products_alone, rung) for rung in rungs}
     runs: dict[str, Callable[[], Tensor]] = {}
     rows: dict[str, dict[str, Any]] = {}
     for label, make in makers.items():

@@ -109,36 +109,54 @@ def test_the_package_s_own_cache_is_as_it_was(pretended):
 
 @posix
 @needs_compiler
-@pytest.mark.parametrize("change", [("version", lambda name: "2"), ("HOPPER", {"tile_mn": 64, "mma_pv_is_rs": True})])
-def test_another_version_or_option_is_another_library(pretended, monkeypatch, tmp_path, change):
-    flash4.keep(torch.bfloat16)
-    monkeypatch.setattr(flash4, *change)
-    assert flash4.kept(torch.bfloat16) is None
-    flash4.keep(torch.bfloat16)
-    assert len(libraries(tmp_path)) == pretended.compiled == 2
+def test_another_version_or_option_is_another_library(pretended, monkeypatch, tmp_path):
+    flash4.keep(torch.bfloat16, flash4.WIDE)
+    for options in (flash4.NARROW, flash4.WIDE._replace(mma_pv_is_rs=True)):
+        assert flash4.kept(torch.bfloat16, options) is None
+    flash4.keep(torch.bfloat16, flash4.NARROW)
+    monkeypatch.setattr(flash4, "version", lambda name: "2")
+    assert flash4.kept(torch.bfloat16, flash4.WIDE) is None
+    flash4.keep(torch.bfloat16, flash4.WIDE)
+    assert len(libraries(tmp_path)) == pretended.compiled == 3
+
+
+@pytest.mark.parametrize(
+    ("keys", "options"),
+    [
+        (1560, flash4.NARROW),  # a picture of 832x480: 1568 instead of 1664
+        (3600, flash4.WIDE),  # of 1280x720: 3696 and 3712
+        (4096, flash4.WIDE),
+        (32760, flash4.WIDE),
+        (90000, flash4.WIDE),
+        (112, flash4.NARROW),
+        (113, flash4.WIDE),
+    ],
+)
+def test_tiles_are_narrow_where_wide_ones_hold_much_that_is_no_key(keys, options):
+    assert flash4.options_for(keys) is options
 
 
 @posix
 @needs_compiler
 def test_each_dtype_and_gpu_has_its_own(pretended, monkeypatch, tmp_path):
-    flash4.keep(torch.bfloat16)
-    assert flash4.kept(torch.float16) is None
+    flash4.keep(torch.bfloat16, flash4.WIDE)
+    assert flash4.kept(torch.float16, flash4.WIDE) is None
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device=None: (9, 1))
-    assert flash4.kept(torch.bfloat16) is None
+    assert flash4.kept(torch.bfloat16, flash4.WIDE) is None
 
 
 @posix
 @needs_compiler
 @pytest.mark.parametrize("damage", ["cut", "changed", "empty", "another may write it"])
 def test_what_is_not_what_was_written_is_not_loaded_and_made_again(pretended, tmp_path, damage):
-    flash4.keep(torch.bfloat16)
+    flash4.keep(torch.bfloat16, flash4.WIDE)
     (library,) = libraries(tmp_path)
     content = library.read_bytes()
     if damage == "another may write it":
         library.chmod(0o620)
     else:
         library.write_bytes({"cut": content[:-100], "changed": b"\0" + content[1:], "empty": b""}[damage])
-    assert flash4.kept(torch.bfloat16) is None
+    assert flash4.kept(torch.bfloat16, flash4.WIDE) is None
     assert libraries(tmp_path) == []
     assert pretended.loaded == 1
     q, k, v = qkv()
@@ -184,9 +202,9 @@ def test_a_kernel_that_is_not_the_package_s_call_is_not_kept(pretended, tmp_path
 @posix
 @needs_compiler
 def test_another_user_s_library_is_not_loaded(pretended, monkeypatch, tmp_path):
-    flash4.keep(torch.bfloat16)
+    flash4.keep(torch.bfloat16, flash4.WIDE)
     monkeypatch.setattr(os, "geteuid", lambda: 12345)
-    assert flash4.kept(torch.bfloat16) is None
+    assert flash4.kept(torch.bfloat16, flash4.WIDE) is None
     assert len(libraries(tmp_path)) == 1  # nor ours to remove
     assert pretended.loaded == 1
 
@@ -270,12 +288,13 @@ assert not {"cutlass", "flash_attn"} & sys.modules.keys()
 @needs_cuda
 @pytest.mark.filterwarnings("default")  # importing FlashAttention-4 warns of what its own packages deprecate
 @pytest.mark.parametrize("dtype", flash4.TYPES)
+@pytest.mark.parametrize("options", [flash4.WIDE, flash4.NARROW], ids=["wide", "narrow"])
 @pytest.mark.parametrize(("queries", "keys"), [(1000, 1000), (257, 1), (640, 4090)])
-def test_a_kept_kernel_has_the_bits_of_the_imported_function(hopper, dtype, queries, keys):
-    kept = flash4.keep(dtype)
+def test_a_kept_kernel_has_the_bits_of_the_imported_function(hopper, dtype, options, queries, keys):
+    kept = flash4.keep(dtype, options)
     assert kept is not None
     q, k, v = (torch.randn(2, n, 3, 128, device="cuda", dtype=dtype) for n in (queries, keys, keys))
-    assert torch.equal(kept(q, k, v), flash4.imported(q, k, v)[0])
+    assert torch.equal(kept(q, k, v), flash4.imported(options, q, k, v)[0])
     assert (kept(q, k, v).float() - sdpa(*(x.float() for x in (q, k, v)))).abs().max() < 0.03
     grown = q.clone().requires_grad_()
     assert torch.equal(kept(grown, k, v), kept(q, k, v))
@@ -285,7 +304,7 @@ def test_a_kept_kernel_has_the_bits_of_the_imported_function(hopper, dtype, quer
 @needs_cuda
 @pytest.mark.filterwarnings("default")
 def test_a_kept_kernel_keeps_to_the_current_stream_and_goes_into_a_graph(hopper):
-    kept = flash4.keep(torch.bfloat16)
+    kept = flash4.keep(torch.bfloat16, flash4.WIDE)
     q, k, v = (torch.randn(1, 4096, 4, 128, device="cuda", dtype=torch.bfloat16) for _ in range(3))
     expected = kept(q, k, v)
     stream = torch.cuda.Stream()
@@ -307,7 +326,7 @@ def test_a_kept_kernel_keeps_to_the_current_stream_and_goes_into_a_graph(hopper)
 @needs_cuda
 @pytest.mark.filterwarnings("default")
 def test_a_second_process_imports_neither_the_package_nor_its_compiler(hopper, tmp_path):
-    kept = flash4.keep(torch.bfloat16)
+    kept = flash4.keep(torch.bfloat16, flash4.options_for(300))
     inputs = [torch.randn(1, 300, 2, 128, dtype=torch.bfloat16) for _ in range(3)]
     torch.save(inputs, given := tmp_path / "given.pt")
     command = [sys.executable, "-c", KEPT_ALONE, given]

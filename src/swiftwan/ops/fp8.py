@@ -61,6 +61,7 @@ class Fp8Linear(nn.Module):
         self.register_buffer("scale", scale.T.contiguous())
         self.bias = bias
         self.quantize_rows = _fast_rows()
+        self.product: Callable[[Fp8Linear, Tensor, Tensor], Tensor] = scaled_product
 
     @classmethod
     def of(cls, linear: nn.Linear) -> Self:
@@ -85,16 +86,21 @@ class Fp8Linear(nn.Module):
     def forward(self, x: Tensor | Rounded) -> Tensor:
         """(..., I) to (..., O), from activations that may be rounded already."""
         values, scale = x if isinstance(x, Rounded) else self.quantize_rows(x)
-        out = torch._scaled_mm(
-            values.flatten(0, -2),
-            self.weight.T,
-            scale_a=scale.flatten(0, -2),
-            scale_b=self.scale,
-            bias=self.bias,
-            out_dtype=self.dtype,
-            use_fast_accum=True,
-        )
+        out = self.product(self, values.flatten(0, -2), scale.flatten(0, -2))
         return out.view(*values.shape[:-1], self.out_features)
+
+
+def scaled_product(linear: Fp8Linear, values: Tensor, scale: Tensor) -> Tensor:
+    """cuBLASLt's: rows (M, I) with their scales (M, 1) to (M, O)."""
+    return torch._scaled_mm(
+        values,
+        linear.weight.T,
+        scale_a=scale,
+        scale_b=linear.scale,
+        bias=linear.bias,
+        out_dtype=linear.dtype,
+        use_fast_accum=True,
+    )
 
 
 def _fast_rows() -> Callable[[Tensor], Rounded]:

@@ -6,6 +6,15 @@ from __future__ import annotations
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 
+TURN = 12
+"""Blocks of one turn of a product's loop, at most: nothing may be on its way over its edge."""
+
+
+def turn_of(blocks: int) -> int:
+    """Blocks of a turn, the most of 4 to 12 that divide them; 0 where none does. Shorter turns would wait for their
+    products more than they multiply."""
+    return next((count for count in range(TURN, 3, -1) if blocks % count == 0), 0)
+
 
 @gluon.jit
 def to_e4m3(x):

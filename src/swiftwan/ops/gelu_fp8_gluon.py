@@ -24,7 +24,7 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
 from swiftwan.ops.fp8 import Fp8Linear, Rounded
-from swiftwan.ops.fp8_gluon import to_e4m3
+from swiftwan.ops.fp8_gluon import to_e4m3, turn_of
 from swiftwan.ops.gelu_fp8 import Bound
 
 TILE = 128
@@ -35,9 +35,6 @@ STAGES = 4
 
 GROUP = 16
 """Tiles of tokens that are worked on side by side, for the cache."""
-
-TURN = 12
-"""Blocks of one turn of the loop, at most: nothing may be on its way over its edge."""
 
 _MMA = gl.constexpr(gl.NVMMADistributedLayout([3, 0], [4, 1], [16, TILE, 32]))
 # What a thread has of a tile once channels are in order: 16 in a row of two groups of 64, of four tokens.
@@ -167,13 +164,7 @@ def _linear_gelu_kernel(
 def fits(linear: Fp8Linear) -> bool:
     """Whether a layer divides into whole tiles and turns and has a bias, as every published Wan's."""
     whole = linear.in_features % TILE == linear.out_features % TILE == 0
-    return whole and bool(_turn(linear.in_features)) and linear.bias is not None
-
-
-def _turn(inner: int) -> int:
-    """Blocks of a turn, the most of 4 to 12; 0 where a layer's inputs are no multiple of any. Shorter turns would wait
-    for their products more than they multiply."""
-    return next((count for count in range(TURN, 3, -1) if inner // TILE % count == 0), 0)
+    return whole and bool(turn_of(linear.in_features // TILE)) and linear.bias is not None
 
 
 def linear_gelu(linear: Fp8Linear, x: Rounded, bound: Bound) -> Rounded:
@@ -183,7 +174,7 @@ def linear_gelu(linear: Fp8Linear, x: Rounded, bound: Bound) -> Rounded:
     values = torch.empty(*x.values.shape[:-1], width, dtype=torch.float8_e4m3fn, device=device)
     scale = torch.empty_like(x.scale)
     m_tiles, n_tiles = triton.cdiv(rows, 2 * TILE), width // TILE
-    turn = _turn(linear.in_features)
+    turn = turn_of(linear.in_features // TILE)
     programs = min(m_tiles * n_tiles, torch.cuda.get_device_properties(device).multi_processor_count)
     with torch.cuda.device_of(values):
         _linear_gelu_kernel[(programs,)](

@@ -28,15 +28,15 @@ MOST_KEYS = 144
 """Above these scores would not fit into registers, and the plain way runs. Wan's negative prompt has about 130."""
 
 TOKENS = 64
-"""That a program of the second kernel takes at once, eight times in a long video, the next ones on their way: 32,760
-tokens of 12 heads to 67 keys, rounded, take 0.096 ms on an H200, 0.115 without loads ahead; four times 0.105 and 0.121,
-twice 0.134, once 0.167; 128 tokens at once 0.161 to 0.171. One kernel for all heads of 64 tokens took 0.153; the norm,
-cuDNN and rounding one by one take 0.205."""
+"""That a program of the second kernel takes at once, eight times in a long video, the next ones on their way into
+registers: 32,760 tokens of 12 heads to 67 keys take 0.104 ms on an H200, rounded 0.100, without loads ahead 0.115; with
+three stages in shared memory, which 131 keys leave no room for, 0.107 and 0.097. 32 tokens at once take 0.162, 128
+0.118 to 0.171. One kernel for all heads of 64 tokens took 0.153; the norm, cuDNN and rounding one by one take 0.205."""
 
 AT_ONCE = 264
 """Programs that an H200 runs at a time where keys and values of 131 tokens fill half of a processor's shared memory.
 One that goes through several times 64 tokens reads them once: as often, at most eight times, as leaves no second
-round. A picture's 2 x 1560 tokens take 20 us, 23 in one turn, 26 in two, 25 in four."""
+round. A picture's 2 x 1560 tokens take 20 us in three turns, 25 in two; without loads ahead 22."""
 
 PARTS = 128
 """Programs that look for the largest value."""
@@ -85,7 +85,7 @@ def _keys(key, value, bias, start, count, row, BIASED: tl.constexpr, KEYS: tl.co
 def _text_attend_kernel(
     q, inverse, weight, key, value, bias, largest, out, scale, length, count, q_rows, softmax_scale,
     HEADS: tl.constexpr, WIDTH: tl.constexpr, TOKENS: tl.constexpr, TURNS: tl.constexpr, PARTS: tl.constexpr,
-    KEYS: tl.constexpr, MORE: tl.constexpr, STAGES: tl.constexpr, BIASED: tl.constexpr, ROUNDED: tl.constexpr,
+    KEYS: tl.constexpr, MORE: tl.constexpr, BIASED: tl.constexpr, ROUNDED: tl.constexpr,
 ):  # fmt: skip
     """One head. Its keys come as two powers of two: 67 as 64 and 16, not as 128."""
     head, group, batch = tl.program_id(0), tl.program_id(1), tl.program_id(2)
@@ -96,6 +96,9 @@ def _text_attend_kernel(
     out += batch.to(tl.int64) * length * row + head * WIDTH
     key += batch * count * row + head * WIDTH
     value += batch * count * row + head * WIDTH
+    token = group * TURNS * TOKENS + tl.arange(0, TOKENS)
+    fetched = tl.load(q + token.to(tl.int64)[:, None] * row + channel[None, :], (token < length)[:, None], other=0.0)
+    factor = tl.load(inverse + token, token < length, other=0.0)
     norm = tl.load(weight + head * WIDTH + channel)[None, :].to(tl.float32)
     keys, values, shift = _keys(key, value, bias, 0, count, row, BIASED, KEYS, WIDTH)
     if MORE:
@@ -103,13 +106,13 @@ def _text_attend_kernel(
     step = 1.0
     if ROUNDED:
         step = tl.maximum(tl.max(tl.load(largest + tl.arange(0, PARTS)), 0), 1e-12) / 448.0
-    for turn in tl.range(TURNS, num_stages=STAGES):
-        token = (group * TURNS + turn) * TOKENS + tl.arange(0, TOKENS)
+    for turn in range(TURNS):
         inside = (token < length)[:, None]
         place = token.to(tl.int64)[:, None] * row + channel[None, :]
-        query = tl.load(q + place, inside, other=0.0).to(tl.float32)
-        query *= tl.load(inverse + token, token < length, other=0.0)[:, None] * norm
-        query = query.to(keys.dtype)
+        query = (fetched.to(tl.float32) * factor[:, None] * norm).to(keys.dtype)
+        follows = (token + TOKENS < length) & (turn + 1 < TURNS)
+        fetched = tl.load(q + TOKENS * row + place, follows[:, None], other=0.0)
+        factor = tl.load(inverse + TOKENS + token, follows, other=0.0)
         scores = tl.dot(query, tl.trans(keys), input_precision="ieee") * softmax_scale + shift[None, :]
         most = tl.max(scores, 1)
         if MORE:
@@ -126,6 +129,7 @@ def _text_attend_kernel(
         tl.store(out + place, result.to(out.dtype.element_ty), inside)
         if ROUNDED and head == 0:
             tl.store(scale + batch * length + token, tl.zeros([TOKENS], tl.float32) + step, token < length)
+        token += TOKENS
 
 
 def norm_attend(
@@ -212,6 +216,5 @@ def _attend_into(
         largest if scale is None else scale, length, count, length if len(q) == batch else 0,
         width**-0.5 * math.log2(math.e),
         HEADS=heads, WIDTH=width, TOKENS=TOKENS, TURNS=turns, PARTS=PARTS, KEYS=keys, MORE=more,
-        STAGES=3 if keys + more <= 80 else 1,  # of more keys shared memory would not hold the next queries too
         BIASED=bias is not None, ROUNDED=scale is not None, num_warps=4,
     )  # fmt: skip

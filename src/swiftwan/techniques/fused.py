@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import partial
 from importlib.util import find_spec
@@ -15,7 +14,7 @@ from torch import Tensor, nn
 from swiftwan.models.dit import Block, SelfAttention, each_block
 from swiftwan.models.dit_layers import GELU
 from swiftwan.ops.attention import kernel
-from swiftwan.ops.fp8 import Fp8Linear, Rounded
+from swiftwan.ops.fp8 import Fp8Linear
 from swiftwan.ops.gelu_fp8 import Bound
 from swiftwan.techniques.base import Slot, Technique
 
@@ -111,7 +110,9 @@ def _round_in_passing(block: Block, parts: Parts) -> None:
 
     block.ops = FUSED_FP8
     gelu = cast(GELU, block.ffn.net[0])
-    gelu.linear_gelu = _one_kernel(cast(Fp8Linear, gelu.proj), parts.device) or linear_gelu
+    gelu.linear_gelu = linear_gelu
+    if not kernel("fp8").missing_on(torch.cuda.get_device_capability(parts.device)):
+        _multiply_on_hopper(block)
     if parts.weights_move:
         return
     attention = block.attn1
@@ -120,10 +121,14 @@ def _round_in_passing(block: Block, parts: Parts) -> None:
     attention.project = lambda _, x: merged(x).chunk(3, dim=-1)
 
 
-def _one_kernel(linear: Fp8Linear, device: torch.device) -> Callable[..., Rounded] | None:
-    """The product with GELU and rounding in it, where it runs: it is written for Hopper's tensor cores."""
-    if kernel("fp8").missing_on(torch.cuda.get_device_capability(device)):
-        return None
-    from swiftwan.ops.gelu_fp8_gluon import fits, linear_gelu
+def _multiply_on_hopper(block: Block) -> None:
+    """Products that are written for its tensor cores: one with GELU and rounding in it, and one for two pictures."""
+    from swiftwan.ops import gelu_fp8_gluon, tall_product
 
-    return partial(linear_gelu, bound=Bound.of(linear)) if fits(linear) else None
+    gelu = cast(GELU, block.ffn.net[0])
+    up = cast(Fp8Linear, gelu.proj)
+    if gelu_fp8_gluon.fits(up):
+        gelu.linear_gelu = partial(gelu_fp8_gluon.linear_gelu, bound=Bound.of(up))
+    for layer in block.modules():
+        if isinstance(layer, Fp8Linear) and tall_product.fits(layer):
+            layer.product = tall_product.scaled_product

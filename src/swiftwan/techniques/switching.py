@@ -11,6 +11,7 @@ from swiftwan.models.dit import all_blocks, each_block, project
 from swiftwan.models.dit_layers import GELU, linear_gelu
 from swiftwan.ops.attention import sdpa
 from swiftwan.ops.block import PLAIN
+from swiftwan.ops.fp8 import Fp8Linear, scaled_product
 from swiftwan.techniques.base import RELOAD, Technique
 from swiftwan.techniques.ends import LinearOtherAtEnds
 
@@ -51,5 +52,8 @@ def make_plain(parts: Parts) -> None:
         block.attn1.attend, block.attn1.project = sdpa, project
         gelu = cast(GELU, block.ffn.net[0])
         gelu.linear_gelu = partial(linear_gelu, approximate="tanh")
+        for layer in block.modules():
+            if isinstance(layer, Fp8Linear):
+                layer.product = scaled_product
         block._compiled_call_impl = None
     parts.vae.run_plain()
