@@ -16,6 +16,31 @@ def turn_of(blocks: int) -> int:
     return next((count for count in range(TURN, 3, -1) if blocks % count == 0), 0)
 
 
+@gluon.constexpr_function
+def neighbours(rows, columns):
+    """What a thread has of its group's rows once columns are in order: 8 in a row of every 32, of two rows of 64."""
+    return gl.DistributedLinearLayout(
+        reg_bases=[[0, 1], [0, 2], [0, 4], [0, 32], [0, 64], [8, 0], *([64, 0] for _ in range(rows // 128))],
+        lane_bases=[[0, 8], [0, 16], [1, 0], [2, 0], [4, 0]],
+        warp_bases=[[16, 0], [32, 0]],
+        block_bases=[],
+        shape=[rows, columns],
+    )
+
+
+@gluon.jit
+def in_order(x):
+    """Columns 32 a + 8 b + 2 t + e to 32 a + 8 t + 2 b + e, and back.
+
+    Of a product a thread has two neighbours of every eight columns, one t of four and all b; of a product whose columns
+    were moved before, 8 neighbours of every 32 once they are back.
+    """
+    ROWS: gl.constexpr = x.shape[0]
+    COLUMNS: gl.constexpr = x.shape[1]
+    moved = gl.permute(gl.reshape(x, [ROWS, COLUMNS // 32, 4, 4, 2]), [0, 1, 3, 2, 4])
+    return gl.reshape(moved, [ROWS, COLUMNS])
+
+
 @gluon.jit
 def to_e4m3(x):
     """float32 to E4M3, the largest for what is beyond it; four at once, where Triton's own conversion takes a byte each

@@ -34,7 +34,7 @@ from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
 from swiftwan.ops.fp8 import Fp8Linear
 from swiftwan.ops.fp8 import scaled_product as by_cublas
-from swiftwan.ops.fp8_gluon import turn_of
+from swiftwan.ops.fp8_gluon import in_order, neighbours, turn_of
 from swiftwan.ops.products import TALL_TILE, fills_one_round
 
 BOX = 64
@@ -45,18 +45,6 @@ INNER = 128
 
 STAGES = 4
 """Blocks on their way at once: 224 of 227 KB of shared memory."""
-
-
-@gluon.constexpr_function
-def _neighbours(rows, columns):
-    """What a thread has of its group's rows once columns are in order: 8 in a row of every 32, of two rows of 64."""
-    return gl.DistributedLinearLayout(
-        reg_bases=[[0, 1], [0, 2], [0, 4], [0, 32], [0, 64], [8, 0], *([64, 0] for _ in range(rows // 128))],
-        lane_bases=[[0, 8], [0, 16], [1, 0], [2, 0], [4, 0]],
-        warp_bases=[[16, 0], [32, 0]],
-        block_bases=[],
-        shape=[rows, columns],
-    )
 
 
 @gluon.jit
@@ -70,7 +58,7 @@ def _multiply(
     BOXES: gl.constexpr = x_ring.shape[0] // STAGES
     BOX: gl.constexpr = x_ring.shape[1]
     COLUMNS: gl.constexpr = w_ring.shape[1]
-    NEIGHBOURS: gl.constexpr = _neighbours(ROWS, COLUMNS)
+    NEIGHBOURS: gl.constexpr = neighbours(ROWS, COLUMNS)
     MMA: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, COLUMNS, 32])
     step = 0
     total = gl.zeros([ROWS, COLUMNS], gl.float32, MMA)
@@ -89,8 +77,7 @@ def _multiply(
         total = warpgroup_mma_wait(0, deps=(total,))
         mbarrier.arrive(free.index((step - 1) % STAGES))
 
-    value = gl.permute(gl.reshape(total, [ROWS, COLUMNS // 32, 4, 4, 2]), [0, 1, 3, 2, 4])
-    value = gl.convert_layout(gl.reshape(value, [ROWS, COLUMNS]), NEIGHBOURS, assert_trivial=True)
+    value = gl.convert_layout(in_order(total), NEIGHBOURS, assert_trivial=True)
     row = (gl.program_id(0) * BOXES + FIRST) * BOX + gl.arange(0, ROWS, gl.SliceLayout(1, NEIGHBOURS))
     column = gl.program_id(1) * COLUMNS + gl.arange(0, COLUMNS, gl.SliceLayout(0, NEIGHBOURS))
     value *= gl.load(x_scale + row, row < rows, other=0.0)[:, None] * gl.load(w_scale + column)[None, :]

@@ -132,6 +132,14 @@ def _text_attend_kernel(
         token += TOKENS
 
 
+Heads = Callable[..., None]
+"""(out, scale, q, inverse, weight, key, value, bias, largest): the second kernel, heads' attention into ``out``.
+
+Queries are normed by ``inverse``, float32 (rows of q), and ``weight``; ``scale`` of the rows of an ``out`` of 8 bits
+comes from the :data:`PARTS` of ``largest``.
+"""
+
+
 def norm_attend(
     q: Tensor,
     weight: Tensor,
@@ -140,12 +148,18 @@ def norm_attend(
     bias: Tensor | None,
     eps: float,
     attend: Callable[..., Tensor] = sdpa,
+    *,
+    heads: Heads | None = None,
 ) -> Tensor:
-    """:func:`swiftwan.ops.attention.norm_attend`; that function's where :func:`fits` says no."""
+    """:func:`swiftwan.ops.attention.norm_attend`; that function's where :func:`fits` says no.
+
+    Args:
+        heads: another second kernel than :func:`attend_heads`.
+    """
     if not fits(key, bias):
         return plain(q, weight, key, value, bias, eps, attend)
     out = torch.empty(len(key), q.shape[1], q.shape[2], dtype=q.dtype, device=q.device)
-    _attend_into(out, None, q, weight, key, value, bias, eps)
+    _attend_into(out, None, q, weight, key, value, bias, eps, heads or attend_heads)
     return out
 
 
@@ -157,14 +171,16 @@ def norm_attend_round(
     bias: Tensor | None,
     eps: float,
     attend: Callable[..., Tensor] = sdpa,
+    *,
+    heads: Heads | None = None,
 ) -> Tensor | Rounded:
-    """:func:`swiftwan.ops.attention.norm_attend`, rounded; that function's result where :func:`fits` says no."""
+    """:func:`norm_attend`, rounded; not rounded where :func:`fits` says no."""
     if not fits(key, bias):
         return plain(q, weight, key, value, bias, eps, attend)
     shape = (len(key), q.shape[1], q.shape[2])
     values = torch.empty(shape, dtype=torch.float8_e4m3fn, device=q.device)
     scale = torch.empty(*shape[:2], 1, dtype=torch.float32, device=q.device)
-    _attend_into(values, scale, q, weight, key, value, bias, eps)
+    _attend_into(values, scale, q, weight, key, value, bias, eps, heads or attend_heads)
     return Rounded(values, scale)
 
 
@@ -178,7 +194,7 @@ def fits(key: Tensor, bias: Tensor | None) -> bool:
     return small and alike and width == triton.next_power_of_2(width)
 
 
-def _key_parts(count: int) -> tuple[int, int]:
+def key_parts(count: int) -> tuple[int, int]:
     """Two powers of two that hold so many, of at least 16 each, the second one 0 where it is not needed."""
     first = max(16, 1 << count.bit_length() - 1)
     return first, max(16, triton.next_power_of_2(count - first)) if count > first else 0
@@ -193,12 +209,12 @@ def _attend_into(
     value: Tensor,
     bias: Tensor | None,
     eps: float,
+    heads: Heads,
 ) -> None:
     """``scale`` is of the rows of an ``out`` of 8 bits."""
     refuse_gradient(q)
     q, key, value = q.contiguous(), key.contiguous(), value.contiguous()
-    batch, count, heads, width = key.shape
-    length, dim = q.shape[1:]
+    dim = q.shape[2]
     rows = q.numel() // dim
     row_programs = triton.cdiv(rows, 4)
     inverse = torch.empty(rows, dtype=torch.float32, device=q.device)
@@ -209,10 +225,28 @@ def _attend_into(
         WIDTH=dim, ROWS=4, FIRST=first, REST=triton.next_power_of_2(dim - first),
         PARTS=PARTS, SPAN=1024, TURNS=triton.next_power_of_2(triton.cdiv(value.numel(), PARTS * 1024)), num_warps=4,
     )  # fmt: skip
-    keys, more = _key_parts(count)
+    bias = None if bias is None else bias.flatten()
+    heads(out, scale, q, inverse, weight, key, value, bias, largest)
+
+
+def attend_heads(
+    out: Tensor,
+    scale: Tensor | None,
+    q: Tensor,
+    inverse: Tensor,
+    weight: Tensor,
+    key: Tensor,
+    value: Tensor,
+    bias: Tensor | None,
+    largest: Tensor,
+) -> None:
+    """:data:`Heads` in Triton."""
+    batch, count, heads, width = key.shape
+    length = q.shape[1]
+    keys, more = key_parts(count)
     turns = min(8, triton.cdiv(heads * triton.cdiv(length, TOKENS) * batch, AT_ONCE))
     _text_attend_kernel[(heads, triton.cdiv(length, TOKENS * turns), batch)](
-        q, inverse, weight, key, value, largest if bias is None else bias.flatten(), largest, out,
+        q, inverse, weight, key, value, largest if bias is None else bias, largest, out,
         largest if scale is None else scale, length, count, length if len(q) == batch else 0,
         width**-0.5 * math.log2(math.e),
         HEADS=heads, WIDTH=width, TOKENS=TOKENS, TURNS=turns, PARTS=PARTS, KEYS=keys, MORE=more,

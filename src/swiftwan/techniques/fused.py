@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import partial
 from importlib.util import find_spec
-from typing import TYPE_CHECKING, cast
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
 import torch.nn.functional as F
@@ -14,6 +15,7 @@ from torch import Tensor, nn
 from swiftwan.models.dit import Block, SelfAttention, each_block
 from swiftwan.models.dit_layers import GELU
 from swiftwan.ops.attention import kernel
+from swiftwan.ops.block import BlockOps
 from swiftwan.ops.fp8 import Fp8Linear
 from swiftwan.ops.gelu_fp8 import Bound
 from swiftwan.techniques.base import Slot, Technique
@@ -53,14 +55,16 @@ class Fused(Technique):
 
     def install(self, parts: Parts) -> None:
         from swiftwan.ops.fused import FUSED, linear_gelu
+        from swiftwan.ops.text_attention import norm_attend
 
         for transformer in filter(None, (parts.transformer, parts.transformer_2)):
             transformer.ops = FUSED
+        ops = _with_heads(FUSED, norm_attend) if _is_hopper(parts.device) else FUSED
         for block in each_block(parts.transformer, parts.transformer_2):
             if _is_fp8(block):
                 _round_in_passing(block, parts)
                 continue
-            block.ops = FUSED
+            block.ops = ops
             # A layer that a technique before this one put there, 8-bit or with a LoRA, has a product of its own.
             gelu = cast(GELU, block.ffn.net[0])
             if _is_plain(gelu.proj):
@@ -94,6 +98,18 @@ def _is_plain(layer: nn.Module) -> bool:
     return type(layer) is nn.Linear and type(layer.weight) is nn.Parameter
 
 
+def _is_hopper(device: torch.device) -> bool:
+    """Whether kernels run that are written for its tensor cores, as 8-bit attention is."""
+    return not kernel("fp8").missing_on(torch.cuda.get_device_capability(device))
+
+
+def _with_heads(ops: BlockOps, norm_attend: Callable[..., Any]) -> BlockOps:
+    """The same with Hopper's own kernel for heads that attend to text."""
+    from swiftwan.ops.text_attention_gluon import attend_heads
+
+    return replace(ops, norm_attend=partial(norm_attend, heads=attend_heads))
+
+
 # Blocks of 8-bit layers
 
 
@@ -107,11 +123,13 @@ def _is_fp8(block: Block) -> bool:
 def _round_in_passing(block: Block, parts: Parts) -> None:
     """Kernels before an 8-bit layer hand it its bytes; where weights stay, q, k and v become one product."""
     from swiftwan.ops.fused_fp8 import FUSED_FP8, linear_gelu
+    from swiftwan.ops.text_attention import norm_attend_round
 
     block.ops = FUSED_FP8
     gelu = cast(GELU, block.ffn.net[0])
     gelu.linear_gelu = linear_gelu
-    if not kernel("fp8").missing_on(torch.cuda.get_device_capability(parts.device)):
+    if _is_hopper(parts.device):
+        block.ops = _with_heads(FUSED_FP8, norm_attend_round)
         _multiply_on_hopper(block)
     if parts.weights_move:
         return
