@@ -36,8 +36,8 @@ class AttentionSlicing(Technique):
     claims = ("transformer.self-attention",)
     refuses = MappingProxyType(
         {
-            "attention-in-8-bits": "its kernel scales keys and values by all tokens and never forms the matrix, so "
-            "that slicing would save nothing; drop one"
+            "attention-in-8-bits": "attention in 8 bits rounds all keys and values at each call, so that every slice "
+            "would round them anew; drop one"
         }
     )
 
