@@ -113,9 +113,13 @@ def build(
         text, others = _text(layout, device, dtype), partial(_load, layout)
     text.runs_on = host if text_home == "cpu" else device
     text.rests_on = host if text_home in ("cpu", "blocks") else device
-    first(text)
-    _ = text.tokenizer  # what is wrong with it is told now
-    return others(text, device, dtype, vae_dtype, rest_on, as_loaded)
+    try:
+        first(text)
+        _ = text.tokenizer  # what is wrong with it is told now
+        return others(text, device, dtype, vae_dtype, rest_on, as_loaded)
+    except BaseException:
+        text.is_wanted = False  # a process waits for its threads, and this one may have 11 GB to read
+        raise
 
 
 def _block_of(path: str) -> int:
@@ -127,11 +131,19 @@ def _block_of(path: str) -> int:
 def _text(layout: Layout, device: torch.device, dtype: torch.dtype) -> TextEncoder:
     def encoder(rests_on: torch.device) -> nn.Module:
         model: nn.Module = _on_meta(_encoder, layout.classes["text_encoder"], dict(layout.configs["text_encoder"]))
-        load_weights(model, layout.files["text_encoder"], device=rests_on, dtype=dtype, component="text_encoder")
+        load_weights(
+            model,
+            layout.files["text_encoder"],
+            device=rests_on,
+            dtype=dtype,
+            component="text_encoder",
+            is_wanted=lambda: text.is_wanted,
+        )
         return model
 
     identity = check.fingerprint((*layout.files["text_encoder"].paths, *_files_in(layout.tokenizer)))
-    return TextEncoder(partial(_tokenizer, layout.tokenizer), encoder, identity=identity, device=device, dtype=dtype)
+    text = TextEncoder(partial(_tokenizer, layout.tokenizer), encoder, identity=identity, device=device, dtype=dtype)
+    return text
 
 
 def _load(
