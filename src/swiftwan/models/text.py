@@ -37,7 +37,6 @@ class TextEncoder:
         runs_on: where the encoder works.
         rests_on: where it is loaded to; elsewhere if a technique brings it there piece by piece.
         stays_loaded: whether it waits for the next prompt in memory.
-        is_wanted: whether it shall go on where it is loading; asked by what loads it.
         after_load: changes to make to a freshly loaded encoder.
     """
 
@@ -58,7 +57,6 @@ class TextEncoder:
         self.runs_on = device
         self.rests_on = device
         self.stays_loaded = True
-        self.is_wanted = True
         self._load = load
         self._load_tokenizer = load_tokenizer
         self._loading: Future[nn.Module] | None = None
