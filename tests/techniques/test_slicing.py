@@ -42,8 +42,6 @@ def test_a_run_stays_the_same():
         (["attention-slicing:size=0"], "size is 0; it is a number of queries, 1 or more"),
         (["attention-slicing:size=many"], "size is 'many'; it must be a whole number"),
         (["attention-slicing:sise=2"], "Did you mean 'size'"),
-        (["attention-slicing", "attention:fp8"], "every slice would round them anew"),
-        (["attention-slicing", "attention:fp8-plain"], "every slice would round them anew"),
         (["attention-slicing", "sparse-attention"], "both decide blocks of transformer.self-attention"),
     ],
 )

@@ -36,8 +36,8 @@ class AttentionSlicing(Technique):
     claims = ("transformer.self-attention",)
     refuses = MappingProxyType(
         {
-            "attention-in-8-bits": "attention in 8 bits rounds all keys and values at each call, so that every slice "
-            "would round them anew; drop one"
+            "attention-in-8-bits": "attention in 8 bits is written for as many keys as queries, and a slice has fewer "
+            "queries; drop one"
         }
     )
 
