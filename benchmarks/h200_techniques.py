@@ -176,14 +176,24 @@ PEERS: dict[str, Callable[[Any], None]] = {
     "set_attention_backend _native_cudnn": lambda pipe: pipe.transformer.set_attention_backend("_native_cudnn"),
 }
 
-RECIPE_PEERS: dict[str, Callable[[Any], None]] = {
-    "12gb": group_offload_all,
-    "16gb": group_offload_all,
-    "24gb": group_offload_all,
-    "48gb": PEERS["enable_model_cpu_offload"],
-    "141gb": PEERS["plain"],
+CHANGES = PEERS | {"group offload of text encoder and transformer": group_offload_all}
+"""The same, and what stands for recipes alone."""
+
+RECIPE_PEERS = {
+    "8gb": "enable_model_cpu_offload",
+    "12gb": "group offload of text encoder and transformer",
+    "16gb": "group offload of text encoder and transformer",
+    "24gb": "group offload of text encoder and transformer",
+    "48gb": "enable_model_cpu_offload",
+    "141gb": "plain",
 }
-"""What diffusers has of a recipe's techniques, without a cap; 8gb's are among the peers, 80gb's budget it has not."""
+"""What diffusers has of each recipe's techniques, without a cap; 80gb's budget it has not."""
+
+
+def recipe_peer(name: str) -> str:
+    """The case of it; 8gb's, of the small model, is among the peers."""
+    return f"diffusers {RECIPE_PEERS[name]}" if name == "8gb" else f"diffusers for {name}"
+
 
 GROUPS: dict[str, dict[str, Case]] = {
     "alone": {"plain": Case(SMALL, ()), "auto": Case(SMALL, "auto")}
@@ -230,8 +240,8 @@ GROUPS: dict[str, dict[str, Case]] = {
     },
     "peers": {f"diffusers {name}": Case(SMALL, (), peer=change) for name, change in PEERS.items()},
     "recipe peers": {
-        f"diffusers for {name}": replace(recipe(name), plan=(), cap=None, peer=change)
-        for name, change in RECIPE_PEERS.items()
+        recipe_peer(name): replace(recipe(name), plan=(), cap=None, peer=CHANGES[theirs])
+        for name, theirs in RECIPE_PEERS.items()
     },
     "recipes": {f"recipe {name}": recipe(name) for name in RECIPES},
 }

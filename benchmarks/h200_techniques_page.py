@@ -11,6 +11,7 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
+from h200_techniques import RECIPE_PEERS, recipe_peer
 from pocket_pairs import PAGE, between
 
 from swiftwan.recipes import RECIPES
@@ -64,17 +65,6 @@ NO_ROW = {
     "vae:fp16": "as `vae:bf16`, the same size of number",
 }
 """What has no row of its own, and why."""
-
-
-RECIPE_PEERS = {
-    "8gb": "enable_model_cpu_offload",
-    "12gb": "group offload of text encoder and transformer",
-    "16gb": "group offload of text encoder and transformer",
-    "24gb": "group offload of text encoder and transformer",
-    "48gb": "enable_model_cpu_offload",
-    "141gb": "plain",
-}
-"""What diffusers has of each recipe's techniques."""
 
 
 def last_good(lines: Iterable[str]) -> dict[str, Row]:
@@ -171,8 +161,8 @@ def recipe_peers(rows: dict[str, Row]) -> str:
         "|--|--|--|--|--|--|--|--|",
     ]
     for name, theirs in RECIPE_PEERS.items():
-        case = "diffusers enable_model_cpu_offload" if name == "8gb" else f"diffusers for {name}"
-        cells = [f"`{name}`", *_one_run(rows.get(f"recipe {name}")), theirs, *_one_run(rows.get(case))]
+        peer = rows.get(recipe_peer(name))
+        cells = [f"`{name}`", *_one_run(rows.get(f"recipe {name}")), theirs, *_one_run(peer)]
         lines.append(f"| {' | '.join(cells)} |")
     return "\n".join(lines)
 

@@ -102,7 +102,7 @@ def variant(row: Row) -> str:
 def page(rows: Sequence[Row], figures: Sequence[str] = ()) -> str:
     """The page; ``figures`` are files beside it, of time against frames, resolution, batch and steps."""
     rows = [row for row in latest(rows) if not str(row["case"]).startswith("growth-")]
-    bounds = {row["case"]: row for row in rows if row["rung"] == "bound" and not row.get("variant")}
+    bounds = {row["case"]: row for row in rows if row["rung"] == "bound" and row.get("variant", "exact") == "exact"}
     order = {case: place for place, case in enumerate(dict.fromkeys(row["case"] for row in rows))}
     parts = [INTRO]
     for case, of_case in groupby(sorted(rows, key=lambda row: order[row["case"]]), key=lambda row: row["case"]):
@@ -170,7 +170,7 @@ def against_rung_aim(rung: str, aim: float, rows: Sequence[Row]) -> str:
     sustained = [row["steady"]["seconds"] for row in rows if row["rung"] == rung and row.get("steady")]
     if not bounds or not sustained:
         return told
-    steady, card = bounds[0]["steady"], f", {bounds[0]['card']}" if bounds[0].get("card") else ""
+    steady, card = bounds[-1]["steady"], f", {bounds[-1]['card']}" if bounds[-1].get("card") else ""
     alone = steady["seconds"]
     return (
         f"{told} Its matrix products and self-attention alone, with nothing between them, sustained{card}: "

@@ -5,7 +5,8 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from swiftwan.ops.attention import KERNELS, kernel, norm_attend, opaque, sdpa
+from swiftwan.ops.attention import KERNELS, kernel, norm_attend, opaque, opaque_for_bytes, sdpa
+from swiftwan.ops.fp8 import Rounded
 
 
 def by_definition(q, k, v, bias=0.0):
@@ -33,6 +34,22 @@ def test_an_outside_kernel_is_one_operator_to_the_compiler():
     q, k, v = (torch.randn(1, 6, 2, 8) for _ in range(3))
     compiled = torch.compile(lambda q, k, v: attend(q, k, v) + 1, backend="eager", fullgraph=True)
     assert torch.allclose(compiled(q, k, v), sdpa(q, k, v) + 1)
+
+
+def test_a_kernel_that_leaves_bytes_is_one_operator_to_the_compiler():
+    def in_bytes(q, k, v, times):
+        out = times * sdpa(q, k, v)
+        scale = out.abs().amax((2, 3), keepdim=True) / 448
+        return Rounded((out / scale).to(torch.float8_e4m3fn), scale)
+
+    attend = opaque_for_bytes("test_kernel_for_bytes", in_bytes, ", float times")
+    q, k, v = (torch.randn(1, 6, 2, 8) for _ in range(3))
+    compiled = torch.compile(lambda q, k, v: attend(q, k, v, 2.0), backend="eager", fullgraph=True)
+    expected = in_bytes(q, k, v, 2.0)
+    for found in (attend(q, k, v, 2.0), compiled(q, k, v)):
+        assert isinstance(found, Rounded)
+        assert torch.equal(found.values.float(), expected.values.float())
+        assert torch.equal(found.scale, expected.scale)
 
 
 @pytest.mark.parametrize("capability", [None, (7, 5), (8, 6), (9, 0), (10, 0)])

@@ -197,5 +197,5 @@ def test_a_kernel_hands_bytes_to_the_blocks_whose_next_layer_reads_them(parts, m
 def test_slices_of_queries_are_refused_beside_8_bits(gpu, monkeypatch, value):
     """The kernel would take keys and values for as many as the slice's queries."""
     monkeypatch.setattr(kernels, "_installed", lambda package: True)
-    with pytest.raises(PlanError, match="scales keys and values by all tokens"):
+    with pytest.raises(PlanError, match="written for as many keys as queries"):
         make_plan([f"attention:{value}", "attention-slicing"], gpu((9, 0)))

@@ -3,7 +3,7 @@ from dataclasses import dataclass
 import pytest
 
 from swiftwan.errors import PlanError
-from swiftwan.techniques.base import Slot, Technique
+from swiftwan.techniques.base import ByValue, Slot, Technique
 
 
 @dataclass(frozen=True)
@@ -38,6 +38,18 @@ class Door(Walls):
 class Paint(Walls):
     name = "paint"
     claims = ()
+
+
+@dataclass(frozen=True)
+class Window(Walls):
+    name = "window"
+    reason = ByValue("one sees through", {"stained": "one sees colours"})
+
+
+def test_a_value_may_have_a_reason_of_its_own():
+    assert Window.reason == Window("clear").reason == "one sees through"
+    assert Window("stained").reason == "one sees colours"
+    assert Window("stained") == Window("stained") != Window("clear")
 
 
 def test_options_are_read_and_written_with_hyphens():

@@ -4,6 +4,7 @@ from dataclasses import replace
 
 import pytest
 import torch
+import torch.nn.functional as F
 
 from swiftwan.device import pick_device
 from swiftwan.errors import RequestError, UnavailableError
@@ -82,9 +83,16 @@ def test_8_bit_attention_says_what_it_lacks():
         adapter.check_fp8_attention(model, CPU)
 
 
+def gelu_in_one_pass(base, low, up):
+    return F.gelu(base + low @ up.T, approximate="tanh")
+
+
 @pytest.mark.parametrize(("rank", "fused"), [(8, True), (129, False)])
 def test_gelu_is_fused_with_adapters_that_its_kernel_can_hold(rank, fused):
     model, _ = model_and_factors(CPU, torch.float32, rank)
-    before = model.blocks[0].ffn.net[0].linear_gelu
-    adapter.fuse_gelu(model.blocks[0])
-    assert (model.blocks[0].ffn.net[0].linear_gelu is not before) == fused
+    gelu, x = model.blocks[0].ffn.net[0], torch.randn(1, 5, CONFIG.dim)
+    before, expected = gelu.linear_gelu, gelu(x)
+    adapter.fuse_gelu(model.blocks[0], gelu_in_one_pass)
+    assert (gelu.linear_gelu is not before) == fused
+    assert torch.allclose(gelu(x), expected, atol=1e-5)
+    assert not torch.allclose(expected, F.gelu(gelu.proj.base_layer(x), approximate="tanh"), atol=1e-3)

@@ -197,6 +197,18 @@ def original_clip(state: State) -> State:
     return out
 
 
+# --- a LoRA's file
+
+
+@pytest.fixture
+def write(tmp_path: Path):
+    def write(tensors: State, name: str = "lora.safetensors", metadata: dict[str, str] | None = None) -> Path:
+        save_file({key: tensor.contiguous() for key, tensor in tensors.items()}, tmp_path / name, metadata)
+        return tmp_path / name
+
+    return write
+
+
 # --- a model whose heads are 128 wide, as in every published Wan
 
 

@@ -11,7 +11,7 @@ from safetensors.torch import save_file
 from torch import nn
 from transformers import UMT5Config, UMT5EncoderModel
 
-from swiftwan.errors import OutputError, WeightsError
+from swiftwan.errors import Cancelled, OutputError, WeightsError
 from swiftwan.weights.find import read_layout
 from swiftwan.weights.layout import Folder
 from swiftwan.weights.load import load_weights, randomize, save_weights
@@ -66,6 +66,14 @@ def test_round_trip(saved: tuple[Net, list[Path]]) -> None:
     assert copy.positions.tolist() == [0, 1, 2, 3]
     assert report.tensors == len(net.state_dict())
     assert report.bytes == sum(t.nbytes for t in net.state_dict().values())
+
+
+def test_what_is_not_wanted_any_more_is_read_no_further(saved: tuple[Net, list[Path]]) -> None:
+    answers = iter((True, True, False))
+    copy = on_meta()
+    with pytest.raises(Cancelled, match="net is not wanted any more"):
+        load_weights(copy, saved[1], component="net", is_wanted=lambda: next(answers), **CPU)
+    assert sum(not tensor.is_meta for tensor in copy.state_dict().values()) == 2
 
 
 def test_dtypes(saved: tuple[Net, list[Path]]) -> None:

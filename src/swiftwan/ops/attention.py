@@ -212,31 +212,36 @@ def opaque(name: str, function: Callable[..., Any], options: str = "") -> Callab
         out = function(*given)
         return out[0] if isinstance(out, tuple) else out
 
-    # Not ``custom_op``: its first call imports torch's compiler, a second of every cold start.
-    qualname = f"swiftwan::{name}"
-    torch.library.define(qualname, f"(Tensor q, Tensor k, Tensor v{options}) -> Tensor")
-    torch.library.impl(qualname, "CompositeExplicitAutograd", attend)
-    torch.library.register_fake(
-        qualname, lambda q, k, v, *rest: torch.empty_like(q, memory_format=torch.contiguous_format)
-    )
-    op: Callable[..., Tensor] = getattr(torch.ops.swiftwan, name).default
+    def result(q: Tensor, *given: Any) -> Tensor:
+        return torch.empty_like(q, memory_format=torch.contiguous_format)
+
+    op: Callable[..., Tensor] = _operator(name, f"(Tensor q, Tensor k, Tensor v{options}) -> Tensor", attend, result)
     return op
 
 
 def opaque_for_bytes(name: str, function: Callable[..., Rounded], options: str = "") -> Callable[..., Rounded]:
     """:func:`opaque` for a function whose result an 8-bit layer reads."""
-    qualname = f"swiftwan::{name}"
-    torch.library.define(qualname, f"(Tensor q, Tensor k, Tensor v{options}) -> (Tensor, Tensor)")
-    torch.library.impl(qualname, "CompositeExplicitAutograd", lambda *given: tuple(function(*given)))
-    torch.library.register_fake(
-        qualname,
-        lambda q, *rest: (
-            torch.empty(q.shape, dtype=torch.float8_e4m3fn, device=q.device),
-            torch.empty(*q.shape[:2], 1, 1, dtype=torch.float32, device=q.device),
-        ),
-    )
-    op = getattr(torch.ops.swiftwan, name).default
+
+    def attend(*given: Any) -> tuple[Tensor, ...]:
+        return tuple(function(*given))
+
+    def result(q: Tensor, *given: Any) -> tuple[Tensor, Tensor]:
+        values = torch.empty(q.shape, dtype=torch.float8_e4m3fn, device=q.device)
+        return values, torch.empty(*q.shape[:2], 1, 1, dtype=torch.float32, device=q.device)
+
+    op = _operator(name, f"(Tensor q, Tensor k, Tensor v{options}) -> (Tensor, Tensor)", attend, result)
     return lambda *given: Rounded(*op(*given))
+
+
+def _operator(name: str, schema: str, attend: Callable[..., Any], result: Callable[..., Any]) -> Callable[..., Any]:
+    """``torch.ops.swiftwan.NAME``, which calls ``attend``; of ``result``, empty, the compiler learns the shapes."""
+    # Not ``custom_op``: its first call imports torch's compiler, a second of every cold start.
+    qualname = f"swiftwan::{name}"
+    torch.library.define(qualname, schema)
+    torch.library.impl(qualname, "CompositeExplicitAutograd", attend)
+    torch.library.register_fake(qualname, result)
+    op: Callable[..., Any] = getattr(torch.ops.swiftwan, name).default
+    return op
 
 
 KERNELS = (

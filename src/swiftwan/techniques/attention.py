@@ -12,7 +12,7 @@ from swiftwan.errors import PlanError, UnavailableError, did_you_mean
 from swiftwan.models.dit import Block, each_block
 from swiftwan.ops.attention import KERNELS, Kernel, kernel
 from swiftwan.ops.fp8 import Fp8Linear
-from swiftwan.techniques.base import Settings, Slot, Technique
+from swiftwan.techniques.base import ByValue, Kind, Settings, Slot, Technique
 from swiftwan.techniques.ends import Ends, OtherAtEnds
 
 if TYPE_CHECKING:
@@ -44,8 +44,8 @@ class Attention(Technique):
     keep_layers: int = 0
 
     name = "attention"
-    kind = "exact"
-    reason = "the same softmax over all tokens, by another kernel"
+    kind = ByValue[Kind]("exact", dict.fromkeys(_NEAR_REASONS, "near"))
+    reason = ByValue("the same softmax over all tokens, by another kernel", _NEAR_REASONS)
     slot = Slot.ATTENTION
     switch = "a kernel's first call; FlashAttention-4 compiles for 7 s once"
     values = tuple(known.name for known in KERNELS)
@@ -60,9 +60,6 @@ class Attention(Technique):
                 raise PlanError(f"attention: {word} is {count}; it is 0 or more.")
             if count and not self.is_near:
                 raise PlanError(f"attention:{self.value} is exact everywhere; {word} is for kernels in 8 bits.")
-        if self.is_near:
-            object.__setattr__(self, "kind", "near")
-            object.__setattr__(self, "reason", _NEAR_REASONS[self.value])
 
     @property
     def is_near(self) -> bool:

@@ -7,7 +7,7 @@ from dataclasses import MISSING, dataclass, fields
 from enum import IntEnum
 from fnmatch import fnmatchcase
 from types import MappingProxyType
-from typing import TYPE_CHECKING, Any, ClassVar, Literal, Self, get_type_hints
+from typing import TYPE_CHECKING, Any, ClassVar, Generic, Literal, Self, TypeVar, get_type_hints
 
 from swiftwan.errors import PlanError, did_you_mean
 from swiftwan.guidance import Guide
@@ -28,8 +28,9 @@ if TYPE_CHECKING:
 Kind = Literal["exact", "near", "approximate", "retrained"]
 """exact: the same maths; near: 8 bits and the like; approximate: skips work; retrained: few-step models."""
 
-
 RELOAD = "loads the model anew"
+
+Told = TypeVar("Told")
 
 
 class Slot(IntEnum):
@@ -73,6 +74,16 @@ class Settings:
     one_memory: bool = False
 
 
+class ByValue(Generic[Told]):
+    """What a technique says of itself where its values differ: the class says the usual, an instance its value's."""
+
+    def __init__(self, usual: Told, by_value: Mapping[str, Told]) -> None:
+        self.usual, self.by_value = usual, by_value
+
+    def __get__(self, technique: Any, of: type) -> Told:
+        return self.usual if technique is None else self.by_value.get(technique.value, self.usual)
+
+
 @dataclass(frozen=True)
 class Technique:
     """One named way to run faster or in less memory.
@@ -80,6 +91,7 @@ class Technique:
     Subclasses are frozen dataclasses; their fields are the options of ``name[:value][:key=value,...]``.
 
     Attributes:
+        kind, reason: how near it stays to the plain run, and what it does; a :class:`ByValue` where values differ.
         slot: what it touches, and so when it is applied.
         claims: globs of module paths that it alone decides in its slot; () shares the slot with others.
         makes: facts about the run that others may refuse.

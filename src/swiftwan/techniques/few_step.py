@@ -105,7 +105,6 @@ class FewStepModel(Technique):
     reason = "a student that jumps where its teacher walks, with guidance learned"
     slot = Slot.WEIGHTS
     claims = ()
-    makes = frozenset({"few-step"})
     refuses = MappingProxyType(
         {
             "guided": "a few-step model runs without guidance, so there is none to change; drop one",

@@ -40,7 +40,6 @@ class CudaGraphs(Technique):
     slot = Slot.COMPILE
     switch = "records at the next run"
     claims = ("forward",)
-    makes = frozenset({"cuda-graphs"})
     refuses = MappingProxyType(
         {
             "steps-differ": "a recording does the same at each step; drop one",

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 from swiftwan.errors import PlanError, did_you_mean
 from swiftwan.models.parking import Parked
 from swiftwan.models.streaming import Slots, bring, size_of, stream
-from swiftwan.techniques.base import Settings, Slot, Technique
+from swiftwan.techniques.base import ByValue, Settings, Slot, Technique
 
 if TYPE_CHECKING:
     from swiftwan.models.config import KnownModel
@@ -39,7 +39,7 @@ class Offload(Technique):
 
     name = "offload"
     kind = "exact"
-    reason = "the same weights, brought to the device as they are needed"
+    reason = ByValue("the same weights, brought to the device as they are needed", _REASONS)
     slot = Slot.RESIDENCY
     claims = ("transformer",)
     makes = frozenset({"moving weights"})
@@ -52,12 +52,10 @@ class Offload(Technique):
     def __post_init__(self) -> None:
         if self.value not in KINDS:
             raise PlanError(f"offload is '{self.value}'." + did_you_mean(self.value, KINDS))
-        object.__setattr__(self, "reason", _REASONS[self.value])
         if self.resident < 0:
             raise PlanError(f"offload: resident is {self.resident}; it is a number of blocks, 0 or more.")
         if self.resident and self.value != "blocks":
             raise PlanError(f"offload:{self.value} has no resident blocks; that is for offload:blocks.")
-
         if self.value == "auto" and not 0 < self.budget < math.inf:
             raise PlanError(
                 f"offload:auto has a budget of {self.budget:g} GB; say how much of the device's memory the "

@@ -13,7 +13,7 @@ from swiftwan.errors import PlanError, did_you_mean
 from swiftwan.models.parking import take_turns
 from swiftwan.models.streaming import bring_own
 from swiftwan.models.umt5 import UMT5Encoder
-from swiftwan.techniques.base import Settings, Slot, Technique
+from swiftwan.techniques.base import ByValue, Settings, Slot, Technique
 
 if TYPE_CHECKING:
     import torch
@@ -64,7 +64,7 @@ class TextEncoderHome(Technique):
 
     name = "text-encoder"
     kind = "exact"
-    reason = "the same encoder in another place"
+    reason = ByValue("the same encoder in another place", _HOMES)
     slot = Slot.RESIDENCY
     claims = ("text",)
 
@@ -76,7 +76,6 @@ class TextEncoderHome(Technique):
     def __post_init__(self) -> None:
         if self.value not in HOMES:
             raise PlanError(f"text-encoder is '{self.value}'." + did_you_mean(self.value, HOMES))
-        object.__setattr__(self, "reason", _HOMES[self.value])
 
     def cost(self, costs: Costs) -> Costs:
         return replace(costs, text_home=cast("Home", self.value))

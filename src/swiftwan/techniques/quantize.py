@@ -87,12 +87,8 @@ class Quantize(Technique):
 
     @property
     def makes(self) -> frozenset[str]:  # type: ignore[override]
-        made = {"quantized"}
-        if self.value == "nf4":
-            made.add(f"scales beside {self.on} weights")
-        if self.keep_steps:
-            made.add("steps-differ")
-        return frozenset(made)
+        made = {f"scales beside {self.on} weights"} if self.value == "nf4" else set()
+        return frozenset(made | {"steps-differ"} if self.keep_steps else made)
 
     @property
     def is_dynamic(self) -> bool:

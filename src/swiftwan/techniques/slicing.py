@@ -36,8 +36,8 @@ class AttentionSlicing(Technique):
     claims = ("transformer.self-attention",)
     refuses = MappingProxyType(
         {
-            "attention-in-8-bits": "its kernel scales keys and values by all tokens and never forms the matrix, so "
-            "that slicing would save nothing; drop one"
+            "attention-in-8-bits": "attention in 8 bits is written for as many keys as queries, and a slice has fewer "
+            "queries; drop one"
         }
     )
 

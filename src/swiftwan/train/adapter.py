@@ -6,7 +6,8 @@ is ours, since peft widens the activations to the factors' float32 where we cast
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any, TypeGuard, cast
 
 import torch
@@ -98,16 +99,20 @@ class LoraLinear(Linear):
         return down.to(dtype), (up * self.scaling[name]).to(dtype)
 
 
-def fuse_gelu(block: Block) -> None:
-    """Let one kernel add an adapter's part to a feed-forward's first layer and take GELU; on a GPU."""
+def fuse_gelu(block: Block, in_one_pass: Callable[[Tensor, Tensor, Tensor], Tensor]) -> None:
+    """Let one kernel add an adapter's part to a feed-forward's first layer and take GELU.
+
+    Args:
+        in_one_pass: computes what :func:`swiftwan.ops.lora_gelu_training.reference` does.
+    """
     gelu = cast(GELU, block.ffn.net[0])
     if isinstance(gelu.proj, LoraLinear) and gelu.proj.r[NAME] <= 128:  # of which the kernel holds a tile whole
-        gelu.linear_gelu = _lora_gelu
+        gelu.linear_gelu = partial(_lora_gelu, in_one_pass)
 
 
-def _lora_gelu(layer: LoraLinear, x: Tensor) -> Tensor:
-    from swiftwan.ops.lora_gelu_training import lora_gelu as in_one_pass
-
+def _lora_gelu(in_one_pass: Callable[[Tensor, Tensor, Tensor], Tensor], layer: LoraLinear, x: Tensor) -> Tensor:
+    """Of an adapter that is always on: :class:`LoraLinear` is trained, validated and sampled with it, never without.
+    Distillation, whose teacher is the model without its adapters, has peft's own layers and GELU by itself."""
     down, up = layer.scaled_factors(NAME, x.dtype)
     return in_one_pass(layer.base_layer(x), F.linear(x, down), up)
 

@@ -72,10 +72,11 @@ def equip(transformer: WanTransformer, device: Device, attend: Attend) -> None:
         block.attn1.attend = attend
         block.attn2.attend = to_prompt if in_triton else sdpa
         if in_triton:
+            from swiftwan.ops.lora_gelu_training import lora_gelu
             from swiftwan.ops.norm_rope_training import TRAINING
 
             block.ops = TRAINING
-            adapter.fuse_gelu(block)
+            adapter.fuse_gelu(block, lora_gelu)
 
 
 def attention(device: Device, dtype: torch.dtype, base: str = "bf16") -> Attend:

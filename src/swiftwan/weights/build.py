@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from functools import cache, partial
 from pathlib import Path
+from threading import Event
 from typing import Any
 
 import torch
@@ -94,7 +95,7 @@ def build(
     Raises:
         WeightsError: files are missing, damaged or of another model.
     """
-    host, vae_dtype = torch.device("cpu"), vae_dtype or dtype
+    host, vae_dtype, failed = torch.device("cpu"), vae_dtype or dtype, Event()
 
     def rest_on(config: TransformerConfig, experts: int) -> Place | None:
         if not transformers_on_host:
@@ -110,12 +111,16 @@ def build(
         text, others = _random_text(device, dtype), partial(_random, source.known)
     else:
         layout = read_layout(source)
-        text, others = _text(layout, device, dtype), partial(_load, layout)
+        text, others = _text(layout, device, dtype, failed), partial(_load, layout)
     text.runs_on = host if text_home == "cpu" else device
     text.rests_on = host if text_home in ("cpu", "blocks") else device
-    first(text)
-    _ = text.tokenizer  # what is wrong with it is told now
-    return others(text, device, dtype, vae_dtype, rest_on, as_loaded)
+    try:
+        first(text)
+        _ = text.tokenizer  # what is wrong with it is told now
+        return others(text, device, dtype, vae_dtype, rest_on, as_loaded)
+    except BaseException:
+        failed.set()  # the text encoder's thread may have 11 GB to read yet, and a process waits for its threads
+        raise
 
 
 def _block_of(path: str) -> int:
@@ -124,10 +129,19 @@ def _block_of(path: str) -> int:
     return int(others[0]) if first == "blocks" and others else -1
 
 
-def _text(layout: Layout, device: torch.device, dtype: torch.dtype) -> TextEncoder:
+def _text(layout: Layout, device: torch.device, dtype: torch.dtype, failed: Event) -> TextEncoder:
+    """The text encoder of a model; it ends loading when the rest of the model has failed to load."""
+
     def encoder(rests_on: torch.device) -> nn.Module:
         model: nn.Module = _on_meta(_encoder, layout.classes["text_encoder"], dict(layout.configs["text_encoder"]))
-        load_weights(model, layout.files["text_encoder"], device=rests_on, dtype=dtype, component="text_encoder")
+        load_weights(
+            model,
+            layout.files["text_encoder"],
+            device=rests_on,
+            dtype=dtype,
+            component="text_encoder",
+            is_wanted=lambda: not failed.is_set(),
+        )
         return model
 
     identity = check.fingerprint((*layout.files["text_encoder"].paths, *_files_in(layout.tokenizer)))

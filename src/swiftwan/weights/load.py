@@ -19,7 +19,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from swiftwan.errors import OutputError
+from swiftwan.errors import Cancelled, OutputError
 from swiftwan.models.streaming import bring_own, host_memory
 from swiftwan.weights import check
 from swiftwan.weights.sources import Shards, Tensors
@@ -61,6 +61,7 @@ def load_weights(
     ignore: Sequence[str] = (),
     rest_on: Place | None = None,
     as_loaded: AsLoaded | None = None,
+    is_wanted: Callable[[], bool] = lambda: True,
 ) -> LoadReport:
     """Fill a module built on meta from a source of tensors, or from safetensors shards.
 
@@ -71,7 +72,10 @@ def load_weights(
     layer is changed before the next one is read: so a model that fits in 8 bits only need never be there in 16.
     With ``rest_on`` each tensor goes straight there, or moves there as soon as its layer is whole and changed.
 
-    Raises WeightsError for damaged files and for anything missing, unexpected or of another shape.
+    ``is_wanted`` is asked before each tensor.
+
+    Raises WeightsError for damaged files and for anything missing, unexpected or of another shape; Cancelled once it is
+    not wanted.
     """
     started = time.perf_counter()
     device = torch.device(device)
@@ -91,6 +95,8 @@ def load_weights(
     total = 0
     # In the order of the source: so one shard after the other is opened, read and let go of.
     for name in filter(by_name.__contains__, tensors.shapes):
+        if not is_wanted():
+            raise Cancelled(f"{component} is not wanted any more")
         # Layers are changed on the device, where it takes a moment, before they go to rest.
         home = device if rest_on is None or as_loaded is not None else rest_on(name)
         tensor = _convert(tensors.read(name, home), _dtype_of(name, dtype, keep_fp32))

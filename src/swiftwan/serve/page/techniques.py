@@ -8,7 +8,6 @@ from itertools import groupby
 from swiftwan.errors import SwiftwanError
 from swiftwan.plan import make_plan, parse
 from swiftwan.serve.jobs.admission import Admission
-from swiftwan.techniques import TECHNIQUES
 
 OFFERED = (
     "fused",
@@ -97,4 +96,4 @@ def refused_beside(line: str, admission: Admission) -> dict[str, str]:
 
 def reasons() -> dict[str, str]:
     """What each offered technique does, in its own words."""
-    return {head(spec): TECHNIQUES[spec.partition(":")[0]].reason for spec in OFFERED}
+    return {head(spec): parse(spec).reason for spec in OFFERED}
