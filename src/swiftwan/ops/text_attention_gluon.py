@@ -44,8 +44,8 @@ _ROWS = gl.constexpr(gl.BlockedLayout([1, 8], [2, 16], [4, 1], [1, 0]))
 @gluon.jit
 def _keep(k_memory, v_memory, key, value, weight, start, count, row):
     """Keys, times the norm's weight, and values to shared memory, their channels in the order that makes a thread's
-    results neighbours. A few at once, since all would not fit into registers."""
-    FEW: gl.constexpr = 16
+    results neighbours. At most 64 at once, which registers hold."""
+    FEW: gl.constexpr = 64 if k_memory.shape[0] > 64 else k_memory.shape[0]
     WIDTH: gl.constexpr = k_memory.shape[1]
     channel = gl.arange(0, WIDTH, gl.SliceLayout(0, _ROWS))
     norm = gl.load(weight + channel).to(gl.float32)
@@ -59,14 +59,21 @@ def _keep(k_memory, v_memory, key, value, weight, start, count, row):
 
 
 @gluon.jit
-def _scores(products, factor, bias, start, count, BIASED: gl.constexpr):
-    """Exponents of 2, and their largest, from what the first product leaves."""
-    LAYOUT: gl.constexpr = products.type.layout
-    text = start + gl.arange(0, products.shape[1], gl.SliceLayout(0, LAYOUT))
+def _keep_shift(memory, bias, start, count, BIASED: gl.constexpr):
+    """What is added to the scores of some keys, to shared memory: registers would hold it from tile to tile."""
+    text = start + gl.arange(0, memory.shape[0], gl.BlockedLayout([1], [32], [4], [0]))
     shift = gl.where(text < count, 0.0, float("-inf"))
     if BIASED:
         shift += 1.4426950408889634 * gl.load(bias + text, text < count, other=0.0).to(gl.float32)
-    scores = products * gl.convert_layout(factor, gl.SliceLayout(1, LAYOUT))[:, None] + shift[None, :]
+    memory.store(shift)
+
+
+@gluon.jit
+def _scores(products, factor, shift):
+    """Exponents of 2, and their largest, from what the first product leaves."""
+    LAYOUT: gl.constexpr = products.type.layout
+    factors = gl.convert_layout(factor, gl.SliceLayout(1, LAYOUT))
+    scores = products * factors[:, None] + shift.load(gl.SliceLayout(0, LAYOUT))[None, :]
     return scores, gl.convert_layout(gl.max(scores, 1), factor.type.layout)
 
 
@@ -80,13 +87,12 @@ def _soften(scores, most, dtype: gl.constexpr, MMA: gl.constexpr):
 
 @gluon.jit
 def _attend(
-    GROUP: gl.constexpr, memory, tensors, sizes,
-    GROUPS: gl.constexpr, STAGES: gl.constexpr, BIASED: gl.constexpr, MORE: gl.constexpr,
+    GROUP: gl.constexpr, memory, tensors, sizes, GROUPS: gl.constexpr, STAGES: gl.constexpr, MORE: gl.constexpr
 ):  # fmt: skip
     """Every second or third tile of a program's."""
-    q_ring, keys, values, more_keys, more_values, ready, free = memory
-    inverse, bias, out, scale, step = tensors
-    first, last, length, count, row, softmax_scale, is_first_head = sizes
+    q_ring, keys, values, shift, more_keys, more_values, more_shift, ready, free = memory
+    inverse, out, scale, step = tensors
+    first, last, length, row, softmax_scale, is_first_head = sizes
     TOKENS: gl.constexpr = q_ring.shape[1]
     WIDTH: gl.constexpr = q_ring.shape[2]
     KEYS: gl.constexpr = keys.shape[0]
@@ -111,9 +117,9 @@ def _attend(
             products = warpgroup_mma_wait(0, deps=(products,))
         mbarrier.arrive(free.index(slot))
 
-        scores, most = _scores(products, factor, bias, 0, count, BIASED)
+        scores, most = _scores(products, factor, shift)
         if MORE > 0:
-            more_scores, more_most = _scores(more_products, factor, bias, KEYS, count, BIASED)
+            more_scores, more_most = _scores(more_products, factor, more_shift)
             most = gl.maximum(most, more_most)
         left, total = _soften(scores, most, values.dtype, MMA)
         result = gl.zeros([TOKENS, WIDTH], gl.float32, MMA)
@@ -171,13 +177,18 @@ def _text_attend_kernel(
     KEPT: gl.constexpr = gl.NVMMASharedLayout.get_default_for([KEYS, WIDTH], q_map.dtype)
     keys = gl.allocate_shared_memory(q_map.dtype, [KEYS, WIDTH], KEPT)
     values = gl.allocate_shared_memory(q_map.dtype, [KEYS, WIDTH], KEPT)
-    more_keys, more_values = keys, values
+    SHIFT: gl.constexpr = gl.SwizzledSharedLayout(1, 1, 1, [0])
+    shift = gl.allocate_shared_memory(gl.float32, [KEYS], SHIFT)
+    more_keys, more_values, more_shift = keys, values, shift
     if MORE > 0:
         MORE_KEPT: gl.constexpr = gl.NVMMASharedLayout.get_default_for([MORE, WIDTH], q_map.dtype)
         more_keys = gl.allocate_shared_memory(q_map.dtype, [MORE, WIDTH], MORE_KEPT)
         more_values = gl.allocate_shared_memory(q_map.dtype, [MORE, WIDTH], MORE_KEPT)
+        more_shift = gl.allocate_shared_memory(gl.float32, [MORE], SHIFT)
         _keep(more_keys, more_values, key, value, weight, KEYS, count, row)
+        _keep_shift(more_shift, bias, KEYS, count, BIASED)
     _keep(keys, values, key, value, weight, 0, count, row)
+    _keep_shift(shift, bias, 0, count, BIASED)
     ready = gl.allocate_shared_memory(gl.int64, [GROUPS * STAGES, 1], mbarrier.MBarrierLayout())
     free = gl.allocate_shared_memory(gl.int64, [GROUPS * STAGES, 1], mbarrier.MBarrierLayout())
     for slot in gl.static_range(GROUPS * STAGES):
@@ -192,15 +203,15 @@ def _text_attend_kernel(
     tiles = gl.cdiv(length, TOKENS)
     first = part * tiles // gl.num_programs(0)
     last = (part + 1) * tiles // gl.num_programs(0)
-    memory = (q_ring, keys, values, more_keys, more_values, ready, free)
-    tensors = (inverse, bias, out, scale, step)
-    sizes = (first, last, length, count, row, softmax_scale, head == 0)
+    memory = (q_ring, keys, values, shift, more_keys, more_values, more_shift, ready, free)
+    tensors = (inverse, out, scale, step)
+    sizes = (first, last, length, row, softmax_scale, head == 0)
     places = (first, last, batch * q_rows, column)
     if GROUPS == 2:
         gl.warp_specialize(
             [
-                (_attend, (gl.constexpr(0), memory, tensors, sizes, GROUPS, STAGES, BIASED, MORE)),
-                (_attend, (gl.constexpr(1), memory, tensors, sizes, GROUPS, STAGES, BIASED, MORE)),
+                (_attend, (gl.constexpr(0), memory, tensors, sizes, GROUPS, STAGES, MORE)),
+                (_attend, (gl.constexpr(1), memory, tensors, sizes, GROUPS, STAGES, MORE)),
                 (_fetch, (q_map, q_ring, ready, free, places, GROUPS, STAGES)),
             ],
             [4, 1],
@@ -209,9 +220,9 @@ def _text_attend_kernel(
     else:
         gl.warp_specialize(
             [
-                (_attend, (gl.constexpr(0), memory, tensors, sizes, GROUPS, STAGES, BIASED, MORE)),
-                (_attend, (gl.constexpr(1), memory, tensors, sizes, GROUPS, STAGES, BIASED, MORE)),
-                (_attend, (gl.constexpr(2), memory, tensors, sizes, GROUPS, STAGES, BIASED, MORE)),
+                (_attend, (gl.constexpr(0), memory, tensors, sizes, GROUPS, STAGES, MORE)),
+                (_attend, (gl.constexpr(1), memory, tensors, sizes, GROUPS, STAGES, MORE)),
+                (_attend, (gl.constexpr(2), memory, tensors, sizes, GROUPS, STAGES, MORE)),
                 (_fetch, (q_map, q_ring, ready, free, places, GROUPS, STAGES)),
             ],
             [4, 4, 1],
