@@ -12,7 +12,6 @@ from swiftwan.guidance import BatchedGuidance, SequentialGuidance
 from swiftwan.models.config import KNOWN_MODELS
 from swiftwan.models.dit import WanTransformer
 from swiftwan.plan import Explanation, Load, complete, describe, estimate, make_plan, parse
-from swiftwan.techniques import TECHNIQUES
 from swiftwan.weights.build import parameter_count
 
 CPU = pick_device("cpu")
@@ -79,14 +78,6 @@ def test_all_problems_are_told_at_once():
     assert "tf32" in message
     assert "both decide guidance" in message
     assert "\n" not in message
-
-
-@pytest.mark.parametrize("name", TECHNIQUES)
-def test_each_technique_states_kind_and_reason(name):
-    kind = TECHNIQUES[name]
-    assert kind.kind in ("exact", "near", "approximate", "retrained")
-    assert kind.reason
-    assert kind.__doc__
 
 
 def test_work_of_known_models_matches_the_published_counts():
