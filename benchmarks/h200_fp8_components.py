@@ -1,7 +1,7 @@
 # ruff: noqa: B023  (every lambda is timed before its loop goes on)
 """The parts of an 8-bit and of a block-sparse forward one by one on an H200.
 
-    python benchmarks/h200_fp8_components.py [products] [rounding] [attention] [sparse] > h200_fp8_components.txt
+    python benchmarks/h200_fp8_components.py [products] [pictures] [rounding] [attention] [sparse] > parts.txt
 
 Prints a line each: milliseconds (median), TFLOP/s or GB/s of the bytes that must move, and the share of the ceiling;
 before them the error of each kernel that rounds, relative to float32, on white noise; of attention also with scores
@@ -22,6 +22,7 @@ from h200_components import SIZES, draw, milliseconds, sizes
 
 from swiftwan.ops.attention import kernel, sdpa
 from swiftwan.ops.fp8 import quantize_rows as plain_rows
+from swiftwan.ops.products import without_workspace
 from swiftwan.ops.sparse import select_blocks, sparse_flash4, sparse_flex, sparse_reference
 
 MEMORY = 4800
@@ -73,6 +74,26 @@ def products(size: str) -> None:
         made = run()
         print(f"{size:11} {name}: error {far(made.values.float() * made.scale, expected)}", flush=True)
         tell(size, name, run, 1379, flop)
+
+
+def pictures(size: str) -> None:
+    """Products of two pictures by cuBLASLt and in tall tiles, recorded, 30 layers' weights in turn. In this form it was
+    not run: the text beside this file has what an earlier one measured."""
+    from h200_rungs import recorded
+
+    from swiftwan.ops import tall_product
+    from swiftwan.ops.fp8 import Fp8Linear, scaled_product
+
+    _, dim, ffn, _, _ = sizes(size)
+    tokens, count = 2 * 1560, 30
+    for into in (dim, ffn):
+        layers = [Fp8Linear.of(torch.nn.Linear(into, dim, device="cuda", dtype=torch.bfloat16)) for _ in range(count)]
+        x, first = plain_rows(draw(tokens, into)), layers[0]
+        expected = F.linear(x.values.float() * x.scale, first.weight.float() * first.scale.T, first.bias.float())
+        for name, product in (("cuBLASLt", scaled_product), ("tall tiles", tall_product.product)):
+            print(f"{size:11} {into} to {dim}, {name}: error {far(product(first, *x), expected)}", flush=True)
+            run = recorded(lambda: [product(layer, *x) for layer in layers][-1])
+            tell(size, f"{count} of two pictures, {into} to {dim}, {name}", run, 1379, count * 2 * tokens * into * dim)
 
 
 def rounding(size: str) -> None:
@@ -174,8 +195,9 @@ def sparse(size: str) -> None:
 
 
 def main() -> None:
+    without_workspace()  # as an engine does
     torch.manual_seed(0)
-    modes = {mode.__name__: mode for mode in (products, rounding, attention, sparse)}
+    modes = {mode.__name__: mode for mode in (products, pictures, rounding, attention, sparse)}
     wanted = [argument for argument in sys.argv[1:] if argument in modes] or list(modes)
     chosen = [argument for argument in sys.argv[1:] if argument in SIZES] or ["1.3b-480p"]
     with torch.no_grad():

@@ -1,5 +1,7 @@
 """A product with GELU behind it, rounded by a bound."""
 
+from math import ceil
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -68,15 +70,19 @@ def test_the_kernel_rounds_as_the_plain_way_does(dtype, tokens, into, out):
 
     linear = layer(into, out, dtype, "cuda")
     assert fits(linear)
-    x = quantize_rows(torch.randn(2, tokens, into, device="cuda").to(dtype))
     bound = Bound.of(linear)
-    got, plain = in_one_kernel(linear, x, bound), linear_gelu(linear, x, bound)
-    assert got.values.shape == plain.values.shape
-    assert torch.allclose(got.scale, plain.scale)
-    expected = exact(linear, x)
-    assert error(got, expected) < 0.03
-    # The plain way rounds the product to the layer's dtype first; bytes then differ by a step: 1.6 % of many numbers.
-    assert ((got.values.float() - plain.values.float()).norm() / plain.values.float().norm()).item() < 0.03
+    found = []
+    for _ in range(ceil(8192 / (2 * tokens * out))):  # of 256 numbers the shares below are a matter of luck
+        x = quantize_rows(torch.randn(2, tokens, into, device="cuda").to(dtype))
+        got, plain = in_one_kernel(linear, x, bound), linear_gelu(linear, x, bound)
+        assert got.values.shape == plain.values.shape
+        assert torch.allclose(got.scale, plain.scale)
+        ours = got.values.float()
+        found.append((ours * got.scale, exact(linear, x), ours, plain.values.float()))
+    numbers, expected, ours, theirs = map(torch.cat, zip(*found, strict=True))
+    assert ((numbers - expected).norm() / expected.norm()).item() < 0.03
+    # The plain way rounds the product to the layer's dtype first; bytes then differ by a step.
+    assert ((ours - theirs).norm() / theirs.norm()).item() < 0.02
 
 
 @pytest.mark.gpu
