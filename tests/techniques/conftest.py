@@ -18,7 +18,10 @@ TINY = TransformerConfig(
 def parts():
     """Two experts of random weights, as a technique finds them."""
     return SimpleNamespace(
-        transformer=WanTransformer(TINY).eval(), transformer_2=WanTransformer(TINY).eval(), weights_move=False
+        transformer=WanTransformer(TINY).eval(),
+        transformer_2=WanTransformer(TINY).eval(),
+        weights_move=False,
+        device=torch.device("cuda" if torch.cuda.is_available() else "cpu"),
     )
 
 

@@ -28,7 +28,7 @@ from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
 from swiftwan.ops.attention_fp8 import BLOCK, WIDTH, RoundedAttention
 from swiftwan.ops.fp8 import Rounded
-from swiftwan.ops.fp8_gluon import to_e4m3
+from swiftwan.ops.hopper import to_e4m3
 from swiftwan.ops.round_attention import round_and_pool, round_attention
 from swiftwan.ops.sparse import choose_blocks
 

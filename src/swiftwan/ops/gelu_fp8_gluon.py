@@ -24,8 +24,8 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
 from swiftwan.ops.fp8 import Fp8Linear, Rounded
-from swiftwan.ops.fp8_gluon import to_e4m3, turn_of
 from swiftwan.ops.gelu_fp8 import Bound
+from swiftwan.ops.hopper import to_e4m3, turn_of
 
 TILE = 128
 """Tokens of one group of warps, channels of a tile, and inputs of a block."""

@@ -34,7 +34,7 @@ from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
 from swiftwan.ops.fp8 import Fp8Linear
 from swiftwan.ops.fp8 import scaled_product as by_cublas
-from swiftwan.ops.fp8_gluon import in_order, neighbours, turn_of
+from swiftwan.ops.hopper import in_order, neighbours, turn_of
 from swiftwan.ops.products import TALL_TILE, fills_one_round
 
 BOX = 64

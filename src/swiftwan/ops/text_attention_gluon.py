@@ -4,6 +4,9 @@
 A program keeps the keys and values of one head. Groups of four warps take 64 tokens each at a time, and one warp asks
 TMA for their queries, which go from memory to the tensor cores untouched: the norm's weight is multiplied into
 the keys, and its factor of a token onto the token's scores.
+
+Both kernels together on an H200, Triton's second one in brackets, us: two pictures of 1560 tokens to 131 keys 18.4
+(20.7), rounded 17.8 (19.6); 32,760 tokens to 67 keys 86 (104) and 82 (96), to 131 105 (126) and 102 (120).
 """
 
 from __future__ import annotations
@@ -25,7 +28,7 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
 from swiftwan.ops import text_attention
-from swiftwan.ops.fp8_gluon import in_order, neighbours, to_e4m3
+from swiftwan.ops.hopper import in_order, neighbours, to_e4m3
 
 WIDTH = 128
 """Of a head."""
@@ -36,7 +39,6 @@ TOKENS = 64
 STAGES = 3
 """Tiles of queries that a group has in shared memory: of two groups with 144 keys and values 172 of 227 KB, of three
 with 80 189."""
-
 
 _ROWS = gl.constexpr(gl.BlockedLayout([1, 8], [2, 16], [4, 1], [1, 0]))
 
