@@ -247,9 +247,11 @@ def _denoising(costs: Costs) -> float:
         fullest = max(size * (2 * ffn + 6 * dim), size * 6 * dim + 16 * dim)
     rope = 2 * costs.sizes.attention_head_dim * 4  # two predictions, cosine and sine
     memories = 2 * 2 * costs.sizes.num_layers * 128 * dim * size
+    opening = costs.token_bytes if costs.batch == 1 and costs.residency == "resident" else 0
     return (
         costs.batch * costs.tokens * fullest
         + costs.tokens * rope
+        + opening
         + memories
         + costs.scratch_bytes
         + (costs.kept_bytes + WORKSPACE)

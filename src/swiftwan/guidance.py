@@ -11,7 +11,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from swiftwan.models.dit import WanTransformer
+from swiftwan.models.dit import Opening, WanTransformer
 
 
 @dataclass(frozen=True)
@@ -48,12 +48,12 @@ class Unguided:
         self.transformer = transformer
         self.condition = transformer.condition(prompt, shape, image, calls=calls)
 
-    def __call__(self, latents: Tensor, timestep: Tensor) -> Tensor:
-        return self.transformer(latents, timestep, self.condition)
+    def __call__(self, latents: Tensor, timestep: Tensor, opening: Opening | None = None) -> Tensor:
+        return self.transformer(latents, timestep, self.condition, opening)
 
 
 class SequentialGuidance:
-    """Two passes, one after the other, as diffusers does it.
+    """Two passes, one after the other, as diffusers does it, but that the second one reads the first one's opening.
 
     Attributes:
         alone: the conditional pass.
@@ -63,13 +63,14 @@ class SequentialGuidance:
         self, transformer: WanTransformer, text: Embeddings, shape: tuple[int, ...], scale: float, calls: int
     ) -> None:
         assert text.negative is not None
-        self.scale = scale
+        self.transformer, self.scale = transformer, scale
         self.alone = Unguided(transformer, text.prompt, text.image, shape, calls)
         self.unconditional = Unguided(transformer, text.negative, text.image, shape, calls)
 
     def pair(self, latents: Tensor, timestep: Tensor) -> tuple[Tensor, Tensor]:
         """The conditional and the unconditional prediction."""
-        return self.alone(latents, timestep), self.unconditional(latents, timestep)
+        opening = Opening() if self.transformer.takes_opening else None
+        return self.alone(latents, timestep, opening), self.unconditional(latents, timestep, opening)
 
     def __call__(self, latents: Tensor, timestep: Tensor) -> Tensor:
         conditional, unconditional = self.pair(latents, timestep)
@@ -77,7 +78,7 @@ class SequentialGuidance:
 
 
 class BatchedGuidance(SequentialGuidance):
-    """One pass over a batch of two: fewer launches, and what comes before the first text is computed once."""
+    """One pass over a batch of two: fewer launches, and the opening is computed once here too."""
 
     def __init__(
         self, transformer: WanTransformer, text: Embeddings, shape: tuple[int, ...], scale: float, calls: int

@@ -10,7 +10,7 @@ from diffusers import WanTransformer3DModel
 
 from swiftwan.errors import WeightsError
 from swiftwan.models.config import TransformerConfig
-from swiftwan.models.dit import WanTransformer, log_counts
+from swiftwan.models.dit import Opening, WanTransformer, log_counts
 from swiftwan.ops.block import PLAIN
 from swiftwan.ops.modulate import GatedSum, gated_add
 
@@ -99,6 +99,25 @@ def test_one_video_under_two_prompts_equals_two_videos(kind):
     assert seen == [1], "the first self-attention serves both prompts"
     assert once.shape == twice.shape
     assert relative_error(once, twice) < 1e-6
+
+
+@pytest.mark.parametrize("kind", ["t2v", "i2v with clip (2.1)", "ti2v-5b"])
+@torch.no_grad()
+def test_an_opening_is_computed_once_and_changes_no_bit(kind):
+    ours, _ = pair(**KINDS[kind])
+    latents, texts = torch.randn(1, ours.config.in_channels, 2, 6, 4), torch.randn(2, 1, 5, 20)
+    image = torch.randn(1, 257, ours.config.image_dim) if ours.config.image_dim else None
+    timestep = torch.tensor([[0.0, 700.0]]) if kind == "ti2v-5b" else torch.tensor([700.0])
+    conditions = [ours.condition(text, latents.shape, image) for text in texts]
+    apart = [ours(latents, timestep, condition) for condition in conditions]
+    seen = []
+    for number, block in enumerate(ours.blocks):
+        block.attn1.to_out[0].register_forward_hook(lambda *_, number=number: seen.append(number))
+    opening = Opening()
+    together = [ours(latents, timestep, condition, opening) for condition in conditions]
+    assert seen == [0, 1, 2, 1, 2]
+    assert all(map(torch.equal, together, apart))
+    assert not torch.equal(*together)
 
 
 @torch.no_grad()

@@ -170,9 +170,9 @@ def test_a_run_calls_the_student_once_a_step_at_its_own_levels(monkeypatch):
     engine = sw.Engine.load("pocket", plan=["few-step", "prompt-cache:off"], device="cpu", dtype="fp32")
     seen, forward = [], engine.parts.transformer.forward
 
-    def counted(latents, timestep, condition):
+    def counted(latents, timestep, *others):
         seen.append(timestep.item())
-        return forward(latents, timestep, condition)
+        return forward(latents, timestep, *others)
 
     monkeypatch.setattr(engine.parts.transformer, "forward", counted)
     result = engine.run(sw.TextToVideo(PROMPT, seed=1, num_frames=5, width=64, height=64))
@@ -188,9 +188,9 @@ def test_a_run_begins_with_as_much_noise_as_its_first_level(monkeypatch):
     engine = sw.Engine.load("pocket", plan=["few-step:recipe=rcm", "prompt-cache:off"], device="cpu", dtype="fp32")
     forward = engine.parts.transformer.forward
 
-    def looked(latents, timestep, condition):
+    def looked(latents, *others):
         seen.append(latents)
-        return forward(latents, timestep, condition)
+        return forward(latents, *others)
 
     monkeypatch.setattr(engine.parts.transformer, "forward", looked)
     engine.run(sw.TextToVideo(PROMPT, seed=1, num_frames=5, width=64, height=64, num_inference_steps=1))

@@ -5,7 +5,7 @@ import swiftwan as sw
 from swiftwan.device import pick_device
 from swiftwan.errors import PlanError
 from swiftwan.guidance import Mode, When
-from swiftwan.models.dit import WanTransformer
+from swiftwan.models.dit import Opening, SelfAttention, WanTransformer
 from swiftwan.plan import make_plan
 
 REQUEST = sw.TextToVideo("a red circle moves left over a blue background", seed=1, num_inference_steps=6, num_frames=5)
@@ -18,9 +18,9 @@ def forwards(monkeypatch):
     seen = []
     forward = WanTransformer.forward
 
-    def count(self, latents, timestep, condition):
+    def count(self, latents, timestep, condition, *opening):
         seen.append(len(condition.memories[0].key))
-        return forward(self, latents, timestep, condition)
+        return forward(self, latents, timestep, condition, *opening)
 
     monkeypatch.setattr(WanTransformer, "forward", count)
     return seen
@@ -65,6 +65,25 @@ def test_work_left_out_is_not_done(forwards, more, plain):
 def test_everything_guided_is_the_plain_run(plain, forwards):
     assert torch.equal(run("cfg-interval:from=0,to=1", "cfg-skip:every=1"), plain)
     assert len(forwards) == 12
+
+
+@pytest.mark.parametrize(
+    ("plan", "steps"), [((), 6), (("deepcache:block-num=3",), 3), (("step-cache:threshold=9,first=1,last=0",), 6)]
+)
+def test_both_predictions_share_the_first_self_attention(monkeypatch, plan, steps):
+    calls, forward = [], SelfAttention.forward
+
+    def look(self, *inputs):
+        calls.append(self)
+        return forward(self, *inputs)
+
+    monkeypatch.setattr(SelfAttention, "forward", look)
+    latents = run(*plan)
+    assert calls.count(calls[0]) == steps
+    calls.clear()
+    monkeypatch.setattr(Opening, "once", lambda self, attend: attend())
+    assert torch.equal(run(*plan), latents)
+    assert calls.count(calls[0]) == 2 * steps
 
 
 def test_outside_the_interval_one_prediction_does(plain, forwards):

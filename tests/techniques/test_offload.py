@@ -34,6 +34,14 @@ def test_streamed_blocks_give_the_same_bits(resident, more):
     assert kinds == [i >= resident for i in range(7)]
 
 
+@pytest.mark.parametrize(("spec", "takes"), [("blocks:resident=9", True), ("blocks", False), ("model", False)])
+def test_where_weights_move_no_opening_takes_their_room(spec, takes):
+    engine = sw.Engine.load("pocket", plan=[f"offload:{spec}"], device="cpu", dtype="fp32")
+    assert engine.parts.transformer.takes_opening is takes
+    engine.switch([f"offload:{spec}", "cfg-skip"])
+    assert engine.parts.transformer.takes_opening is takes
+
+
 def test_slots_take_memory_for_a_transformers_turn_alone():
     engine, latents = run("offload:blocks", "prompt-cache:off")
     slots = engine.parts.transformer.blocks[0].slots

@@ -65,8 +65,10 @@ def test_what_decides_how_weights_load_is_refused_and_changes_nothing(engine, pl
 def test_blocks_are_no_longer_compiled(engine):
     engine.switch(["compile"])
     assert all(block._compiled_call_impl for block in engine.parts.transformer.blocks)
+    assert not engine.parts.transformer.takes_opening
     engine.switch([])
     assert not any(block._compiled_call_impl for block in engine.parts.transformer.blocks)
+    assert engine.parts.transformer.takes_opening
 
 
 @pytest.mark.gpu

@@ -13,6 +13,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import cast
 
 import torch
@@ -63,6 +64,20 @@ class Condition:
     rope: Rope
     order: Tensor | None = None
     calls: int = 0
+
+
+class Opening:
+    """What comes before a forward's first text: the first block's self-attention, alike for all prompts of one video
+    at one timestep. The first forward that is given an opening computes it, the others read it.
+    """
+
+    def __init__(self) -> None:
+        self.update: Tensor | None = None
+
+    def once(self, attend: Callable[[], Tensor]) -> Tensor:
+        if self.update is None:
+            self.update = attend()
+        return self.update
 
 
 # Layers
@@ -172,12 +187,14 @@ class Block(nn.Module):
         memory: Memory,
         text_bias: Tensor | None,
         rope: Rope,
+        opening: Opening | None = None,
     ) -> Tokens:
         """x (B, L, D) and time (B, K, 6, D) to x. Either may come with a batch of 1, for B prompts of one video."""
         shift, scale, gate, ffn_shift, ffn_scale, ffn_gate = (self.scale_shift_table + time).unbind(2)
         norm2, ops, eps = self.norm2, self.ops, self.eps
         x, normed = ops.norm_modulate(x, shift, scale, spans, eps)
-        update = self.attn1(normed, rope, ops)
+        attend = partial(self.attn1, normed, rope, ops)
+        update = attend() if opening is None else opening.once(attend)
         x, normed = ops.gated_add_norm(x, update, gate, spans, norm2.weight, norm2.bias, eps)
         update = self.attn2(normed, memory, text_bias, ops)
         x, normed = ops.add_norm_modulate(x, update, ffn_shift, ffn_scale, spans, eps)
@@ -249,6 +266,7 @@ class WanTransformer(nn.Module):
         self.scale_shift_table = modulation_table(2, config.dim)
         self.token_order: TokenOrder | None = None
         self.walk: Walk = all_blocks
+        self.takes_opening = True  # no compiled block or recorded forward does, since it does the same each time
 
     @property
     def dtype(self) -> torch.dtype:
@@ -305,7 +323,9 @@ class WanTransformer(nn.Module):
         )
         return frames, height, width
 
-    def forward(self, latents: Tensor, timestep: Tensor, condition: Condition) -> Tensor:
+    def forward(
+        self, latents: Tensor, timestep: Tensor, condition: Condition, opening: Opening | None = None
+    ) -> Tensor:
         """Predict the flow.
 
         Args:
@@ -313,6 +333,7 @@ class WanTransformer(nn.Module):
                 (1, C, f, h, w) under B prompts is computed once up to the first block's cross-attention.
             timestep: (B,) in [0, 1000], or (B, 2): that of the first latent frame, and that of the others.
             condition: from :meth:`condition`, for these B prompts and this shape.
+            opening: to share with other forwards of these latents and this timestep.
 
         Returns:
             (B, out_channels, f, h, w) in the latents' dtype.
@@ -330,8 +351,8 @@ class WanTransformer(nn.Module):
             x = x[:, condition.order]
 
         def run(number: int, x: Tokens) -> Tokens:
-            memory = condition.memories[number]
-            out: Tokens = self.blocks[number](x, time, spans, memory, condition.text_bias, condition.rope)
+            inputs = (x, time, spans, condition.memories[number], condition.text_bias, condition.rope)
+            out: Tokens = self.blocks[number](*inputs, opening if number == 0 else None)
             return out
 
         walked = self.walk(run, len(self.blocks), x, condition)

@@ -68,5 +68,7 @@ class Compile(Technique):
         _keep_in(cache_folder() / "inductor")
         # One compilation a shape: a run over many sizes must not hit torch's limit of eight.
         torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, 64)
+        for transformer in filter(None, (parts.transformer, parts.transformer_2)):
+            transformer.takes_opening = False
         for block in each_block(parts.transformer, parts.transformer_2):
             block.compile(mode=self.mode, dynamic=False, fullgraph=True)

@@ -55,6 +55,7 @@ class CudaGraphs(Technique):
 
     def install(self, parts: Parts) -> None:
         for transformer in filter(None, (parts.transformer, parts.transformer_2)):
+            transformer.takes_opening = False
             # nn.Module calls whatever stands under this name; the class is left as it is.
             transformer.__dict__["forward"] = Replay(transformer.forward)
 
@@ -72,7 +73,7 @@ class Replay:
         # Recordings are replayed one at a time, so that they can share the memory of what lies in between.
         self.pool = torch.cuda.graph_pool_handle()
 
-    def __call__(self, latents: Tensor, timestep: Tensor, condition: Condition) -> Tensor:
+    def __call__(self, latents: Tensor, timestep: Tensor, condition: Condition, opening: None = None) -> Tensor:
         inputs = (latents, timestep, *tensors(condition))
         shapes = tuple((tensor.shape, tensor.dtype) for tensor in inputs)
         if shapes in self.recordings:

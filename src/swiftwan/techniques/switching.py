@@ -41,6 +41,7 @@ def make_plain(parts: Parts) -> None:
     """Undo what every technique that can be switched does in ``install``."""
     for transformer in filter(None, (parts.transformer, parts.transformer_2)):
         transformer.ops, transformer.walk, transformer.token_order = PLAIN, all_blocks, None
+        transformer.takes_opening = not parts.weights_move
         # Weights in two formats keep the hook that tells them which to use.
         kept = [layer.ends for layer in transformer.modules() if isinstance(layer, LinearOtherAtEnds)]
         for key, hook in list(transformer._forward_pre_hooks.items()):
