@@ -77,8 +77,7 @@ def products(size: str) -> None:
 
 
 def pictures(size: str) -> None:
-    """Products of two pictures by cuBLASLt and in tall tiles, recorded, 30 layers' weights in turn. In this form it was
-    not run: the text beside this file has what an earlier one measured."""
+    """Products of two pictures by cuBLASLt and in tall tiles, recorded, 30 layers' weights in turn."""
     from h200_rungs import recorded
 
     from swiftwan.ops import tall_product
