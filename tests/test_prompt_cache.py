@@ -166,7 +166,7 @@ def test_the_encoder_begins_to_load_before_all_else(monkeypatch):
 
 def test_what_fails_while_the_encoder_loads_is_raised_when_it_is_needed(monkeypatch):
     engine = sw.Engine.load("pocket", plan=["prompt-cache:off"], device="cpu")
-    engine.parts.text._load = lambda _: (_ for _ in ()).throw(MemoryError("full"))
+    engine.parts.text._load = lambda *_: (_ for _ in ()).throw(MemoryError("full"))
     engine.parts.text.expect(["a blue star"])
     with pytest.raises(MemoryError, match="full"):
         engine.parts.text.encode("a blue star")

@@ -7,6 +7,7 @@ import re
 from collections.abc import Callable, Iterable
 from concurrent.futures import Future, ThreadPoolExecutor
 from functools import cached_property
+from threading import Event
 from typing import Any
 
 import ftfy
@@ -29,7 +30,8 @@ class TextEncoder:
 
     Args:
         load_tokenizer: makes a ``tokenizers.Tokenizer``; the encoder loads meanwhile.
-        load: makes a :class:`swiftwan.models.umt5.UMT5Encoder`, on its device and in its dtype.
+        load: makes a :class:`swiftwan.models.umt5.UMT5Encoder` on a device, in its dtype; may ask now and then whether
+            it is still wanted, and raise Cancelled where it is not.
         identity: names weights and tokenizer by content, for the cache.
         device, dtype: where the embeddings go, and their format.
 
@@ -43,7 +45,7 @@ class TextEncoder:
     def __init__(
         self,
         load_tokenizer: Callable[[], Any],
-        load: Callable[[torch.device], nn.Module],
+        load: Callable[[torch.device, Callable[[], bool]], nn.Module],
         *,
         identity: str,
         device: torch.device,
@@ -60,15 +62,21 @@ class TextEncoder:
         self._load = load
         self._load_tokenizer = load_tokenizer
         self._loading: Future[nn.Module] | None = None
+        self._given_up = Event()
 
     def expect(self, prompts: Iterable[str]) -> None:
         """Begin to load the encoder, in a thread, if one of these is not in the cache: 11 GB, beside imports and the
         kernels that a first run compiles or loads."""
         if self.is_loaded or self._loading is not None or self.knows(prompts):
             return
+        self._given_up = given_up = Event()
         thread = ThreadPoolExecutor(1)
-        self._loading = thread.submit(self._load, self.rests_on)
+        self._loading = thread.submit(self._load, self.rests_on, lambda: not given_up.is_set())
         thread.shutdown(wait=False)
+
+    def give_up(self) -> None:
+        """End what :meth:`expect` began: a process waits for its threads, and there may be 11 GB to read yet."""
+        self._given_up.set()
 
     @cached_property
     def tokenizer(self) -> Any:
@@ -77,7 +85,11 @@ class TextEncoder:
     @cached_property
     def encoder(self) -> nn.Module:
         loading, self._loading = self._loading, None
-        encoder = self._load(self.rests_on) if loading is None else loading.result()
+        try:
+            encoder = self._load(self.rests_on, lambda: True) if loading is None else loading.result()
+        except BaseException:  # Ctrl-C, above all
+            self.give_up()
+            raise
         for change in self.after_load:
             change(encoder)
         return encoder

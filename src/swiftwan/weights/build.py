@@ -7,7 +7,6 @@ from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from functools import cache, partial
 from pathlib import Path
-from threading import Event
 from typing import Any
 
 import torch
@@ -95,7 +94,7 @@ def build(
     Raises:
         WeightsError: files are missing, damaged or of another model.
     """
-    host, vae_dtype, failed = torch.device("cpu"), vae_dtype or dtype, Event()
+    host, vae_dtype = torch.device("cpu"), vae_dtype or dtype
 
     def rest_on(config: TransformerConfig, experts: int) -> Place | None:
         if not transformers_on_host:
@@ -111,7 +110,7 @@ def build(
         text, others = _random_text(device, dtype), partial(_random, source.known)
     else:
         layout = read_layout(source)
-        text, others = _text(layout, device, dtype, failed), partial(_load, layout)
+        text, others = _text(layout, device, dtype), partial(_load, layout)
     text.runs_on = host if text_home == "cpu" else device
     text.rests_on = host if text_home in ("cpu", "blocks") else device
     try:
@@ -119,7 +118,7 @@ def build(
         _ = text.tokenizer  # what is wrong with it is told now
         return others(text, device, dtype, vae_dtype, rest_on, as_loaded)
     except BaseException:
-        failed.set()  # the text encoder's thread may have 11 GB to read yet, and a process waits for its threads
+        text.give_up()
         raise
 
 
@@ -129,10 +128,8 @@ def _block_of(path: str) -> int:
     return int(others[0]) if first == "blocks" and others else -1
 
 
-def _text(layout: Layout, device: torch.device, dtype: torch.dtype, failed: Event) -> TextEncoder:
-    """The text encoder of a model; it ends loading when the rest of the model has failed to load."""
-
-    def encoder(rests_on: torch.device) -> nn.Module:
+def _text(layout: Layout, device: torch.device, dtype: torch.dtype) -> TextEncoder:
+    def encoder(rests_on: torch.device, is_wanted: Callable[[], bool]) -> nn.Module:
         model: nn.Module = _on_meta(_encoder, layout.classes["text_encoder"], dict(layout.configs["text_encoder"]))
         load_weights(
             model,
@@ -140,7 +137,7 @@ def _text(layout: Layout, device: torch.device, dtype: torch.dtype, failed: Even
             device=rests_on,
             dtype=dtype,
             component="text_encoder",
-            is_wanted=lambda: not failed.is_set(),
+            is_wanted=is_wanted,
         )
         return model
 
@@ -212,7 +209,7 @@ def _image_encoder(layout: Layout, device: torch.device, dtype: torch.dtype) -> 
 
 
 def _random_text(device: torch.device, dtype: torch.dtype) -> TextEncoder:
-    def encoder(rests_on: torch.device) -> nn.Module:
+    def encoder(rests_on: torch.device, is_wanted: Callable[[], bool]) -> nn.Module:
         model: nn.Module = _on_meta(_encoder, "UMT5EncoderModel", UMT5_XXL)
         randomize(model, device=device, dtype=dtype, rest_on=lambda path: rests_on)
         return model
