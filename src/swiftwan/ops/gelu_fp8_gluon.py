@@ -25,7 +25,7 @@ from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
 from swiftwan.ops.fp8 import Fp8Linear, Rounded
 from swiftwan.ops.gelu_fp8 import Bound
-from swiftwan.ops.hopper import to_e4m3, turn_of
+from swiftwan.ops.hopper import ring_barriers, to_e4m3, turn_of
 
 TILE = 128
 """Tokens of one group of warps, channels of a tile, and inputs of a block."""
@@ -140,11 +140,7 @@ def _linear_gelu_kernel(
     TILE: gl.constexpr = x_map.block_shape[0]
     x_ring = gl.allocate_shared_memory(gl.float8e4nv, [2 * STAGES, TILE, TILE], x_map.layout)
     w_ring = gl.allocate_shared_memory(gl.float8e4nv, [STAGES, TILE, TILE], x_map.layout)
-    ready = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
-    free = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
-    for slot in gl.static_range(STAGES):
-        mbarrier.init(ready.index(slot), count=1)
-        mbarrier.init(free.index(slot), count=2)
+    ready, free = ring_barriers(STAGES, 2)
     fence_async_shared()
     memory = (x_ring, w_ring, ready, free)
     tensors = (x_scale, w_scale, bias, values, scale)

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
+from triton.experimental.gluon.language.nvidia.hopper import mbarrier
 
 TURN = 12
 """Blocks of one turn of a product's loop, at most: nothing may be on its way over its edge."""
@@ -14,6 +15,17 @@ def turn_of(blocks: int) -> int:
     """Blocks of a turn, the most of 4 to 12 that divide them; 0 where none does. Shorter turns would wait for their
     products more than they multiply."""
     return next((count for count in range(TURN, 3, -1) if blocks % count == 0), 0)
+
+
+@gluon.jit
+def ring_barriers(SLOTS: gl.constexpr, READERS: gl.constexpr):
+    """Of each slot of a ring in shared memory what says that its block is there, and that all its readers let it go."""
+    ready = gl.allocate_shared_memory(gl.int64, [SLOTS, 1], mbarrier.MBarrierLayout())
+    free = gl.allocate_shared_memory(gl.int64, [SLOTS, 1], mbarrier.MBarrierLayout())
+    for slot in gl.static_range(SLOTS):
+        mbarrier.init(ready.index(slot), count=1)
+        mbarrier.init(free.index(slot), count=READERS)
+    return ready, free
 
 
 @gluon.constexpr_function

@@ -34,7 +34,7 @@ from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
 from swiftwan.ops.fp8 import Fp8Linear
 from swiftwan.ops.fp8 import scaled_product as by_cublas
-from swiftwan.ops.hopper import in_order, neighbours, turn_of
+from swiftwan.ops.hopper import in_order, neighbours, ring_barriers, turn_of
 from swiftwan.ops.products import TALL_TILE, fills_one_round
 
 BOX = 64
@@ -115,11 +115,7 @@ def _product_kernel(
     INNER: gl.constexpr = x_map.block_shape[1]
     x_ring = gl.allocate_shared_memory(x_map.dtype, [BOXES * STAGES, BOX, INNER], x_map.layout)
     w_ring = gl.allocate_shared_memory(x_map.dtype, [STAGES, COLUMNS, INNER], x_map.layout)
-    ready = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
-    free = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
-    for slot in gl.static_range(STAGES):
-        mbarrier.init(ready.index(slot), count=1)
-        mbarrier.init(free.index(slot), count=3)
+    ready, free = ring_barriers(STAGES, 3)
     fence_async_shared()
     memory = (x_ring, w_ring, ready, free)
     tensors = (x_scale, w_scale, bias, out)

@@ -28,7 +28,7 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
 from swiftwan.ops import text_attention
-from swiftwan.ops.hopper import in_order, neighbours, to_e4m3
+from swiftwan.ops.hopper import in_order, neighbours, ring_barriers, to_e4m3
 
 WIDTH = 128
 """Of a head."""
@@ -191,11 +191,7 @@ def _text_attend_kernel(
         _keep_shift(more_shift, bias, KEYS, count, BIASED)
     _keep(keys, values, key, value, weight, 0, count, row)
     _keep_shift(shift, bias, 0, count, BIASED)
-    ready = gl.allocate_shared_memory(gl.int64, [GROUPS * STAGES, 1], mbarrier.MBarrierLayout())
-    free = gl.allocate_shared_memory(gl.int64, [GROUPS * STAGES, 1], mbarrier.MBarrierLayout())
-    for slot in gl.static_range(GROUPS * STAGES):
-        mbarrier.init(ready.index(slot), count=1)
-        mbarrier.init(free.index(slot), count=1)
+    ready, free = ring_barriers(GROUPS * STAGES, 1)
     fence_async_shared()
     step = 1.0
     if out.dtype.element_ty == gl.float8e4nv:
