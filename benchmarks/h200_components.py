@@ -169,12 +169,12 @@ def tune(size: str) -> None:
     x, update = draw(1, tokens, dim), draw(1, tokens, dim)
     w = draw(dim)
     shift, scale, gate = torch.randn(1, 1, 6, dim, device="cuda").unbind(2)[:3]
-    block = triton.next_power_of_2(dim)
+    first, rest = module.parts_of(dim)
     summed, normed = torch.empty_like(x), torch.empty_like(x)
     size_bytes = 2 * x.numel()
     for rows in (1, 2, 4):
         for warps in (1, 2, 4, 8, 16):
-            if not 4 <= rows * block // (32 * warps) <= 128:
+            if not 4 <= rows * (first + rest) // (32 * warps) <= 128:
                 continue
             for add, passes in ((False, 2), (True, 4)):
                 tell(
@@ -182,7 +182,7 @@ def tune(size: str) -> None:
                     f"add_norm add={add} rows={rows} warps={warps}",
                     lambda: module._add_norm_kernel[(triton.cdiv(tokens, rows), 1)](
                         x, update, gate, scale, shift, summed, normed, x, tokens, tokens,
-                        6 * dim, 6 * dim, 6 * dim, 6 * dim, EPS, WIDTH=dim, BLOCK=block, ROWS=rows, SPANS=1,
+                        6 * dim, 6 * dim, 6 * dim, 6 * dim, EPS, WIDTH=dim, FIRST=first, REST=rest, ROWS=rows, SPANS=1,
                         ADD=add, GATED=add, NORM=True, MODULATED=True, ROUNDED=False, num_warps=warps,
                     ),
                     count=passes * size_bytes,
