@@ -28,7 +28,7 @@ from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
 from swiftwan.ops.attention_fp8 import BLOCK, WIDTH, RoundedAttention
 from swiftwan.ops.fp8 import Rounded
-from swiftwan.ops.hopper import ring_barriers, to_e4m3
+from swiftwan.ops.hopper import to_e4m3
 from swiftwan.ops.round_attention import round_and_pool, round_attention
 from swiftwan.ops.sparse import choose_blocks
 
@@ -269,9 +269,16 @@ def _attend_kernel(
     k_ring = gl.allocate_shared_memory(gl.int8, [STAGES, BLOCK, WIDTH], k_map.layout)
     v_ring = gl.allocate_shared_memory(gl.float8e4nv, [STAGES, WIDTH, BLOCK], v_map.layout)
     q_ready = gl.allocate_shared_memory(gl.int64, [1], mbarrier.MBarrierLayout())
+    k_ready = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
+    v_ready = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
+    k_free = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
+    v_free = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
     mbarrier.init(q_ready, count=1)
-    k_ready, k_free = ring_barriers(STAGES, 2)
-    v_ready, v_free = ring_barriers(STAGES, 2)
+    for slot in gl.static_range(STAGES):
+        mbarrier.init(k_ready.index(slot), count=1)
+        mbarrier.init(v_ready.index(slot), count=1)
+        mbarrier.init(k_free.index(slot), count=2)
+        mbarrier.init(v_free.index(slot), count=2)
     fence_async_shared()
     ready = (q_ready, k_ready, v_ready)
     free = (k_free, v_free)
