@@ -91,9 +91,10 @@ class Offload(Technique):
             parts.weights_move = True
             parts.enter = OneAtATime(parts)
             parts.text.stays_loaded = self.value != "model"
-        for transformer in filter(None, (parts.transformer, parts.transformer_2)):
-            # Where weights make room for each other, an opening's (0.8 GB of 14B at 1280x720) counts for more than 1 %.
-            transformer.takes_opening = not parts.weights_move
+        if parts.weights_move:
+            for transformer in filter(None, (parts.transformer, parts.transformer_2)):
+                # They make room for each other: an opening's (0.8 GB of 14B at 1280x720) counts for more than 1 %.
+                transformer.takes_opening = False
 
     def _stream(self, parts: Parts) -> None:
         transformers = [t for t in (parts.transformer, parts.transformer_2) if t is not None]
