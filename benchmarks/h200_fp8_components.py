@@ -1,7 +1,7 @@
 # ruff: noqa: B023  (every lambda is timed before its loop goes on)
 """The parts of an 8-bit and of a block-sparse forward one by one on an H200.
 
-    python benchmarks/h200_fp8_components.py [products] [pictures] [rounding] [attention] [sparse] > parts.txt
+    python benchmarks/h200_fp8_components.py [products] [sums] [pictures] [rounding] [attention] [sparse] > parts.txt
 
 Prints a line each: milliseconds (median), TFLOP/s or GB/s of the bytes that must move, and the share of the ceiling;
 before them the error of each kernel that rounds, relative to float32, on white noise; of attention also with scores
@@ -74,6 +74,34 @@ def products(size: str) -> None:
         made = run()
         print(f"{size:11} {name}: error {far(made.values.float() * made.scale, expected)}", flush=True)
         tell(size, name, run, 1379, flop)
+
+
+def sums(size: str) -> None:
+    """Product, sum and norm one after the other, and with the sum in the product; three streams of tokens in turn."""
+    from swiftwan.ops.added_product import adding
+    from swiftwan.ops.fp8 import Fp8Linear, Product
+    from swiftwan.ops.fused_fp8 import FUSED_FP8
+
+    _, dim, ffn, tokens, _ = sizes(size)
+    gate = (
+        torch.randn(1, 1, 6, dim, device="cuda").unbind(2)[2] / 1000
+    )  # streams are added to in place, again and again
+    given = (gate, [tokens], torch.randn(dim, device="cuda"), torch.randn(dim, device="cuda"), 1e-6)
+    ops = adding(FUSED_FP8)
+    for into in (dim, ffn):
+        layer = Fp8Linear.of(torch.nn.Linear(into, dim, device="cuda", dtype=torch.bfloat16))
+        streams = [(draw(1, tokens, dim), plain_rows(draw(1, tokens, into))) for _ in range(3)]
+        x, rows = streams[0]
+        apart, both = (
+            FUSED_FP8.gated_add_norm(x, layer(rows), *given),
+            ops.gated_add_norm(x, Product(layer, rows), *given),
+        )
+        print(f"{size:11} {into} to {dim}, sum in the product: distance {far(both[0], apart[0])}", flush=True)
+        for name, run in (
+            ("then sum and norm", lambda: [FUSED_FP8.gated_add_norm(x, layer(rows), *given) for x, rows in streams]),
+            ("its sum, norm", lambda: [ops.gated_add_norm(x, Product(layer, rows), *given) for x, rows in streams]),
+        ):
+            tell(size, f"3 products of {into} to {dim}, {name}", run, 1379, 3 * 2 * tokens * into * dim)
 
 
 def pictures(size: str) -> None:
@@ -196,7 +224,7 @@ def sparse(size: str) -> None:
 def main() -> None:
     without_workspace()  # as an engine does
     torch.manual_seed(0)
-    modes = {mode.__name__: mode for mode in (products, pictures, rounding, attention, sparse)}
+    modes = {mode.__name__: mode for mode in (products, sums, pictures, rounding, attention, sparse)}
     wanted = [argument for argument in sys.argv[1:] if argument in modes] or list(modes)
     chosen = [argument for argument in sys.argv[1:] if argument in SIZES] or ["1.3b-480p"]
     with torch.no_grad():

@@ -14,7 +14,7 @@ import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
-from typing import cast
+from typing import Any, cast
 
 import torch
 import torch.nn.functional as F
@@ -72,9 +72,9 @@ class Opening:
     """
 
     def __init__(self) -> None:
-        self.update: Tensor | None = None
+        self.update: Any = None
 
-    def once(self, attend: Callable[[], Tensor]) -> Tensor:
+    def once(self, attend: Callable[[], Any]) -> Any:
         if self.update is None:
             self.update = attend()
         return self.update

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import importlib.util
 from collections.abc import Callable, Sequence
-from typing import NamedTuple, Self
+from typing import Any, NamedTuple, Self
 
 import torch
 from torch import Tensor, nn
@@ -62,6 +62,7 @@ class Fp8Linear(nn.Module):
         self.bias = bias
         self.quantize_rows = _fast_rows()
         self.product: Callable[[Fp8Linear, Tensor, Tensor], Tensor] = scaled_product
+        self.multiply: Callable[[Fp8Linear, Rounded], Any] = multiply
 
     @classmethod
     def of(cls, linear: nn.Linear) -> Self:
@@ -83,11 +84,24 @@ class Fp8Linear(nn.Module):
             start = end
         return cls(weight, scale, nn.Parameter(bias, False), layers[0].dtype)
 
-    def forward(self, x: Tensor | Rounded) -> Tensor:
-        """(..., I) to (..., O), from activations that may be rounded already."""
-        values, scale = x if isinstance(x, Rounded) else self.quantize_rows(x)
-        out = self.product(self, values.flatten(0, -2), scale.flatten(0, -2))
-        return out.view(*values.shape[:-1], self.out_features)
+    def forward(self, x: Tensor | Rounded) -> Any:
+        """(..., I) to (..., O), from activations that may be rounded already; or to the :class:`Product` of both."""
+        return self.multiply(self, x if isinstance(x, Rounded) else self.quantize_rows(x))
+
+
+def multiply(linear: Fp8Linear, x: Rounded) -> Tensor:
+    out = linear.product(linear, x.values.flatten(0, -2), x.scale.flatten(0, -2))
+    return out.view(*x.values.shape[:-1], linear.out_features)
+
+
+class Product(NamedTuple):
+    """A layer's result before it is computed, for who adds it to something and can do that in the product."""
+
+    linear: Fp8Linear
+    x: Rounded
+
+    def whole(self) -> Tensor:
+        return multiply(self.linear, self.x)
 
 
 def scaled_product(linear: Fp8Linear, values: Tensor, scale: Tensor) -> Tensor:

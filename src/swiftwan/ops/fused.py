@@ -18,7 +18,7 @@ import triton.language as tl
 from torch import Tensor, nn
 
 from swiftwan.ops.block import BlockOps, refuse_gradient
-from swiftwan.ops.modulate import GatedSum, Tokens
+from swiftwan.ops.modulate import GatedSum, Tokens, Unsummed
 from swiftwan.ops.rope import Rope
 from swiftwan.ops.text_attention import norm_attend
 
@@ -180,18 +180,17 @@ def norm_modulate(x: Tokens, shift: Tensor, scale: Tensor, spans: Sequence[int],
     return add_norm(*sum_of(x), (scale, shift), spans, eps)
 
 
-def sum_of(x: Tokens) -> tuple[Tensor, Tensor | None, Tensor | None]:
-    """Tokens, what is still to be added to them, and by which gate."""
+def sum_of(x: Tokens) -> Unsummed:
     return x.take() if isinstance(x, GatedSum) else (x, None, None)
 
 
 def gated_add(x: Tensor, update: Tensor, gate: Tensor, spans: Sequence[int]) -> GatedSum:
     """Left to the next norm: both in one pass move 7 bytes a number in 8 bits, one by one 9."""
     refuse_gradient(x)
-    return GatedSum(x, update, gate, spans, _gated_add)
+    return GatedSum(x, update, gate, spans, add_gated)
 
 
-def _gated_add(x: Tensor, update: Tensor, gate: Tensor, spans: Sequence[int]) -> Tensor:
+def add_gated(x: Tensor, update: Tensor, gate: Tensor, spans: Sequence[int]) -> Tensor:
     return add_norm(x, update, gate, None, spans, 0.0)[0]
 
 

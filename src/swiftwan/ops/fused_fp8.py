@@ -32,7 +32,7 @@ def empty_rounded(shape: Sequence[int], device: torch.device) -> Rounded:
 # Residual add, layer norm and modulation
 
 
-def _add_norm_round(
+def add_norm_round(
     x: Tensor, update: Tensor | None, gate: Tensor | None, norm: tuple[Tensor, Tensor], spans: Sequence[int], eps: float
 ) -> tuple[Tensor, Rounded]:
     """:func:`swiftwan.ops.fused.add_norm`, whose result is rounded."""
@@ -41,19 +41,19 @@ def _add_norm_round(
 
 
 def norm_modulate(x: Tokens, shift: Tensor, scale: Tensor, spans: Sequence[int], eps: float) -> tuple[Tensor, Rounded]:
-    return _add_norm_round(*sum_of(x), (scale, shift), spans, eps)
+    return add_norm_round(*sum_of(x), (scale, shift), spans, eps)
 
 
 def gated_add_norm(
     x: Tensor, update: Tensor, gate: Tensor, spans: Sequence[int], weight: Tensor, bias: Tensor, eps: float
 ) -> tuple[Tensor, Rounded]:
-    return _add_norm_round(x, update, gate, (weight, bias), spans, eps)
+    return add_norm_round(x, update, gate, (weight, bias), spans, eps)
 
 
 def add_norm_modulate(
     x: Tensor, update: Tensor, shift: Tensor, scale: Tensor, spans: Sequence[int], eps: float
 ) -> tuple[Tensor, Rounded]:
-    return _add_norm_round(x, update, None, (scale, shift), spans, eps)
+    return add_norm_round(x, update, None, (scale, shift), spans, eps)
 
 
 FUSED_FP8 = BlockOps(

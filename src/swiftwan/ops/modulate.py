@@ -12,10 +12,14 @@ may come with a batch of 1, and in :func:`add_norm_modulate` x too, for the whol
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+
+Unsummed = tuple[Tensor, Any, Tensor | None]
+"""Tokens, what is still to be added to them, if anything is, and by which gate, if by one."""
 
 
 class GatedSum:
@@ -27,20 +31,21 @@ class GatedSum:
     def __init__(
         self,
         x: Tensor,
-        update: Tensor,
+        update: Any,
         gate: Tensor,
         spans: Sequence[int],
-        add: Callable[[Tensor, Tensor, Tensor, Sequence[int]], Tensor],
+        add: Callable[..., Tensor],
     ) -> None:
-        self._terms = [(x, update, gate)]
-        self._spans, self._add = spans, add
+        self._terms: list[Unsummed] = [(x, update, gate)]
+        self._add = add
+        self.spans = spans
 
-    def take(self) -> tuple[Tensor, Tensor, Tensor]:
-        """x, update and gate."""
+    def take(self) -> Unsummed:
         return self._terms.pop()
 
     def whole(self) -> Tensor:
-        return self._add(*self.take(), self._spans)
+        x, update, gate = self.take()
+        return x if update is None else self._add(x, update, gate, self.spans)
 
 
 Tokens = Tensor | GatedSum

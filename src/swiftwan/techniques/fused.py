@@ -16,7 +16,7 @@ from swiftwan.models.dit import Block, SelfAttention, each_block
 from swiftwan.models.dit_layers import GELU
 from swiftwan.ops.attention import kernel
 from swiftwan.ops.block import BlockOps
-from swiftwan.ops.fp8 import Fp8Linear
+from swiftwan.ops.fp8 import Fp8Linear, Product
 from swiftwan.ops.gelu_fp8 import Bound
 from swiftwan.techniques.base import Slot, Technique
 
@@ -141,7 +141,7 @@ def _round_in_passing(block: Block, parts: Parts) -> None:
 
 def _multiply_on_hopper(block: Block) -> None:
     """Products that are written for its tensor cores: one with GELU and rounding in it, and one for two pictures."""
-    from swiftwan.ops import gelu_fp8_gluon, tall_product
+    from swiftwan.ops import added_product, cublaslt, gelu_fp8_gluon, tall_product
 
     gelu = cast(GELU, block.ffn.net[0])
     up = cast(Fp8Linear, gelu.proj)
@@ -150,3 +150,8 @@ def _multiply_on_hopper(block: Block) -> None:
     for layer in block.modules():
         if isinstance(layer, Fp8Linear) and tall_product.fits(layer):
             layer.product = tall_product.scaled_product
+    last = [cast(Fp8Linear, layer) for layer in (block.attn1.to_out[0], block.attn2.to_out[0], block.ffn.net[2])]
+    if not cublaslt.missing() and all(map(added_product.fits, last)):
+        block.ops = added_product.adding(block.ops)
+        for layer in last:
+            layer.multiply = Product

@@ -11,7 +11,7 @@ from swiftwan.models.dit import all_blocks, each_block, project
 from swiftwan.models.dit_layers import GELU, linear_gelu
 from swiftwan.ops.attention import sdpa
 from swiftwan.ops.block import PLAIN
-from swiftwan.ops.fp8 import Fp8Linear, scaled_product
+from swiftwan.ops.fp8 import Fp8Linear, multiply, scaled_product
 from swiftwan.techniques.base import RELOAD, Technique
 from swiftwan.techniques.ends import LinearOtherAtEnds
 
@@ -55,6 +55,6 @@ def make_plain(parts: Parts) -> None:
         gelu.linear_gelu = partial(linear_gelu, approximate="tanh")
         for layer in block.modules():
             if isinstance(layer, Fp8Linear):
-                layer.product = scaled_product
+                layer.product, layer.multiply = scaled_product, multiply
         block._compiled_call_impl = None
     parts.vae.run_plain()
