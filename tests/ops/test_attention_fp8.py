@@ -2,7 +2,14 @@ import pytest
 import torch
 
 from swiftwan.ops.attention import sdpa
-from swiftwan.ops.attention_fp8 import channel_order, exp2_by_lines, kernel_order, plain_fp8, round_attention
+from swiftwan.ops.attention_fp8 import (
+    channel_order,
+    exp2_by_lines,
+    kernel_order,
+    plain_fp8,
+    round_attention,
+    slope_of,
+)
 
 
 def draw(batch, tokens, heads, width, **options):
@@ -58,6 +65,14 @@ def test_an_exponential_by_lines_is_two_percent_above_to_four_below():
     assert exp2_by_lines(torch.tensor([-1e4])).item() < 1e-37
 
 
+def test_a_slope_is_a_whole_number_of_steps_and_never_none():
+    factor = torch.tensor([0.0, 1e-9, 9.5e-5, 1e-2])
+    steps = slope_of(factor) * 2**23
+    assert steps.tolist() == [1, 1, 797, 83886]
+    # Scores of 128 products of bytes: what lines leave their exponent by at most, where a row's scores span all of it.
+    assert ((slope_of(factor) - factor).abs() * 128 * 127**2).max().item() < 0.25
+
+
 @pytest.mark.parametrize("sharp", [1.0, 4.0])
 def test_it_is_near_attention(sharp):
     q, k, v = draw(1, 200, 2, 128)
@@ -98,6 +113,18 @@ def test_the_kernel_is_as_near_as_its_reference(batch, tokens, heads, dtype):
     # Both round the same numbers; the kernel adds with fewer bits, and rounds weights below the largest so far.
     assert error(got, expected) < 1.3 * error(plain, expected) < 0.1
     assert error(got, plain) < 0.06
+
+
+@pytest.mark.gpu
+@on_gpu
+@pytest.mark.parametrize("sharp", [1e-3, 0.1, 20.0])
+def test_lines_follow_flat_and_steep_softmax(sharp):
+    from swiftwan.ops.attention_fp8_gluon import attend
+
+    q, k, v = (x.to("cuda", torch.bfloat16) for x in draw(1, 500, 2, 128))
+    expected = sdpa(sharp * q.float(), k.float(), v.float())
+    got, plain = attend(sharp * q, k, v), plain_fp8(sharp * q, k, v)
+    assert error(got, expected) < 1.5 * error(plain, expected) + 5e-3
 
 
 @pytest.mark.gpu

@@ -9,7 +9,8 @@ What is rounded, and how (after SageAttention, arXiv 2410.02367 and 2411.10958, 
 - Softmax's numerators to E4M3 floats, at most 2**8: below 2**-6 E4M3 has less than its three bits of mantissa.
 - Of every second key, the exponential itself: a line between powers of two (:func:`exp2_by_lines`), 4 % below to 2 %
   above, since the units for exponentials take as long as the tensor cores: 942 -> 1027 TFLOP/s on an H200 when half
-  of them are spared, and 4.86 instead of 4.72 % from float32 on white noise.
+  of them are spared, and 4.86 instead of 4.72 % from float32 on white noise. Its slope is rounded (:func:`slope_of`),
+  which makes it an integer product: 6702 -> 6348 us for 32,760 tokens, the same error.
 - Values to E4M3, by the largest of each channel of each head, after their mean is taken off too: weights sum to 1, so
   it is added to the result (9.4 % before, 2.8 % after, of the same latents).
 
@@ -114,14 +115,21 @@ def exp2_by_lines(x: Tensor) -> Tensor:
     return torch.ldexp(1 + x - x.floor(), x.floor().int().clamp_min(-126))
 
 
+def slope_of(factor: Tensor) -> Tensor:
+    """A row's factor as lines have it: in steps of 2**-23 and at least one, so that the bits of a line's result are an
+    integer times the score. From the largest score down a line so leaves its exponent by no more than 2**-24 a score.
+    """
+    return torch.floor(factor * 2**23 + 0.5).clamp_min(1) / 2**23
+
+
 def plain_fp8(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     """The reference: the same roundings in float32 arithmetic, on any device and for any width; it forms the matrix."""
     rounded = round_attention(q, k, v)
     length = q.shape[1]
-    scores = torch.einsum("blhe,bmhe->bhlm", rounded.q.float(), rounded.k.float()) * rounded.factor[..., None]
-    exponents = scores - scores.amax(-1, keepdim=True) + NUMERATOR_BITS
-    weights = torch.exp2(exponents)
-    weights[..., 1::2] = exp2_by_lines(exponents[..., 1::2])
+    scores = torch.einsum("blhe,bmhe->bhlm", rounded.q.float(), rounded.k.float())
+    below, factor = scores - scores.amax(-1, keepdim=True), rounded.factor[..., None]
+    weights = torch.exp2(below * factor + NUMERATOR_BITS)
+    weights[..., 1::2] = exp2_by_lines(below[..., 1::2] * slope_of(factor) + NUMERATOR_BITS)
     order = kernel_order(rounded.v.shape[-1], v.device)
     values = torch.empty_like(rounded.v, dtype=torch.float32).index_copy_(-1, order, rounded.v.float())
     values = torch.empty_like(values).index_copy_(2, channel_order(v.shape[-1], v.device), values)

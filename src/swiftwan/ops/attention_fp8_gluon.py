@@ -28,7 +28,7 @@ from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
 from swiftwan.ops.attention_fp8 import BLOCK, WIDTH, RoundedAttention
 from swiftwan.ops.fp8 import Rounded
-from swiftwan.ops.hopper import to_e4m3
+from swiftwan.ops.hopper import ring_barriers, to_e4m3
 from swiftwan.ops.round_attention import round_and_pool, round_attention
 from swiftwan.ops.sparse import choose_blocks
 
@@ -63,24 +63,25 @@ def _left_side(weights, MMA: gl.constexpr):
 
 
 @gluon.jit
-def _as_float(scores):
-    """Integers below 2**22, plus 1.5 * 2**23 in float32: an addition where a conversion takes twice as long."""
-    return (scores + 0x4B400000).to(gl.float32, bitcast=True)
+def _own_sum(weights):
+    """What a thread has of a row, added up without a move between threads: (rows, 4)."""
+    parts = gl.reshape(weights, [weights.shape[0], weights.shape[1] // 8, 4, 2])
+    return gl.sum(gl.sum(parts, 3), 1)
 
 
 @gluon.jit
-def _exp2(scores, factor, offset):
-    """2 ** (scores * factor + offset), of every second number as in :func:`swiftwan.ops.attention_fp8.exp2_by_lines`.
+def _exp2(scores, factor, offset, lowest, slope, base):
+    """2 ** (scores * factor + offset) of integers, of every second one by a line.
 
-    That is a fixed-point number with the bits of a float: the exponent and 13 bits behind it, moved up by 10.
+    That is an integer product: max(scores, lowest) * slope + base are the bits of the float, whose exponent begins at
+    the 23rd, so the slope is in steps of 2**-23 (:func:`swiftwan.ops.attention_fp8.slope_of`), some hundreds of them.
+    For the others, 1.5 * 2**23 is added to the bits of an integer below 2**22, which makes it a float.
     """
-    line: gl.constexpr = 13622824.0  # 1.5 * 2**23 + 2**13 (127 - LINE_SHIFT)
     return gl.inline_asm_elementwise(
-        "{ .reg .f32 x, y; .reg .b32 bits; fma.rn.f32 x, $2, $4, $6; ex2.approx.ftz.f32 $0, x; "
-        "fma.rn.f32 y, $3, $9, $11; max.f32 y, y, 0f4B402000; mov.b32 bits, y; shl.b32 bits, bits, 10; "
-        "mov.b32 $1, bits; }",
-        "=f,=f,f,f,f,f,f,f,f,f,f,f",
-        [scores, factor[:, None], offset[:, None], (factor * 8192.0)[:, None], (offset * 8192.0 + line)[:, None]],
+        "{ .reg .f32 x; .reg .b32 s, t; add.s32 s, $2, 0x4B400000; mov.b32 x, s; fma.rn.f32 x, x, $4, $6; "
+        "ex2.approx.ftz.f32 $0, x; max.s32 t, $3, $9; mad.lo.s32 t, t, $11, $13; mov.b32 $1, t; }",
+        "=f,=f,r,r,f,f,f,f,r,r,r,r,r,r",
+        [scores, factor[:, None], offset[:, None], lowest[:, None], slope[:, None], base[:, None]],
         dtype=gl.float32,
         is_pure=True,
         pack=2,
@@ -88,17 +89,22 @@ def _exp2(scores, factor, offset):
 
 
 @gluon.jit
-def _soften(scores, factor, largest, total):
+def _soften(scores, factors, largest, total):
     """One block's integer scores to softmax's numerators.
 
     Returns:
-        those, by what all before must shrink, and the new largest exponent and sum.
+        those, by what all before must shrink, the new largest score and each thread's part of the sum.
     """
     magic: gl.constexpr = 12582912.0
-    larger = gl.maximum(largest, gl.max(scores, 1).to(gl.float32) * factor)
-    shrink = gl.exp2(largest - larger)
-    weights = _exp2(_as_float(scores), factor, 8.0 - larger - magic * factor)
-    return weights, shrink, larger, total * shrink + gl.sum(weights, 1)
+    top: gl.constexpr = 1131979231  # (127 + 8 - LINE_SHIFT) 2**23
+    factor, slope, depth = factors
+    larger = gl.maximum(largest, gl.max(scores, 1))
+    shrink = gl.exp2((largest - larger).to(gl.float32) * factor)
+    offset = 8.0 - (larger.to(gl.float32) + magic) * factor
+    weights = _exp2(scores, factor, offset, larger - depth, slope, top - larger * slope)
+    own = _own_sum(weights)
+    less = gl.convert_layout(shrink, gl.SliceLayout(1, own.type.layout), assert_trivial=True)
+    return weights, shrink, larger, total * less[:, None] + own
 
 
 @gluon.jit
@@ -167,15 +173,18 @@ def _multiply(
     row = first_row + PART * HALF + gl.arange(0, HALF, gl.SliceLayout(1, MMA))
     factor = gl.load(factor + row, row < length, other=0.0)
     q = q.index(PART)
+    slope = gl.maximum((factor * 8388608.0 + 0.5).to(gl.int32), 1)
+    depth = (133.0 * 8388608.0 / slope.to(gl.float32)).to(gl.int32)  # below the largest, where lines reach 2**-125
+    factors = (factor, slope, depth)
 
     mbarrier.wait(q_ready, 0)
     scores = warpgroup_mma_wait(0, deps=(_begin_scores(q, k_ring, k_ready, 0, STAGES),))
     mbarrier.arrive(k_free.index(0))
     token = last * BLOCK + gl.arange(0, BLOCK, gl.SliceLayout(0, MMA))
-    # What _as_float makes minus infinity.
+    # With 1.5 * 2**23 as a float the bits of minus infinity.
     scores = gl.where((token < length)[None, :], scores, -1270874112)
-    largest = gl.full([HALF], -1e30, gl.float32, gl.SliceLayout(1, MMA))
-    total = gl.zeros([HALF], gl.float32, gl.SliceLayout(1, MMA))
+    largest = gl.full([HALF], -8388608, gl.int32, gl.SliceLayout(1, MMA))
+    total = gl.zeros_like(_own_sum(gl.zeros([HALF, BLOCK], gl.float32, MMA)))
     result = gl.zeros([HALF, WIDTH], gl.float32, MMA)
 
     turns = (count - 1) // TURN
@@ -184,7 +193,7 @@ def _multiply(
         for part in gl.static_range(TURN):
             step = turn * TURN + part
             ahead = _begin_scores(q, k_ring, k_ready, step + 1, STAGES)
-            weights, shrink, largest, total = _soften(scores, factor, largest, total)
+            weights, shrink, largest, total = _soften(scores, factors, largest, total)
             if part > 0:
                 result = warpgroup_mma_wait(1, deps=(behind,))
                 mbarrier.arrive(v_free.index((step - 1) % STAGES))
@@ -196,20 +205,21 @@ def _multiply(
 
     for step in range(turns * TURN, count - 1):  # what is left of a turn
         ahead = _begin_scores(q, k_ring, k_ready, step + 1, STAGES)
-        weights, shrink, largest, total = _soften(scores, factor, largest, total)
+        weights, shrink, largest, total = _soften(scores, factors, largest, total)
         behind = _begin_result(weights, v_ring, v_ready, step, result * shrink[:, None], MMA, STAGES)
         scores = warpgroup_mma_wait(1, deps=(ahead,))
         mbarrier.arrive(k_free.index((step + 1) % STAGES))
         result = warpgroup_mma_wait(0, deps=(behind,))
         mbarrier.arrive(v_free.index(step % STAGES))
 
-    weights, shrink, largest, total = _soften(scores, factor, largest, total)
+    weights, shrink, largest, total = _soften(scores, factors, largest, total)
     behind = _begin_result(weights, v_ring, v_ready, count - 1, result * shrink[:, None], MMA, STAGES)
     result = warpgroup_mma_wait(0, deps=(behind,))
+    total = gl.convert_layout(gl.sum(total, 1), gl.SliceLayout(1, MMA), assert_trivial=True)
     result = result * (1.0 / total)[:, None]
     _write(result, v_scale, v_mean, written, first_row + PART * HALF, out_row, length)
     if LSE:
-        gl.store(lse + row, 0.6931471805599453 * (largest + gl.log2(total) - 8.0), row < length)
+        gl.store(lse + row, 0.6931471805599453 * (largest.to(gl.float32) * factor + gl.log2(total) - 8.0), row < length)
 
 
 @gluon.jit
@@ -269,16 +279,9 @@ def _attend_kernel(
     k_ring = gl.allocate_shared_memory(gl.int8, [STAGES, BLOCK, WIDTH], k_map.layout)
     v_ring = gl.allocate_shared_memory(gl.float8e4nv, [STAGES, WIDTH, BLOCK], v_map.layout)
     q_ready = gl.allocate_shared_memory(gl.int64, [1], mbarrier.MBarrierLayout())
-    k_ready = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
-    v_ready = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
-    k_free = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
-    v_free = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
     mbarrier.init(q_ready, count=1)
-    for slot in gl.static_range(STAGES):
-        mbarrier.init(k_ready.index(slot), count=1)
-        mbarrier.init(v_ready.index(slot), count=1)
-        mbarrier.init(k_free.index(slot), count=2)
-        mbarrier.init(v_free.index(slot), count=2)
+    k_ready, k_free = ring_barriers(STAGES, 2)
+    v_ready, v_free = ring_barriers(STAGES, 2)
     fence_async_shared()
     ready = (q_ready, k_ready, v_ready)
     free = (k_free, v_free)
