@@ -72,3 +72,27 @@ def test_blocks_of_8_bit_layers_round_in_passing(parts, forward):
     together = forward(parts.transformer)
     errors = [((flow.to(expected) - expected).norm() / expected.norm()).item() for flow in (apart, together)]
     assert 1e-3 < errors[1] < 1.2 * errors[0] < 0.3
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(
+    not torch.cuda.is_available() or torch.cuda.get_device_capability()[0] != 9, reason="needs a Hopper GPU"
+)
+@pytest.mark.parametrize("weights_move", [False, True])
+def test_products_add_to_tokens_where_weights_stay(parts, forward, monkeypatch, weights_move):
+    from swiftwan.ops import added_product, cublaslt
+
+    added = []
+    inner = cublaslt.add_product
+    monkeypatch.setattr(cublaslt, "add_product", lambda *given: (added.append(1), inner(*given)))
+    parts.transformer.to("cuda", torch.bfloat16)
+    parts.weights_move = weights_move
+    parse("quantize:fp8").install(parts)
+    Fused().install(parts)
+    apart = forward(parts.transformer)  # of so few tokens that no product adds
+    assert not added
+    monkeypatch.setattr(added_product, "LEAST_BYTES", 0)
+    first, again = forward(parts.transformer), forward(parts.transformer)
+    assert len(added) == (0 if weights_move else 2 * 3 * len(parts.transformer.blocks))
+    assert torch.equal(first, again)
+    assert ((first - apart).norm() / apart.norm()).item() < 0.02

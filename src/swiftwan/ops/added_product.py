@@ -14,7 +14,7 @@ from dataclasses import replace
 import torch
 import triton
 import triton.language as tl
-from torch import Tensor
+from torch import Tensor, nn
 
 from swiftwan.ops import cublaslt, fused_fp8
 from swiftwan.ops.block import BlockOps
@@ -44,9 +44,9 @@ def _gated(scale: Tensor, bias: Tensor, gate: Tensor) -> tuple[Tensor, Tensor]:
     return scale_out, bias_out
 
 
-def fits(linear: Fp8Linear) -> bool:
+def fits(layer: nn.Module) -> bool:
     """Whether the layer's product can be added to tokens."""
-    return linear.bias is not None and linear.dtype == torch.bfloat16
+    return isinstance(layer, Fp8Linear) and layer.bias is not None and layer.dtype == torch.bfloat16
 
 
 def _added(x: Tensor, update: Product, gate: Tensor | None, spans: Sequence[int]) -> Unsummed:

@@ -128,11 +128,14 @@ def _round_in_passing(block: Block, parts: Parts) -> None:
     block.ops = FUSED_FP8
     gelu = cast(GELU, block.ffn.net[0])
     gelu.linear_gelu = linear_gelu
-    if _is_hopper(parts.device):
+    on_hopper = _is_hopper(parts.device)
+    if on_hopper:
         block.ops = _with_heads(FUSED_FP8, norm_attend_round)
         _multiply_on_hopper(block)
     if parts.weights_move:
         return
+    if on_hopper:
+        _add_in_products(block)
     attention = block.attn1
     layers = cast(list[Fp8Linear], [attention.to_q, attention.to_k, attention.to_v])
     merged = Fp8Linear.merged(layers)
@@ -141,7 +144,7 @@ def _round_in_passing(block: Block, parts: Parts) -> None:
 
 def _multiply_on_hopper(block: Block) -> None:
     """Products that are written for its tensor cores: one with GELU and rounding in it, and one for two pictures."""
-    from swiftwan.ops import added_product, cublaslt, gelu_fp8_gluon, tall_product
+    from swiftwan.ops import gelu_fp8_gluon, tall_product
 
     gelu = cast(GELU, block.ffn.net[0])
     up = cast(Fp8Linear, gelu.proj)
@@ -150,8 +153,15 @@ def _multiply_on_hopper(block: Block) -> None:
     for layer in block.modules():
         if isinstance(layer, Fp8Linear) and tall_product.fits(layer):
             layer.product = tall_product.scaled_product
-    last = [cast(Fp8Linear, layer) for layer in (block.attn1.to_out[0], block.attn2.to_out[0], block.ffn.net[2])]
+
+
+def _add_in_products(block: Block) -> None:
+    """Leave the last products of both attentions and of the feed-forward to the sums behind them. The feed-forward's
+    is made when the next block begins, so its weights must still be there."""
+    from swiftwan.ops import added_product, cublaslt
+
+    last = (block.attn1.to_out[0], block.attn2.to_out[0], block.ffn.net[2])
     if not cublaslt.missing() and all(map(added_product.fits, last)):
         block.ops = added_product.adding(block.ops)
         for layer in last:
-            layer.multiply = Product
+            cast(Fp8Linear, layer).multiply = Product
