@@ -1,5 +1,6 @@
 """A tiny transformer and what is around it, for techniques that change one."""
 
+from dataclasses import replace
 from types import SimpleNamespace
 
 import pytest
@@ -14,15 +15,25 @@ TINY = TransformerConfig(
 )
 
 
-@pytest.fixture
-def parts():
+def parts_of(config):
     """Two experts of random weights, as a technique finds them."""
     return SimpleNamespace(
-        transformer=WanTransformer(TINY).eval(),
-        transformer_2=WanTransformer(TINY).eval(),
+        transformer=WanTransformer(config).eval(),
+        transformer_2=WanTransformer(config).eval(),
         weights_move=False,
         device=torch.device("cuda" if torch.cuda.is_available() else "cpu"),
     )
+
+
+@pytest.fixture
+def parts():
+    return parts_of(TINY)
+
+
+@pytest.fixture
+def parts_by_16():
+    """Of widths that all divide by 16, as products in 8 bits want them."""
+    return parts_of(replace(TINY, ffn_dim=64))
 
 
 @pytest.fixture

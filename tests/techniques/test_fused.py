@@ -63,7 +63,8 @@ def test_a_layer_that_is_no_plain_linear_keeps_its_own_product(parts, forward):
 
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
-def test_blocks_of_8_bit_layers_round_in_passing(parts, forward):
+def test_blocks_of_8_bit_layers_round_in_passing(parts_by_16, forward):
+    parts = parts_by_16
     expected = forward(parts.transformer)
     parts.transformer.to("cuda", torch.bfloat16)
     parse("quantize:fp8").install(parts)
@@ -79,10 +80,11 @@ def test_blocks_of_8_bit_layers_round_in_passing(parts, forward):
     not torch.cuda.is_available() or torch.cuda.get_device_capability()[0] != 9, reason="needs a Hopper GPU"
 )
 @pytest.mark.parametrize("weights_move", [False, True])
-def test_products_add_to_tokens_where_weights_stay(parts, forward, monkeypatch, weights_move):
+def test_products_add_to_tokens_where_weights_stay(parts_by_16, forward, monkeypatch, weights_move):
     from swiftwan.ops import added_product, cublaslt
 
-    added = []
+    parts, added = parts_by_16, []
+    expected = forward(parts.transformer)
     inner = cublaslt.add_product
     monkeypatch.setattr(cublaslt, "add_product", lambda *given: (added.append(1), inner(*given)))
     parts.transformer.to("cuda", torch.bfloat16)
@@ -95,4 +97,5 @@ def test_products_add_to_tokens_where_weights_stay(parts, forward, monkeypatch, 
     first, again = forward(parts.transformer), forward(parts.transformer)
     assert len(added) == (0 if weights_move else 2 * 3 * len(parts.transformer.blocks))
     assert torch.equal(first, again)
-    assert ((first - apart).norm() / apart.norm()).item() < 0.02
+    errors = [((flow.to(expected) - expected).norm() / expected.norm()).item() for flow in (apart, first)]
+    assert errors[1] < 1.2 * errors[0] < 0.3
