@@ -11,23 +11,32 @@ def draw(*shape, dtype=torch.float32):
     return torch.randn(*shape, device="cuda").to(dtype)
 
 
-def test_without_cuda_it_is_told_what_is_missing(monkeypatch):
+@pytest.fixture
+def anew():
+    """The library is looked for once a process."""
+    cublaslt._library.cache_clear()
+    yield
+    cublaslt._library.cache_clear()
+
+
+def test_without_cuda_nothing_is_called(anew, monkeypatch):
     monkeypatch.setattr(torch.version, "cuda", None)
-    cublaslt._library.cache_clear()
-    assert cublaslt.missing() == "cuBLASLt 12.9 or newer"
-    cublaslt._library.cache_clear()
+    assert not cublaslt.can_add()
 
 
-def test_an_older_library_is_not_called(monkeypatch):
-    class Older:
+@pytest.mark.parametrize(("version", "taken"), [(120803, False), (120900, True), (130100, True)])
+def test_an_older_library_is_not_called(anew, monkeypatch, version, taken):
+    asked = []
+
+    class Library:
         @staticmethod
         def cublasLtGetVersion():
-            return 120803
+            return version
 
-    monkeypatch.setattr("ctypes.CDLL", lambda name: Older)
-    cublaslt._library.cache_clear()
-    assert cublaslt.missing()
-    cublaslt._library.cache_clear()
+    monkeypatch.setattr(torch.version, "cuda", "12.9")
+    monkeypatch.setattr("ctypes.CDLL", lambda name: asked.append(name) or Library)
+    assert cublaslt.can_add() is taken
+    assert asked == ["libcublasLt.so.12"]
 
 
 hopper = pytest.mark.skipif(

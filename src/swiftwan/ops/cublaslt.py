@@ -46,9 +46,9 @@ def _library() -> ctypes.CDLL | None:
     return found if found.cublasLtGetVersion() >= _OLDEST else None
 
 
-def missing() -> str:
-    """Why :func:`add_product` cannot run here; empty where it can."""
-    return "" if _library() else f"cuBLASLt {_OLDEST // 10_000}.{_OLDEST // 100 % 100} or newer"
+def can_add() -> bool:
+    """Whether torch's library is new enough for :func:`add_product`; where not, product and sum stay two passes."""
+    return _library() is not None
 
 
 def _call(name: str, *arguments: Any) -> None:

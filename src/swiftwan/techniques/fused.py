@@ -161,7 +161,7 @@ def _add_in_products(block: Block) -> None:
     from swiftwan.ops import added_product, cublaslt
 
     last = (block.attn1.to_out[0], block.attn2.to_out[0], block.ffn.net[2])
-    if not cublaslt.missing() and all(map(added_product.fits, last)):
+    if cublaslt.can_add() and all(map(added_product.fits, last)):
         block.ops = added_product.adding(block.ops)
         for layer in last:
             cast(Fp8Linear, layer).multiply = Product
