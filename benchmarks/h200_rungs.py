@@ -1,12 +1,12 @@
 """Forwards beyond the exact rung on an H200: 8-bit layers and attention, and block-sparse attention, beside diffusers.
 
-    python benchmarks/h200_rungs.py [near sparse25 ...] [--peers eager compiled] [--repeats 5] [--steady 2] [--products]
-        [--out rows.jsonl] [--profile top.txt]
+    python benchmarks/h200_rungs.py [near ...] [--peers eager compiled compiled-fp8] [--repeats 5] [--steady 2]
+        [--products] [--out rows.jsonl] [--profile top.txt]
 
 Weights are random, so errors say what rounding does to numbers of the usual size, and less than nothing of what
 skipping blocks does to a picture: random queries and keys give all tokens about the same weight, which is the worst
 case for a method that keeps the heaviest. ``error_by_depth`` is that of the tokens behind some blocks against
-the exact plan in bf16. torchao's fp8, diffusers' own, is not installed on that machine: the peer is bf16.
+the exact plan in bf16. diffusers' own 8 bits are torchao's (``-fp8``); where no such peer is asked for, it is bf16.
 """
 
 from __future__ import annotations
@@ -63,6 +63,12 @@ CELLS: dict[str, tuple[str, str, str]] = {  # name: case, rung, plan
 }
 # TFLOP/s measured on this chip: products, and attention (cuDNN's fp8; FlashAttention-4 block-sparse).
 CEILINGS = {"exact": (782, 708), "near": (1379, 871), "sparse25": (1379, 626), "sparse12": (1379, 580)}
+PEERS = {
+    "eager": "diffusers eager, bf16",
+    "compiled": "diffusers compiled, bf16, cuDNN attention",
+    "compiled-fp8": "diffusers compiled, fp8 (torchao), cuDNN attention",
+}
+"""Of :meth:`h200_forward.Bench.peer`. A row's ratio is to the last that ran beside it; an exact row's to bf16."""
 KEPT = {"sparse25": 0.25, "sparse12": 0.125}
 DEPTHS = (1, 5, 10, 15, 20, 25, 30)
 SHIFT = 5.0
@@ -235,7 +241,7 @@ def measure(case_name: str, names: list[str], arguments: argparse.Namespace) -> 
         rung, told = who(label)
         rows[label] = {"case": case_name, **told, **row, **facts}
         if label in runs:
-            rows[label] |= times(label, seconds, floor_seconds(case, rung))
+            rows[label] |= times(label, rung, seconds, floor_seconds(case, rung))
             if arguments.steady:
                 median = statistics.median(seconds[label])
                 rows[label]["steady"] = exact.steady(runs[label], arguments.steady, median)
@@ -284,7 +290,7 @@ def psnr_db(got: Tensor, expected: Tensor) -> float:
     return 10 * math.log10(peak**2 / (got - expected).square().mean().item())
 
 
-def times(label: str, seconds: dict[str, list[float]], floor: float) -> dict[str, Any]:
+def times(label: str, rung: str, seconds: dict[str, list[float]], floor: float) -> dict[str, Any]:
     """What a row says of its own time and of the peers', which took turns with it."""
     ours = seconds[label]
     row: dict[str, Any] = {
@@ -294,10 +300,9 @@ def times(label: str, seconds: dict[str, list[float]], floor: float) -> dict[str
         "floor_seconds": round(floor, 5),
         "ceiling_fraction": round(floor / statistics.median(ours), 3),
     }
-    for kind in ("eager", "compiled"):
-        if peers := seconds.get(f"diffusers {kind}"):
+    for kind, told in PEERS.items():
+        if (peers := seconds.get(f"diffusers {kind}")) and not (rung == "exact" and "fp8" in kind):
             ratio = round(statistics.median(b / a for a, b in zip(ours, peers, strict=True)), 3)
-            told = f"diffusers {kind}, bf16" + (", cuDNN attention" if kind == "compiled" else "")
             row |= {f"ratio_to_{kind}": ratio, "ratio": ratio, "peer": told}
             row["peer_seconds"] = round(statistics.median(peers), 5)
     return row
@@ -306,7 +311,7 @@ def times(label: str, seconds: dict[str, list[float]], floor: float) -> dict[str
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("cells", nargs="*", default=list(CELLS))
-    parser.add_argument("--peers", nargs="*", default=["eager", "compiled"])
+    parser.add_argument("--peers", nargs="*", choices=PEERS, default=["eager", "compiled"])
     parser.add_argument("--repeats", type=int, default=5)
     parser.add_argument("--out", default="rungs.jsonl")
     parser.add_argument("--profile")

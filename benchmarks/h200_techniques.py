@@ -121,7 +121,8 @@ def by_torchao(config: str) -> Callable[[Any], None]:
         from torchao import quantization as ao
 
         options: dict[str, Any] = {
-            "Float8DynamicActivationFloat8Weight": {"granularity": ao.PerRow()},
+            # The least value: see h200_forward.Bench.peer.
+            "Float8DynamicActivationFloat8Weight": {"granularity": ao.PerRow(), "activation_value_lb": 1e-12},
             "Int4WeightOnly": {"int4_packing_format": "tile_packed_to_4d"},  # torch's own kernel; others need packages
         }.get(config, {})
         ao.quantize_(pipe.transformer.blocks, getattr(ao, f"{config}Config")(**options))
