@@ -94,4 +94,5 @@ def test_layers_that_do_not_divide_into_tiles_are_told():
 
     assert not fits(layer(64, 256, torch.bfloat16, "cuda"))
     assert not fits(layer(512, 128, torch.bfloat16, "cuda"))
+    assert not fits(layer(512, 192, torch.bfloat16, "cuda"))
     assert not fits(layer(13 * 128, 256, torch.bfloat16, "cuda"))
