@@ -184,8 +184,9 @@ class Bench:
         return run
 
     def peer(self, kind: str) -> Callable[[], Tensor]:
-        """diffusers' transformer: ``eager``, ``compiled`` block by block with cuDNN's attention, or ``compiled-fp8``:
-        the same with its blocks' layers in torchao's 8 bits."""
+        """diffusers' transformer: ``eager``, ``compiled`` block by block with cuDNN's attention, or the same with its
+        blocks' layers in torchao's 8 bits: ``compiled-fp8``, or ``compiled-fp8-tuned`` where inductor tries each
+        kernel in many forms, which torchao sets for the whole process unless told not to."""
         import inspect
 
         from diffusers import WanTransformer3DModel
@@ -198,13 +199,15 @@ class Bench:
         rope = model.rope
         model.rope = type(rope)(rope.attention_head_dim, rope.patch_size, rope.max_seq_len).to(self.device)
         model = model.eval().requires_grad_(False)
-        if kind == "compiled-fp8":
+        if "fp8" in kind:
             from torchao import quantization as ao
 
             # Without a least value it divides rows of zeros by zero: here a text's padding, whose embedding has biases
             # of zero.
-            rows = {"granularity": ao.PerRow(), "activation_value_lb": 1e-12}
-            ao.quantize_(model.blocks, ao.Float8DynamicActivationFloat8WeightConfig(**rows))
+            by_row = ao.Float8DynamicActivationFloat8WeightConfig(
+                granularity=ao.PerRow(), activation_value_lb=1e-12, set_inductor_config=kind.endswith("tuned")
+            )
+            ao.quantize_(model.blocks, by_row)
         if kind != "eager":
             model.set_attention_backend("_native_cudnn")
             model.compile_repeated_blocks(fullgraph=True)

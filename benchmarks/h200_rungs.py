@@ -67,6 +67,7 @@ PEERS = {
     "eager": "diffusers eager, bf16",
     "compiled": "diffusers compiled, bf16, cuDNN attention",
     "compiled-fp8": "diffusers compiled, fp8 (torchao), cuDNN attention",
+    "compiled-fp8-tuned": "diffusers compiled, tuned, fp8 (torchao), cuDNN attention",
 }
 """Of :meth:`h200_forward.Bench.peer`. A row's ratio is to the last that ran beside it; an exact row's to bf16."""
 KEPT = {"sparse25": 0.25, "sparse12": 0.125}

@@ -61,6 +61,16 @@ def test_norms_end_rounded(dtype, spans, width):
         agree(got, expected)
 
 
+@pytest.mark.gpu
+@pytest.mark.skipif(INTERPRETED, reason="takes minutes in the interpreter")
+@pytest.mark.parametrize("length", [16390, 32760])
+def test_norms_of_many_rows_end_rounded(length):
+    x = draw(1, length, 1536, dtype=torch.bfloat16)
+    shift, scale, _ = draw(1, 1, 3, 1536).unbind(2)
+    got = FUSED_FP8.norm_modulate(x, shift, scale, [length], EPS)[1]
+    agree(got, PLAIN.norm_modulate(x.float(), shift, scale, [length], EPS)[1])
+
+
 @pytest.mark.parametrize("spans", [[15], [4, 11]], ids=str)
 def test_a_sum_left_to_the_norm_is_the_sum_and_its_norm(spans):
     x, update = draw(2, 15, 80, dtype=torch.float16), draw(2, 15, 80, dtype=torch.float16)
