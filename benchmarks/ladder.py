@@ -87,16 +87,22 @@ def on_page(row: Row) -> bool:
 
 
 def latest(rows: Iterable[Row]) -> list[Row]:
-    """Of rows that measure the same thing the last one."""
+    """Of rows that measure the same thing the last one, with those of its commit beside other peers; one without a
+    peer replaces none that has one."""
+    rows = list(rows)
+    last = {measured(row): row.get("commit") for row in rows}
+    compared = {measured(row): row.get("commit") for row in rows if row.get("peer")}
     found = {
-        (row["case"], row["rung"], tuple(row.get("plan") or ()), row.get("runner"), variant(row)): row for row in rows
+        (measured(row), row.get("peer")): row
+        for row in rows
+        if row.get("commit") == (compared if row.get("peer") else last)[measured(row)]
     }
     return list(found.values())
 
 
-def variant(row: Row) -> str:
-    """What tells rows of one plan apart: settings that a plan does not name, and the peer that they stand beside."""
-    return json.dumps([row.get(key) for key in ("variant", "steps", "dtype", "peer")])
+def measured(row: Row) -> str:
+    """What a row tells of: its case and plan, and the settings that a plan does not name."""
+    return json.dumps([row.get(key) for key in ("case", "rung", "plan", "runner", "variant", "steps", "dtype")])
 
 
 def page(rows: Sequence[Row], figures: Sequence[str] = ()) -> str:
@@ -241,7 +247,7 @@ def table(rows: Sequence[Row]) -> str:
             seconds(row["seconds"]),
             ", ".join(filter(None, (spread(row.get("spread")), str(row.get("repeats", ""))))),
             "" if is_peer(row) or not row.get("peer_seconds") else f"{row['peer']}: {seconds(row['peer_seconds'])}",
-            "" if is_peer(row) or not row.get("ratio") else f"{row['ratio']:.2f}x",
+            "" if is_peer(row) else ratios(row),
             f"{100 * row['ceiling_fraction']:.0f} %" if row.get("ceiling_fraction") else "",
             "" if is_peer(row) and row["case"].startswith("video-") else peak(row.get("peak_bytes")),
             f"{row['error']:.2g}" if isinstance(row.get("error"), float) else "",
@@ -249,6 +255,16 @@ def table(rows: Sequence[Row]) -> str:
         )
         lines.append("| " + " | ".join(cells) + " |")
     return "\n".join(lines)
+
+
+def ratios(row: Row) -> str:
+    """To the peer that the row names, and to the others that took turns with it."""
+    if not row.get("ratio"):
+        return ""
+    kinds = ("compiled-fp8", "compiled", "eager")
+    others = [f"{kind} {row[f'ratio_to_{kind}']:.2f}x" for kind in kinds if row.get(f"ratio_to_{kind}")]
+    others = [other for other in others if not other.endswith(f" {row['ratio']:.2f}x")]
+    return f"{row['ratio']:.2f}x" + (f" ({', '.join(others)})" if others else "")
 
 
 def spread(found: Any) -> str:
