@@ -262,8 +262,8 @@ def ratios(row: Row) -> str:
     if not row.get("ratio"):
         return ""
     kinds = ("compiled-fp8", "compiled", "eager")
-    others = [f"{kind} {row[f'ratio_to_{kind}']:.2f}x" for kind in kinds if row.get(f"ratio_to_{kind}")]
-    others = [other for other in others if not other.endswith(f" {row['ratio']:.2f}x")]
+    to = {kind: row.get(f"ratio_to_{kind}", row["ratio"]) for kind in kinds}
+    others = [f"{kind} {ratio:.2f}x" for kind, ratio in to.items() if ratio != row["ratio"]]
     return f"{row['ratio']:.2f}x" + (f" ({', '.join(others)})" if others else "")
 
 
