@@ -57,11 +57,11 @@ INTRO = """# The ladder
 
 Made from the rows in `benchmarks/` by `python benchmarks/ladder.py`; do not edit. One H200, random weights of the true
 architectures, ours and the peer by turns in one process; `pocket-cpu` is the embedded model on two CPU cores, from the
-start of a process to its mp4. *Ratio* is the peer's time over ours; of forwards the median over the turns, which
-differs a little from the quotient of the times shown. *Of ceiling* is the time that the plain run's matrix products,
-convolutions and attention would take at the highest rates measured on the chip in the row's number format, over ours;
-it passes 100 % where work is left out or done with fewer multiplications. *Error* is the relative distance to the run
-that the row names.
+start of a process to its mp4. *Ratio* is the peer's time over ours, in brackets that of others in the same run; of
+forwards the median over the turns, which differs a little from the quotient of the times shown. *Of ceiling* is the
+time that the plain run's matrix products, convolutions and attention would take at the highest rates measured on the
+chip in the row's number format, over ours; it passes 100 % where work is left out or done with fewer multiplications.
+*Error* is the relative distance to the run that the row names.
 *Bound* is the matrix products and self-attention of a forward alone, back to back on inputs that stand ready.
 *Sustained* is a run repeated for seconds without a pause: at the chip's limit of 700 W clocks fall from 1980 MHz until
 the power fits, so that time follows energy. *Peak* is not shown for diffusers' whole videos: both stand in one process
