@@ -25,7 +25,7 @@ def test_without_cuda_nothing_is_called(anew, monkeypatch):
 
 
 @pytest.mark.parametrize(("version", "taken"), [(120803, False), (120900, True), (130100, True)])
-def test_an_older_library_is_not_called(anew, monkeypatch, version, taken):
+def test_an_older_library_is_told_and_not_called(anew, monkeypatch, caplog, version, taken):
     asked = []
 
     class Library:
@@ -35,8 +35,9 @@ def test_an_older_library_is_not_called(anew, monkeypatch, version, taken):
 
     monkeypatch.setattr(torch.version, "cuda", "12.9")
     monkeypatch.setattr("ctypes.CDLL", lambda name: asked.append(name) or Library)
-    assert cublaslt.can_add() is taken
+    assert cublaslt.can_add() is cublaslt.can_add() is taken
     assert asked == ["libcublasLt.so.12"]
+    assert [str(version) in record.getMessage() for record in caplog.records] == ([] if taken else [True])
 
 
 hopper = pytest.mark.skipif(

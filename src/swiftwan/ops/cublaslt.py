@@ -7,12 +7,15 @@ torch brings the library and has loaded it; ctypes calls it. Names and numbers a
 from __future__ import annotations
 
 import ctypes
+import logging
 import threading
 from functools import cache
 from typing import Any
 
 import torch
 from torch import Tensor
+
+log = logging.getLogger(__name__)
 
 _OLDEST = 120900
 """Rows and columns of 8-bit floats have scales of their own since CUDA 12.9."""
@@ -43,7 +46,10 @@ def _library() -> ctypes.CDLL | None:
     except OSError:
         return None
     found.cublasLtGetVersion.restype = ctypes.c_size_t
-    return found if found.cublasLtGetVersion() >= _OLDEST else None
+    if (version := found.cublasLtGetVersion()) < _OLDEST:
+        log.warning("cuBLASLt %d cannot add 8-bit products in place as %d can: up to 2 %% slower", version, _OLDEST)
+        return None
+    return found
 
 
 def can_add() -> bool:
