@@ -12,6 +12,7 @@ import statistics
 import sys
 import traceback
 from collections.abc import Callable
+from itertools import product
 from typing import Any
 
 import torch
@@ -164,30 +165,29 @@ def tune(size: str) -> None:
     import triton
 
     from swiftwan.ops import fused as module
+    from swiftwan.ops.fused_fp8 import empty_rounded
 
     heads, dim, _, tokens, grid = sizes(size)
     x, update = draw(1, tokens, dim), draw(1, tokens, dim)
     w = draw(dim)
     shift, scale, gate = torch.randn(1, 1, 6, dim, device="cuda").unbind(2)[:3]
     first, rest = module.parts_of(dim)
-    summed, normed = torch.empty_like(x), torch.empty_like(x)
-    size_bytes = 2 * x.numel()
-    for rows in (1, 2, 4):
-        for warps in (1, 2, 4, 8, 16):
-            if not 4 <= rows * (first + rest) // (32 * warps) <= 128:
-                continue
-            for add, passes in ((False, 2), (True, 4)):
-                tell(
-                    size,
-                    f"add_norm add={add} rows={rows} warps={warps}",
-                    lambda: module._add_norm_kernel[(triton.cdiv(tokens, rows), 1)](
-                        x, update, gate, scale, shift, summed, normed, x, tokens, tokens,
-                        6 * dim, 6 * dim, 6 * dim, 6 * dim, EPS, WIDTH=dim, FIRST=first, REST=rest, ROWS=rows, SPANS=1,
-                        ADD=add, GATED=add, NORM=True, MODULATED=True, ROUNDED=False, num_warps=warps,
-                    ),
-                    count=passes * size_bytes,
-                    repeats=5,
-                )  # fmt: skip
+    summed, normed = torch.empty_like(x), (torch.empty_like(x), x)
+    rounded = empty_rounded(x.shape, x.device)
+    for rows, warps in product((1, 2, 4, 8, 16, 32), (1, 2, 4, 8)):
+        for add, bits in product((False, True), (16, 8)):
+            tell(
+                size,
+                f"add_norm add={add} bits={bits} rows={rows} warps={warps}",
+                lambda: module._add_norm_kernel[(triton.cdiv(tokens, rows), 1)](
+                    x, update, gate, scale, shift, summed if add else x, *(rounded if bits == 8 else normed),
+                    tokens, tokens, 6 * dim, 6 * dim, 6 * dim, 6 * dim, EPS,
+                    WIDTH=dim, FIRST=first, REST=rest, ROWS=rows, SPANS=1,
+                    ADD=add, GATED=add, NORM=True, MODULATED=True, ROUNDED=bits == 8, num_warps=warps,
+                ),
+                count=((6 if add else 2) + bits // 8) * x.numel(),
+                repeats=5,
+            )  # fmt: skip
     rope = rope_tables(WIDTH, *grid, device=torch.device("cuda"))
     out = [torch.empty_like(x) for _ in range(2)]
     block_h = triton.next_power_of_2(heads)
@@ -199,7 +199,7 @@ def tune(size: str) -> None:
                 x, update, w, w, *rope, *out, tokens, dim, EPS,
                 HEADS=heads, WIDTH=WIDTH, BLOCK_H=block_h, BLOCK_E=WIDTH, num_warps=warps,
             ),
-            count=4 * size_bytes,
+            count=8 * x.numel(),
             repeats=5,
         )  # fmt: skip
 

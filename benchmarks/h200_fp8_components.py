@@ -83,9 +83,8 @@ def sums(size: str) -> None:
     from swiftwan.ops.fused_fp8 import FUSED_FP8
 
     _, dim, ffn, tokens, _ = sizes(size)
-    gate = (
-        torch.randn(1, 1, 6, dim, device="cuda").unbind(2)[2] / 1000
-    )  # streams are added to in place, again and again
+    # So small because streams are added to in place, again and again.
+    gate = torch.randn(1, 1, 6, dim, device="cuda").unbind(2)[2] / 1000
     given = (gate, [tokens], torch.randn(dim, device="cuda"), torch.randn(dim, device="cuda"), 1e-6)
     ops = adding(FUSED_FP8)
     for into in (dim, ffn):

@@ -14,6 +14,7 @@ from __future__ import annotations
 import argparse
 import datetime
 import functools
+import importlib.metadata
 import json
 import math
 import statistics
@@ -188,6 +189,9 @@ def measure(case_name: str, names: list[str], arguments: argparse.Namespace) -> 
     """All rows, as soon as there is something to tell of them, and again when there is more."""
     case = exact.CASES[case_name]
     bench = Bench(case, "cuda:0")
+    used = versions(bench.where)
+    if any("fp8" in kind for kind in arguments.peers):
+        used["torchao"] = importlib.metadata.version("torchao")
     weight_bytes = sum(p.nbytes for p in bench.weights.parameters())
     exact_flow = bench.ours((EXACT if case_name != IMAGE else CELLS["image-exact"][2]).split())()
     # 33 s in float32 at the large size.
@@ -230,7 +234,7 @@ def measure(case_name: str, names: list[str], arguments: argparse.Namespace) -> 
         "exact_plan_error": exact.relative_error(exact_flow, reference),
         "tokens": case.tokens,
         "device": bench.where.name,
-        "versions": versions(bench.where),
+        "versions": used,
         "commit": arguments.commit,
         "date": datetime.date.today().isoformat(),
     }

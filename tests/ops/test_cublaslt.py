@@ -19,9 +19,10 @@ def anew():
     cublaslt._library.cache_clear()
 
 
-def test_without_cuda_nothing_is_called(anew, monkeypatch):
+def test_a_missing_library_is_told_and_not_called(anew, monkeypatch, caplog):
     monkeypatch.setattr(torch.version, "cuda", None)
     assert not cublaslt.can_add()
+    assert "libcublasLt.so.0" in caplog.text
 
 
 @pytest.mark.parametrize(("version", "taken"), [(120803, False), (120900, True), (130100, True)])

@@ -43,11 +43,12 @@ def _library() -> ctypes.CDLL | None:
     major = (torch.version.cuda or "0").partition(".")[0]
     try:
         found = ctypes.CDLL(f"libcublasLt.so.{major}")
-    except OSError:
+    except OSError as problem:
+        log.warning("8-bit products cannot be added in place: up to 2 %% slower (%s)", problem)
         return None
     found.cublasLtGetVersion.restype = ctypes.c_size_t
     if (version := found.cublasLtGetVersion()) < _OLDEST:
-        log.warning("cuBLASLt %d cannot add 8-bit products in place as %d can: up to 2 %% slower", version, _OLDEST)
+        log.warning("cuBLASLt %d cannot add 8-bit products in place, %d can: up to 2 %% slower", version, _OLDEST)
         return None
     return found
 
